@@ -1,0 +1,39 @@
+# make run   the low-data comparison on the toy world, from nothing to table and figure
+# make test  every chapter and every test
+# Both install into .venv first. Also: lab, bench, check, lock, readme, clean.
+PY = .venv/bin/python
+STAMP = .venv/.installed
+
+.PHONY: run test lab bench check lock readme clean install
+.DELETE_ON_ERROR:
+
+run: install
+	@.venv/bin/glsd reproduce low_data --scale ci
+
+test: install
+	.venv/bin/nbdev_test --n_workers 2 --timing
+	$(PY) -m pytest -q tests
+
+lab: install
+	.venv/bin/jupyter lab nbs
+
+bench: install
+	$(PY) benchmarks/run.py
+
+check: install
+	@$(PY) .ci/check.py
+
+lock:
+	@$(PY) .ci/lock.py $$(command -v uv || echo .venv/bin/uv)
+
+readme: install
+	@$(PY) .ci/readme.py
+
+clean:
+	rm -rf .venv
+
+install: $(STAMP)
+
+$(STAMP): .ci/requirements.txt .ci/install settings.ini setup.py
+	@sh .ci/install
+	@touch $@
