@@ -51,7 +51,7 @@ def _disk_full(e):
     while e and getattr(e, 'errno', None) not in (errno.ENOSPC, errno.EDQUOT): e = e.__cause__ or e.__context__
     return e is not None
 
-# %% ../../nbs/5_training/3_checkpoint.ipynb #ca0e6d0d
+# %% ../../nbs/5_training/3_checkpoint.ipynb #89fbd4e6
 def list_checkpoints(run_dir) -> list:
     "The checkpoints of a run, oldest first."
     return sorted((Path(run_dir)/'checkpoints').glob('step_*.pt'))
@@ -60,10 +60,13 @@ def save_checkpoint(run_dir, state: dict, keep=2) -> Path:
     "Writes `state` to run_dir/checkpoints/step_NNNNNNNN.pt, whole or not at all, and keeps the last `keep` of them."
     path = Path(run_dir)/'checkpoints'/f"step_{state['step']:08d}.pt"
     with written_beside(path) as f: torch.save({'format': 1, **state}, f)
-    for old in list_checkpoints(run_dir)[:-keep]: old.unlink()
+    done = list_checkpoints(run_dir)
+    now = done.index(path)
+    # later ones could not be read, or the run would have gone on from there; parts are what a kill left
+    for old in [*done[:max(0, now + 1 - keep)], *done[now + 1:], *path.parent.glob('*.part')]: old.unlink()
     return path
 
-# %% ../../nbs/5_training/3_checkpoint.ipynb #34e357cd
+# %% ../../nbs/5_training/3_checkpoint.ipynb #21b14065
 PARTS = 'step', 'recipe', 'backbone', 'student', 'teacher', 'objective', 'optimizer'
 
 def load_checkpoint(path) -> dict:
@@ -77,6 +80,7 @@ def load_checkpoint(path) -> dict:
     if state.get('format', 1) > 1: raise ValueError(f'{path} was written by a newer glsd (format {state["format"]}, this one knows 1)')
     return state
 
+# %% ../../nbs/5_training/3_checkpoint.ipynb #f3a643e3
 def last_checkpoint(run_dir) -> dict | None:
     "The newest checkpoint that can be read, or None. One that cannot be read is warned about."
     paths = list_checkpoints(run_dir)
@@ -85,24 +89,26 @@ def last_checkpoint(run_dir) -> dict | None:
         except ValueError as e: warnings.warn(f'{e}; going back to the checkpoint before it')
     if paths: raise ValueError(f'none of the {len(paths)} checkpoints in {paths[0].parent} can be read; to start again, remove that folder')
 
-# %% ../../nbs/5_training/3_checkpoint.ipynb #a5630acd
+# %% ../../nbs/5_training/3_checkpoint.ipynb #c6ea2e63
 def load_weights(module, state: dict, where='checkpoint'):
-    "module.load_state_dict, but what does not fit is a ValueError that lists the first keys that differ."
+    "module.load_state_dict, but what does not fit is a ValueError of one line with the first keys that differ."
     ours = module.state_dict()
-    lines = [f'{k} is missing' for k in ours if k not in state] + [f'{k} is too many' for k in state if k not in ours]
-    lines += [f'{k} is {_shape(state[k])} there, {_shape(v)} here' for k, v in ours.items() if k in state and state[k].shape != v.shape]
-    if lines: raise ValueError(f'{where} is of another architecture: {_first(lines)}')
+    unlike = {'missing': [k for k in ours if k not in state], 'too many': [k for k in state if k not in ours],
+              'of another shape': [f'{k} ({_shape(state[k])}, here {_shape(v)})' for k, v in ours.items() if k in state and state[k].shape != v.shape]}
+    lines = [f'{kind}: {_first(keys)}' for kind, keys in unlike.items() if keys]
+    if lines: raise ValueError(f'{where} is of another architecture; {"; ".join(lines)}')
     module.load_state_dict(state)
-
-def check_same_recipe(recipe: Recipe, saved: Recipe, where, free=('workers', 'device', 'monitor_every', 'checkpoint_every')):
-    "A run goes on with the recipe it began with. Otherwise a ValueError lists the first fields that differ; `free` ones may."
-    there = {k: v for k, v in saved.differences(recipe).items() if k not in free}
-    if there: raise ValueError(f'{where} has another recipe: ' + _first([f'{k} is {v!r} there, {getattr(recipe, k)!r} here' for k, v in there.items()])
-                               + '; choose another folder, or start it over without resuming')
 
 def _shape(tensor): return 'x'.join(map(str, tensor.shape)) or 'one number'
 
-def _first(lines, n=3): return '; '.join(lines[:n]) + (f'; and {len(lines) - n} more' if len(lines) > n else '')
+def _first(names, n=2): return ', '.join(names[:n]) + (f' and {len(names) - n} more' if len(names) > n else '')
+
+# %% ../../nbs/5_training/3_checkpoint.ipynb #ce050895
+def check_same_recipe(recipe: Recipe, saved: Recipe, where, free=('workers', 'device', 'monitor_every', 'checkpoint_every')):
+    "A run goes on with the recipe it began with. Otherwise a ValueError lists the first fields that differ; `free` ones may."
+    there = {k: v for k, v in saved.differences(recipe).items() if k not in free}
+    if there: raise ValueError(f'{where} has another recipe: ' + _first([f'{k} is {v!r} there, {getattr(recipe, k)!r} here' for k, v in there.items()], 3)
+                               + '; choose another folder, or start it over without resuming')
 
 # %% ../../nbs/5_training/3_checkpoint.ipynb #c5405230
 @contextmanager

@@ -5,26 +5,77 @@
 # %% auto #0
 __all__ = ['Recipe']
 
-# %% ../../nbs/5_training/2_recipe.ipynb #d2a05cc6
+# %% ../../nbs/5_training/2_recipe.ipynb #0fbb9d5a
 import difflib, os
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+
 import yaml
 
-# %% ../../nbs/5_training/2_recipe.ipynb #444eb3f3
+# %% ../../nbs/5_training/2_recipe.ipynb #be445ceb
+def _number(value, kind):
+    # texts come from YAML 1.1, which reads 2e-3 as one (it wants 2.0e-3), and from a command line
+    number = kind(value) if isinstance(value, str) and kind is int else float(value)
+    if kind is int and number != int(number): raise ValueError
+    return kind(number)
+
+# %% ../../nbs/5_training/2_recipe.ipynb #88d3ab29
+def _boolean(value):
+    words = {'true': True, 'yes': True, '1': True, 'false': False, 'no': False, '0': False}
+    return value if isinstance(value, bool) else words[value.lower()]
+
+def _pair(value):
+    if isinstance(value, str): value = value.strip('()[] ').split(',')
+    low, high = value
+    return _number(low, float), _number(high, float)
+
+# %% ../../nbs/5_training/2_recipe.ipynb #140d526f
+_WANTED = {int: 'a whole number', float: 'a number', bool: 'true or false', tuple: 'two numbers', str: 'a text', dict: 'a mapping'}
+
+def _convert(f, value):
+    "The value in the type of the dataclass field `f`, or a ValueError with one line."
+    kind, is_bool = f.type, isinstance(value, bool)
+    try:
+        if kind is bool: return _boolean(value)
+        if kind is tuple: return _pair(value)
+        if kind in (int, float) and not is_bool: return _number(value, kind)
+        if kind is dict: return dict(yaml.safe_load(value) if isinstance(value, str) else value)
+        if kind is str and not is_bool and isinstance(value, (str, os.PathLike)): return os.fspath(value)
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError, yaml.YAMLError): pass
+    raise ValueError(f'recipe: {f.name} must be {_WANTED[kind]}, not {value!r}')
+
+# %% ../../nbs/5_training/2_recipe.ipynb #e9238f4c
+_AT_LEAST = dict(n_images=1, image_size=1, per_class=0, data_seed=0, global_size=1, local_size=1, n_global=1, n_local=0, strength=0,
+                 out_dim=2, head_hidden=1, head_bottleneck=1, batch_size=1, epochs=0, steps=0, lr=0, lr_final=0, weight_decay=0,
+                 weight_decay_final=0, clip=0, seed=0, workers=0, monitor_every=0, checkpoint_every=0)
+_SHARES = 'warmup', 'freeze_last', 'teacher_temp_warmup', 'momentum', 'momentum_final', 'drop_path', 'center_momentum'
+_POSITIVE = 'student_temp', 'teacher_temp', 'teacher_temp_start'
+
+def _check_ranges(r):
+    "ValueError, in one line, for the first field out of its range."
+    def need(ok, name, what):
+        if not ok: raise ValueError(f'recipe: {name} must be {what}, not {getattr(r, name)}')
+    for name, low in _AT_LEAST.items(): need(low <= getattr(r, name) < float('inf'), name, f'at least {low}')
+    for name in _SHARES: need(0 <= getattr(r, name) <= 1, name, 'a share between 0 and 1')
+    for name in _POSITIVE: need(0 < getattr(r, name) < float('inf'), name, 'greater than 0')
+    for name in 'global_scale', 'local_scale':
+        low, high = getattr(r, name)
+        need(0 < low <= high <= 1, name, 'two shares of the area between 0 and 1, the smaller one first')
+
+# %% ../../nbs/5_training/2_recipe.ipynb #44af59bc
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides what a run computes. The defaults are the paper's (GLSD Sec. 4.2; [6] = DINO, whose details it follows).
+    """All that decides what a run computes; the defaults are the paper's (Sec. 4.2; [6] is DINO, whose details it follows).
 
-    Durations are shares of the run, so that a short run has the shape of a long one: 10 warm-up epochs of 300 are 10/300.
-    A value of the wrong type is a ValueError; see `from_dict` for what is converted."""
+    Durations are shares of the run: 10 warm-up epochs of 300 are 10/300. Values are converted to the field's type where
+    nothing is lost ('2e-3' is a number, a list of two a pair); anything else is a ValueError of one line."""
     # what is learned from
     data: str = 'toyworld'            # the generated toy world, or a folder of images
     n_images: int = 2000              # toy world: how many scenes
     image_size: int = 64              # toy world: their side in pixels
-    per_class: int = 0                # a balanced subset with this many images a class; 0: all of them
+    per_class: int = 0                # a balanced subset with this many images a class (Sec. 4.5.1); 0: all of them
     data_seed: int = 0                # of the toy world and of the subset
-    # views (Sec. 3.2; crops as in [6])
+    # views (Sec. 3.2; sizes and scales as in [6])
     global_size: int = 224            # pixels
     local_size: int = 96              # pixels
     n_global: int = 2
@@ -32,10 +83,10 @@ class Recipe:
     global_scale: tuple = (.4, 1.)    # share of the image's area
     local_scale: tuple = (.05, .4)
     strength: float = 1.              # of the colour jitter
-    # network (Sec. 4.2; head as in [6])
+    # network (Sec. 4.2; heads as in [6])
     backbone: str = 'swin_tiny_w7'
     drop_path: float = .1             # stochastic depth, in the student only
-    out_dim: int = 65536              # I, the support of the distributions in Eq. 3
+    out_dim: int = 65536              # the support I of Eq. 3
     head_hidden: int = 2048
     head_bottleneck: int = 256
     head_batchnorm: bool = False
@@ -48,24 +99,24 @@ class Recipe:
     teacher_temp_start: float = .04
     teacher_temp_warmup: float = .1   # 30 of 300 epochs
     center_momentum: float = .9
-    # optimisation (Sec. 4.2 for batch, epochs, lr and warm-up; the rest as in [6])
+    # optimisation (Sec. 4.2: AdamW, epochs, lr, warm-up; the rest as in [6])
     batch_size: int = 64              # the paper's 512 are 8 devices with 64 each
     epochs: float = 300.
-    steps: int = 0                    # if not 0, the length of the run in steps, instead of `epochs`
-    lr: float = 5e-4                  # for a batch of 256: multiplied by batch_size / 256
+    steps: int = 0                    # if not 0: the length of the run, instead of `epochs`
+    lr: float = 5e-4                  # for a batch of 256; multiplied by batch_size / 256
     lr_final: float = 1e-6            # not multiplied
     warmup: float = 10 / 300
     weight_decay: float = .04
     weight_decay_final: float = .4
-    momentum: float = .996            # of the teacher: lambda in Sec. 3.3
+    momentum: float = .996            # lambda of Sec. 3.3
     momentum_final: float = 1.
-    clip: float = 3.                  # largest gradient norm of one parameter tensor; 0: no clipping
-    freeze_last: float = 1 / 300      # share of the run before the last layer of a head moves
+    clip: float = 3.                  # largest gradient norm of a parameter tensor; 0: no clipping
+    freeze_last: float = 1 / 300      # of the run, before the prototypes of a head move
     # the run
     seed: int = 0
     workers: int = 0                  # processes that make views, beside this one
     amp: bool = False                 # bfloat16 autocast
-    device: str = 'auto'              # auto: CUDA where there is one, or the CPU
+    device: str = 'auto'              # CUDA where there is one, or the CPU
     monitor_every: int = 0            # steps between monitors (k-NN, ...); 0: at the end only
     checkpoint_every: int = 0         # steps between checkpoints; 0: once an epoch
 
@@ -74,85 +125,44 @@ class Recipe:
         _check_ranges(self)
 
     @classmethod
-    def from_dict(cls, values: dict, where='recipe'):
-        "A recipe from the fields that differ from the defaults. An unknown field is a ValueError that names the nearest one."
+    def from_dict(cls, values: dict, where='recipe') -> 'Recipe':
+        "A recipe from the fields that differ from the defaults. An unknown one is a ValueError that names the nearest."
         names = [f.name for f in fields(cls)]
         for name in values:
             if name not in names: raise ValueError(f"{where}: no field '{name}'; did you mean '{_nearest(name, names)}'?")
         return cls(**values)
 
-    def replace(self, **changes):
-        "The same recipe with some fields changed, checked like `from_dict`."
+    def replace(self, **changes) -> 'Recipe':
+        "The same recipe with some fields changed; checked like `from_dict`."
         return self.from_dict({**self.differences(), **changes})
 
-    def differences(self, other=None) -> dict:
-        "The fields in which this recipe differs from another one (from the defaults), with their values here."
+    def differences(self, other: 'Recipe' = None) -> dict:
+        "The fields in which this recipe differs from another one (without: from the defaults), with their values here."
         other = other or Recipe()
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != getattr(other, f.name)}
 
     def save(self, path):
-        "Writes the differences from the defaults as YAML, beside and renamed."
+        "Writes the differences from the defaults as YAML: beside, and renamed."
         path, values = Path(path), {k: list(v) if isinstance(v, tuple) else v for k, v in self.differences().items()}
         beside = path.with_name(path.name + '.part')
         beside.write_text(yaml.safe_dump(values, sort_keys=False) if values else '{}  # every field has its default\n')
         os.replace(beside, path)
 
     @classmethod
-    def load(cls, path):
-        "Reads what `save` wrote, or a file written by hand."
+    def load(cls, path) -> 'Recipe':
+        "Reads what `save` wrote, or lines written by hand. FileNotFoundError, or a ValueError that names the file."
         if not Path(path).is_file(): raise FileNotFoundError(f'no recipe at {path}')
         try: values = yaml.safe_load(Path(path).read_text()) or {}
-        except yaml.YAMLError as e: raise ValueError(f'{path} is not YAML: {" ".join(str(e).split())}') from None
-        if not isinstance(values, dict): raise ValueError(f'{path}: a recipe is a list of "field: value" lines, not a {type(values).__name__}')
+        except (yaml.YAMLError, UnicodeDecodeError) as e: raise ValueError(f'{path} is not YAML: {" ".join(str(e).split())}') from None
+        if not isinstance(values, dict): raise ValueError(f'{path}: a recipe has lines like "lr: 0.001", and this is a {type(values).__name__}')
         return cls.from_dict(values, where=str(path))
 
     def total_steps(self, n_images: int) -> int:
         "Length of the run in steps, on a data set of that many images."
         return self.steps or max(1, round(self.epochs * (n_images // self.batch_size)))
 
-# %% ../../nbs/5_training/2_recipe.ipynb #b29f2f0f
+_ELSEWHERE = dict(learning_rate='lr', arch='backbone', model='backbone', dataset='data', data_path='data', loss='objective', use_fp16='amp')
+
 def _nearest(name, names):
-    return difflib.get_close_matches(name.replace('-', '_'), names, n=1, cutoff=0)[0]
-
-def _number(value, kind):
-    # YAML 1.1 reads 2e-3 as a string (it wants 2.0e-3), and a command line has nothing but strings
-    number = float(value)
-    if kind is int and number != int(number): raise ValueError
-    return int(value) if kind is int and isinstance(value, str) and value.lstrip('+-').isdigit() else kind(number)
-
-def _boolean(value):
-    words = {'true': True, 'yes': True, '1': True, 'false': False, 'no': False, '0': False}
-    return value if isinstance(value, bool) else words[value.lower()]
-
-def _pair(value):
-    if isinstance(value, str): value = value.strip('()[] ').split(',')
-    low, high = value
-    return _number(low, float), _number(high, float)
-
-def _convert(f, value):
-    "The value in the field's type, or a ValueError with one line."
-    kind = f.type
-    try:
-        if isinstance(value, os.PathLike): value = os.fspath(value)
-        if kind in (int, float) and not isinstance(value, bool): return _number(value, kind)
-        if kind is bool: return _boolean(value)
-        if kind is tuple: return _pair(value)
-        if kind is dict and isinstance(value, str): value = yaml.safe_load(value)
-        if isinstance(value, kind) and not isinstance(value, bool): return dict(value) if kind is dict else value
-    except (TypeError, ValueError, KeyError, AttributeError, OverflowError, yaml.YAMLError): pass
-    wanted = {int: 'a whole number', float: 'a number', bool: 'true or false', tuple: 'two numbers', str: 'a text', dict: 'a mapping'}[kind]
-    raise ValueError(f"recipe: {f.name} must be {wanted}, not {value!r}")
-
-# %% ../../nbs/5_training/2_recipe.ipynb #74683353
-def _check_ranges(r):
-    at_least = dict(n_images=1, image_size=1, per_class=0, global_size=1, local_size=1, n_global=1, n_local=0, out_dim=2, batch_size=1,
-                    steps=0, epochs=0, workers=0, monitor_every=0, checkpoint_every=0, clip=0, lr=0, seed=0, data_seed=0)
-    for name, low in at_least.items():
-        if not getattr(r, name) >= low: raise ValueError(f'recipe: {name} must be at least {low}, not {getattr(r, name)}')
-    for name in 'warmup freeze_last teacher_temp_warmup momentum momentum_final drop_path center_momentum'.split():
-        if not 0 <= getattr(r, name) <= 1: raise ValueError(f'recipe: {name} is a share between 0 and 1, not {getattr(r, name)}')
-    for name in 'student_temp teacher_temp teacher_temp_start'.split():
-        if not getattr(r, name) > 0: raise ValueError(f'recipe: {name} must be greater than 0, not {getattr(r, name)}')
-    for name in 'global_scale', 'local_scale':
-        low, high = getattr(r, name)
-        if not 0 < low <= high <= 1: raise ValueError(f'recipe: {name} must be two growing shares of the area between 0 and 1, not {getattr(r, name)}')
+    known = {**_ELSEWHERE, **{n: n for n in names}}  # what other codes call it counts as near
+    return known[difflib.get_close_matches(str(name).replace('-', '_').lower(), known, n=1, cutoff=0)[0]]

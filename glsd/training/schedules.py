@@ -10,20 +10,20 @@ import numpy as np
 import torch
 from torch import nn
 
-# %% ../../nbs/5_training/1_schedules.ipynb #c11a4a81
-def cosine_schedule(base, final, steps, warmup_steps=0, start=0.):
+# %% ../../nbs/5_training/1_schedules.ipynb #284107ce
+def cosine_schedule(base: float, final: float, steps: int, warmup_steps: int = 0, start: float = 0.) -> np.ndarray:
     """A value for every step: a line from `start` to `base`, then half a cosine from `base` towards `final`.
 
-    Returns float64 [steps]. The last value is one step short of `final`, as in DINO [6], whose
-    schedule GLSD uses for the learning rate, the weight decay and the teacher's momentum (Sec. 5)."""
+    Returns float64 [steps]; ValueError for less than one step. The last value is one step short of `final`, as in
+    DINO [6], whose schedule GLSD uses for learning rate, weight decay and the teacher's momentum (Sec. 4.2)."""
     if steps < 1: raise ValueError(f'a schedule needs at least 1 step, not {steps}')
     warmup_steps = min(warmup_steps, steps)
     t = np.arange(steps - warmup_steps) / max(1, steps - warmup_steps)
     down = final + (base - final) * (1 + np.cos(np.pi * t)) / 2
     return np.concatenate([np.linspace(start, base, warmup_steps), down])
 
-# %% ../../nbs/5_training/1_schedules.ipynb #9a86def9
-def warmup_schedule(start, final, steps, warmup_steps):
+# %% ../../nbs/5_training/1_schedules.ipynb #f76ce597
+def warmup_schedule(start: float, final: float, steps: int, warmup_steps: int) -> np.ndarray:
     """A value for every step: a line from `start` to `final` over `warmup_steps`, constant afterwards. Returns float64 [steps].
 
     The teacher's temperature (DINO [6]: 0.04 to 0.07 over 30 of 300 epochs)."""
@@ -31,10 +31,10 @@ def warmup_schedule(start, final, steps, warmup_steps):
     warmup_steps = min(warmup_steps, steps)
     return np.concatenate([np.linspace(start, final, warmup_steps), np.full(steps - warmup_steps, float(final))])
 
-# %% ../../nbs/5_training/1_schedules.ipynb #220d3ee0
+# %% ../../nbs/5_training/1_schedules.ipynb #1bf90dca
 @torch.no_grad()
 def ema_update(teacher: nn.Module, student: nn.Module, momentum: float):
     """teacher <- momentum * teacher + (1 - momentum) * student, for all parameters at once and in place.
 
-    Buffers stay the teacher's own. Source: GLSD Sec. 3 (exponential moving average of the student)."""
+    Buffers (running statistics) stay the teacher's own. Source: GLSD, Sec. 3.3."""
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
