@@ -6,7 +6,7 @@
 __all__ = ['SUFFIXES', 'to_rgb', 'ImageError', 'read_image', 'list_images', 'ImageFolder', 'class_order', 'Subset',
            'balanced_subset', 'save_list']
 
-# %% ../../nbs/2_data/2_folders.ipynb #75d755a9
+# %% ../../nbs/2_data/2_folders.ipynb #46ccef9a
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torchvision.io import ImageReadMode, decode_jpeg
 
 # %% ../../nbs/2_data/2_folders.ipynb #97082381
 def to_rgb(img):
@@ -37,7 +36,7 @@ def _upper_byte(a):
     if a.min() < 0 or a.max() > 65535: raise ValueError('its pixels have 32 bits: save it with 8 or 16')
     return Image.fromarray((a >> 8).astype(np.uint8))
 
-# %% ../../nbs/2_data/2_folders.ipynb #13032d39
+# %% ../../nbs/2_data/2_folders.ipynb #6e0eea1e
 class ImageError(ValueError):
     "An image file that cannot be decoded; the message names the file and the reason."
 
@@ -49,6 +48,7 @@ def _is_plain_jpeg(img):
 def _decode(data):
     img = Image.open(BytesIO(data))
     if _is_plain_jpeg(img):
+        from torchvision.io import ImageReadMode, decode_jpeg          # here, as importing it takes seconds
         return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
     return torch.from_numpy(np.array(to_rgb(img))).permute(2, 0, 1)
 
@@ -67,7 +67,7 @@ def read_image(path):
 def _reason(e):
     text = str(e).rsplit('.cpp:', 1)[-1]        # torchvision puts its own source line in front
     if 'cannot identify' in text: return 'it is not an image, or of a format that Pillow does not know'
-    if 'truncated' in text: return 'it is truncated'
+    if 'truncated' in text.lower(): return 'it is truncated'
     return ' '.join(text.split()) or type(e).__name__
 
 # %% ../../nbs/2_data/2_folders.ipynb #116a21b9
@@ -89,7 +89,7 @@ def _leads_up(folder, here):
     # a link to a folder that we are in would be walked for ever
     return os.path.islink(folder) and (here + os.sep).startswith(os.path.realpath(folder) + os.sep)
 
-# %% ../../nbs/2_data/2_folders.ipynb #82053df3
+# %% ../../nbs/2_data/2_folders.ipynb #42555818
 class ImageFolder:
     """The images below a folder, as a data set: `ds[i]` -> (uint8 [3, H, W], label).
 
@@ -120,7 +120,7 @@ class ImageFolder:
         if self.skipped:
             warnings.warn(f'{len(self.skipped)} of {len(problems)} images are left out; the first: {self.skipped[0]}')
 
-
+# %% ../../nbs/2_data/2_folders.ipynb #5551ac10
 def _problem(path):
     try: read_image(path)
     except (ImageError, OSError) as e: return str(e)

@@ -1,0 +1,119 @@
+"Image files as they are found in the wild, through the class that training uses."
+import io
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from glsd.data.folders import ImageError, ImageFolder, balanced_subset, list_images, read_image, save_list
+
+pytestmark = pytest.mark.filterwarnings('ignore:The image decoding', 'ignore:This DataLoader', 'ignore:Truncated File')
+
+
+def picture(h=20, w=30, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (h, w, 3), np.uint8))
+
+
+def mean_error(path, image):
+    return (read_image(path).permute(1, 2, 0).int() - torch.tensor(np.array(image.convert('RGB'))).int()).abs().float().mean()
+
+
+@pytest.mark.parametrize('orientation, back', [(2, Image.Transpose.FLIP_LEFT_RIGHT), (3, Image.Transpose.ROTATE_180), (4, Image.Transpose.FLIP_TOP_BOTTOM),
+                                               (5, Image.Transpose.TRANSPOSE), (6, Image.Transpose.ROTATE_90), (7, Image.Transpose.TRANSVERSE), (8, Image.Transpose.ROTATE_270)])
+@pytest.mark.parametrize('suffix', ['png', 'jpg'])
+def test_every_exif_orientation_is_shown_upright(tmp_path, orientation, back, suffix):
+    image, exif = picture().resize((30, 20)), Image.Exif()
+    exif[0x0112] = orientation
+    stored = image.transpose(back)             # what the camera saved, such that showing it by its tag gives `image`
+    stored.save(tmp_path / f'a.{suffix}', exif=exif, quality=100, subsampling=0)
+    assert mean_error(tmp_path / f'a.{suffix}', image) < (1 if suffix == 'png' else 6)
+
+
+@pytest.mark.parametrize('mode, suffix', [('L', 'png'), ('L', 'jpg'), ('LA', 'png'), ('P', 'gif'), ('P', 'png'), ('RGBA', 'webp'), ('1', 'bmp'), ('RGBA', 'tiff')])
+def test_modes_equal_pillows_conversion_where_nothing_is_transparent(tmp_path, mode, suffix):
+    image = picture().convert('RGB').convert(mode)
+    image.save(tmp_path / f'a.{suffix}', **({'lossless': True} if suffix == 'webp' else {}))
+    assert mean_error(tmp_path / f'a.{suffix}', Image.open(tmp_path / f'a.{suffix}')) == 0
+
+
+def test_adobe_cmyk_is_not_inverted(tmp_path):
+    image = Image.new('RGB', (16, 16), (200, 40, 90))
+    image.convert('CMYK').save(tmp_path / 'a.jpg', quality=100)
+    assert mean_error(tmp_path / 'a.jpg', image) < 3
+
+
+@pytest.mark.parametrize('suffix', ['png', 'tif', 'pgm'])
+def test_sixteen_bits_keep_the_upper_eight(tmp_path, suffix):
+    values = (np.arange(256).reshape(16, 16) * 257).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / f'a.{suffix}')
+    assert (read_image(tmp_path / f'a.{suffix}')[1].numpy() == np.arange(256).reshape(16, 16)).all()
+
+
+def test_transparent_palette_shows_white(tmp_path):
+    image = Image.new('P', (4, 4), 0)
+    image.putpalette([255, 0, 255, 0, 0, 255])
+    image.putpixel((0, 0), 1)
+    image.save(tmp_path / 'a.png', transparency=0)
+    assert read_image(tmp_path / 'a.png')[:, 0, 0].tolist() == [0, 0, 255]
+    assert (read_image(tmp_path / 'a.png')[:, 1:] == 255).all()
+
+
+@pytest.mark.parametrize('size', [(1, 1), (1, 300), (300, 1)])
+@pytest.mark.parametrize('suffix', ['jpg', 'png'])
+def test_thin_images(tmp_path, size, suffix):
+    picture().resize(size).save(tmp_path / f'a.{suffix}')
+    assert tuple(read_image(tmp_path / f'a.{suffix}').shape) == (3, size[1], size[0])
+
+
+@pytest.mark.parametrize('suffix', ['jpg', 'png', 'gif', 'webp', 'tif'])
+def test_a_file_cut_anywhere_is_refused_by_name_or_decoded_whole(tmp_path, suffix):
+    buffer = io.BytesIO()
+    picture(40, 40).save(buffer, {'jpg': 'JPEG', 'tif': 'TIFF'}.get(suffix, suffix.upper()))
+    whole, refused = buffer.getvalue(), 0
+    (tmp_path / f'whole.{suffix}').write_bytes(whole)
+    expected = read_image(tmp_path / f'whole.{suffix}')
+    for n in range(0, len(whole), max(1, len(whole) // 40)):
+        (tmp_path / f'cut.{suffix}').write_bytes(whole[:n])
+        try: assert torch.equal(read_image(tmp_path / f'cut.{suffix}'), expected), n
+        except ImageError as e:
+            refused += 1
+            assert f'cut.{suffix}' in str(e) and '\n' not in str(e)
+    assert refused > 30
+
+
+def test_skipping_leaves_labels_and_lists_consistent(tmp_path):
+    for c in 'ab':
+        (tmp_path / c).mkdir()
+        for k in range(4): picture(seed=k).save(tmp_path / c / f'{k}.png')
+    (tmp_path / 'a/1.png').write_bytes((tmp_path / 'a/1.png').read_bytes()[:300])
+    (tmp_path / 'b/9.jpg').write_text('nothing')
+    with pytest.warns(UserWarning, match='2 of 9 images'): ds = ImageFolder(tmp_path, on_error='skip')
+    assert len(ds) == 7 and len(ds.skipped) == 2 and ds.labels.tolist() == [0] * 3 + [1] * 4
+    save_list(balanced_subset(ds, 3), tmp_path / 'list.txt')
+    again = ImageFolder(tmp_path, files=tmp_path / 'list.txt')
+    assert 'a/1.png' not in again.files and len(again) == 6
+    for i in range(6): again[i]
+
+
+def test_only_unreadable_images_is_an_error(tmp_path):
+    (tmp_path / 'a.jpg').write_text('nothing')
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match='no image below'): ImageFolder(tmp_path, on_error='skip')
+
+
+def test_links_and_circles(tmp_path):
+    (tmp_path / 'store').mkdir(), (tmp_path / 'set').mkdir()
+    picture().save(tmp_path / 'store/x.png')
+    os.symlink(tmp_path / 'store', tmp_path / 'set/c1')
+    os.symlink(tmp_path / 'set', tmp_path / 'set/round')
+    assert list_images(tmp_path / 'set') == ['c1/x.png']
+
+
+def test_subsets_are_nested_for_any_seed_and_differ_between_seeds(tmp_path):
+    class Labels:
+        labels, classes = np.random.default_rng(0).permutation(np.repeat(np.arange(5), 40)), list('abcde')
+    for seed in range(5):
+        sets = [set(balanced_subset(Labels, n, seed).indices) for n in range(1, 41)]
+        assert all(a < b for a, b in zip(sets, sets[1:])) and len(sets[-1]) == 200
+    assert set(balanced_subset(Labels, 5, 0).indices) != set(balanced_subset(Labels, 5, 1).indices)
