@@ -1,0 +1,46 @@
+"""Seconds and peak megabytes of the dual loss, forward and backward, from logits to their gradient. One contestant a process."""
+import os
+from types import SimpleNamespace
+import common
+import numpy as np
+import torch
+from glsd.views.multicrop import MultiCrop
+
+def outputs(w_geo, grids, K, grad):
+    "What a loss reads of a branch's `Outputs`, with random logits. Drawn in place: the inputs themselves must not set the peak."
+    B, V = w_geo.shape[:2]
+    S = sum(H * W for H, W in grids)
+    logits = {k: torch.empty(B, n, K).uniform_(-.5, .5).requires_grad_(grad) for k, n in (('view', V), ('region', S))}
+    return SimpleNamespace(pooled=torch.zeros(B, V, 1), tokens=torch.zeros(B, S, 1), grids=grids, w_geo=w_geo, logits=logits)
+
+def views(B):
+    "w_geo [B, 10, 7] of B images of 500 x 375."
+    draws = [MultiCrop().draw((375, 500), np.random.default_rng(i))[0] for i in range(B)]
+    return torch.stack([torch.cat(groups) for groups in draws])
+
+def contestant(name, K):
+    "A function (student, teacher, teacher_temp) -> terms."
+    if name == 'plain':
+        from plain_loss import plain_dual_loss
+        return lambda s, t, temp: plain_dual_loss(s, t, .1, temp, torch.zeros(K), torch.zeros(K))
+    from glsd.objectives import create_objective
+    return create_objective('geometric', K).eval()       # eval: the centres stay, so that every round computes the same
+
+def main():
+    quick = common.start(__doc__)
+    B, K, rounds = (2, 1024, 1) if quick else (8, 65536, 5)
+    w_geo, grids = views(B), [(7, 7)] * 2 + [(3, 3)] * 8
+    student, teacher = outputs(w_geo, grids, K, True), outputs(w_geo[:, :2], grids[:2], K, False)
+    loss = contestant(os.environ.get('CONTESTANT', 'glsd'), K)
+    found = {}
+    def step():
+        for x in student.logits.values(): x.grad = None
+        terms = loss(student, teacher, .04)
+        sum(terms.values()).backward()
+        found.update({k: v.item() for k, v in terms.items()})
+    before = common.peak_memory()
+    t = common.interleaved(dict(step=step), rounds)
+    common.emit(seconds=t['step'], megabytes=(common.peak_memory() - before) / 1e6, inputs_mb=before / 1e6,
+                gradient=student.logits['region'].grad.norm().item(), batch=B, prototypes=K, **found)
+
+if __name__ == '__main__': main()

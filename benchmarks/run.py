@@ -1,0 +1,91 @@
+#!/usr/bin/env python3
+"""Measures glsd on this machine, one core, beside plain implementations of the same thing, and prints a table.
+
+Each measurement has a process of its own. Writes benchmarks.json and benchmarks.md into --out (default results/; with
+--quick nothing is written unless --out says where).
+"""
+import argparse, json, os, platform, subprocess, sys, time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+def measure(name, quick, **env):
+    "Runs bench_<name>.py in its own process -> its figures."
+    print(f'measuring {" ".join([name, *env.values()])} ...', file=sys.stderr, flush=True)
+    command = [sys.executable, str(HERE / f'bench_{name}.py')] + ['--quick'] * quick
+    path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get('PYTHONPATH')]))
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': path, **env})
+    if done.returncode: raise SystemExit(f'bench_{name}.py failed:\n{done.stderr[-2000:]}')
+    return json.loads(done.stdout.splitlines()[-1])
+
+def same(what, a, b, tolerance):
+    "A benchmark of two things that compute something else would be worthless."
+    if abs(a - b) > tolerance * max(abs(a), abs(b)): sys.exit(f'{what}: glsd gives {a}, the plain way {b}; they should agree')
+
+def measure_all(quick):
+    with ThreadPoolExecutor(2 if quick else 1) as pool:      # one after the other, but where figures mean little
+        jobs = {c: pool.submit(measure, 'loss', quick, CONTESTANT=c) for c in ('glsd', 'plain')}
+        jobs |= {name: pool.submit(measure, name, quick) for name in ('views', 'step', 'knn')}
+        results = {name: job.result() for name, job in jobs.items()}
+    results['loss'] = {c: results.pop(c) for c in ('glsd', 'plain')}
+    ours, plain = results['loss']['glsd'], results['loss']['plain']
+    for k in 'view', 'region', 'gradient': same(f'loss, {k}', ours[k], plain[k], 1e-4)
+    for a, b in zip(results['knn']['accuracy'], results['knn']['accuracy_plain']): same('k-NN accuracy', a, b, 2e-3)
+    return results
+
+def rows(r):
+    "(what, unit, glsd, plain, how many times better)."
+    v, l, p, k, s = r['views'], r['loss']['glsd'], r['loss']['plain'], r['knn'], r['step']
+    yield 'decode + views 2 x 224 + 8 x 96', 'images/s', v['glsd'], v['plain'], v['glsd'] / v['plain']
+    yield '- beside plain with Pillow\'s approximate blur', 'images/s', v['glsd'], v['plain_pil_blur'], v['glsd'] / v['plain_pil_blur']
+    yield '- decode alone', 'images/s', v['decode'], None, None
+    size = f"batch {l['batch']}, {l['prototypes']:,} prototypes"
+    yield f'dual loss, {size}', 's', l['seconds'], p['seconds'], p['seconds'] / l['seconds']
+    yield '- its peak beyond the inputs', 'MB', l['megabytes'], p['megabytes'], p['megabytes'] / l['megabytes']
+    yield f"k-NN {k['queries']:,} x {k['bank']:,} x {k['dim']}, 4 k's", 's', k['glsd'], k['plain'], k['plain'] / k['glsd']
+    yield '- the matrix product in it', 's', k['product'], None, None
+    yield f"training step, {s['recipe']['backbone']}, batch {s['recipe'].get('batch_size', 64)}", 's', s['seconds'], None, None
+    for part, t in s['split'].items(): yield f'- {part}', 's', t, None, None
+
+def table(r):
+    cell = lambda x: '' if x is None else f'{x:,.0f}' if x >= 100 else f'{x:.3g}'
+    lines = ['| what | unit | glsd | plain | ratio |', '|---|---|--:|--:|--:|']
+    for what, unit, ours, plain, ratio in rows(r):
+        lines.append(f"| {what} | {unit} | {cell(ours)} | {cell(plain)} | {f'{ratio:.1f}x' if ratio else ''} |")
+    return '\n'.join(lines)
+
+def cpu_name():
+    try: return next(l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name'))
+    except (OSError, StopIteration): return platform.processor() or platform.machine()
+
+def machine():
+    return dict(cpu=cpu_name(), cores=os.cpu_count(), torch=version('torch'),
+                python=platform.python_version(), load=os.getloadavg()[0] if hasattr(os, 'getloadavg') else None)
+
+def write(path, text):
+    beside = path.with_name(path.name + '.part')
+    beside.write_text(text)
+    os.replace(beside, path)
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--quick', action='store_true', help='under a minute, to see that it runs; its figures mean little')
+    parser.add_argument('--out', type=Path, help='folder for benchmarks.json and benchmarks.md')
+    args = parser.parse_args()
+    out = args.out or (None if args.quick else HERE.parent / 'results')
+    began, here = time.perf_counter(), machine()
+    results = measure_all(args.quick)
+    here['isa'] = results['views'].pop('isa')
+    busy = f", {here['load']:.1f} other processes running" if here['load'] and here['load'] > .5 else ''
+    header = f"{here['cpu']} ({here['isa']}), one of {here['cores']} cores{busy}; torch {here['torch']}, Python {here['python']}"
+    text = f'{header}\n\n{table(results)}\n'
+    print(text + f'\n{time.perf_counter() - began:.0f} s')
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        write(out / 'benchmarks.json', json.dumps(dict(machine=here, quick=args.quick, **results), indent=1) + '\n')
+        write(out / 'benchmarks.md', f'# Benchmarks\n\n{text}\nMade by `python benchmarks/run.py`. "Plain" is the same computation written the usual way (`benchmarks/plain_*.py`). Seconds are processor seconds of one core.\n')
+        print(f'written to {out}')
+
+if __name__ == '__main__': main()
