@@ -50,12 +50,14 @@ def schedules(recipe: Recipe, steps: int) -> dict:
                 momentum=cosine_schedule(r.momentum, r.momentum_final, steps),
                 teacher_temp=warmup_schedule(r.teacher_temp_start, r.teacher_temp, steps, round(r.teacher_temp_warmup * steps)))
 
-# %% ../../nbs/5_training/4_loop.ipynb #6230064c
+# %% ../../nbs/5_training/4_loop.ipynb #57bf5a4f
 def seed_step(seed: int, step: int):
     """Seeds torch for one step from (seed, step); step 0 is the initialisation.
 
     Each step starts afresh, so that a checkpoint needs no state of a random generator."""
-    torch.manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0]))
+    state = int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0])
+    torch.default_generator.manual_seed(state)  # torch.manual_seed would format a traceback for a CUDA that is not there
+    if torch.cuda.is_initialized(): torch.cuda.manual_seed_all(state)
 
 # %% ../../nbs/5_training/4_loop.ipynb #2b064e07
 def decay_groups(named_parameters) -> list:
@@ -76,12 +78,13 @@ def clip_gradients(parameters, limit: float):
     if limit: torch._foreach_mul_(grads, list((limit / (norms + 1e-6)).clamp(max=1)))
     return norms.norm()
 
-# %% ../../nbs/5_training/4_loop.ipynb #ede94121
+# %% ../../nbs/5_training/4_loop.ipynb #3e0b6cf1
 def pick_device(name: str) -> torch.device:
     "'auto' is CUDA where there is one, or the CPU. ValueError for a device that is not there."
     if name == 'auto': name = 'cuda' if torch.cuda.is_available() else 'cpu'
     try: return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as e: raise ValueError(f"device '{name}' cannot be used here: {str(e).splitlines()[0]}") from None
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"device '{name}' is not there; choose auto, cpu" + (', cuda' if torch.cuda.is_available() else '')) from None
 
 # %% ../../nbs/5_training/4_loop.ipynb #c206f1fc
 class Trainer:
@@ -296,7 +299,7 @@ def load_run(path) -> Run:
     load_weights(backbone, {k[len(prefix):]: v for k, v in state['teacher'].items() if k.startswith(prefix)}, f"{path}: 'teacher'")
     return Run(Path(path), recipe, backbone.to(pick_device(recipe.device)).eval(), read_metrics(path))
 
-# %% ../../nbs/5_training/4_loop.ipynb #410807c5
+# %% ../../nbs/5_training/4_loop.ipynb #6fc2dc59
 def pretrain(recipe: Recipe, out, monitors=None, resume=True, dataset=None, progress=True) -> Run:
     """Trains `recipe` in the folder `out`, or goes on where it was cut; a finished run is only read.
 
@@ -309,21 +312,20 @@ def pretrain(recipe: Recipe, out, monitors=None, resume=True, dataset=None, prog
         if not resume: remove_run(out)
         dataset = build_dataset(recipe) if dataset is None else dataset
         if len(dataset) < recipe.batch_size:
-            raise ValueError(f'{len(dataset)} images are fewer than a batch of {recipe.batch_size}: choose a smaller batch_size, or give more images')
+            raise ValueError(f'{len(dataset)} images are fewer than a batch of {recipe.batch_size}: choose a smaller batch_size, or more images')
         trainer = Trainer(recipe, recipe.total_steps(len(dataset)))
         restore(trainer, out)
         if trainer.done < trainer.steps: train(trainer, out, dataset, monitors or {}, progress)
     return Run(out, recipe, trainer.teacher.backbone.eval(), read_metrics(out))
 
-# %% ../../nbs/5_training/4_loop.ipynb #7d3a6865
+# %% ../../nbs/5_training/4_loop.ipynb #bcaa0af8
 def restore(trainer, out):
-    "Brings a trainer to the folder's last checkpoint, if it has one that is of the same recipe; or writes the recipe there."
-    path, state = out/'recipe.yaml', last_checkpoint(out)
-    if path.exists(): check_same_recipe(trainer.recipe, Recipe.load(path), out)
+    "Brings a trainer to the folder's last checkpoint, if there is one, and writes the recipe beside it. ValueError if it is of another recipe."
+    state = last_checkpoint(out)
     if state:
         check_same_recipe(trainer.recipe, Recipe.from_dict(state['recipe'], where=str(out)), out)
         trainer.load_state_dict(state, where=str(out))
-    trainer.recipe.save(path)
+    trainer.recipe.save(out/'recipe.yaml')
 
 # %% ../../nbs/5_training/4_loop.ipynb #47edc7ab
 def train(trainer, out, dataset, monitors, progress):

@@ -1,0 +1,159 @@
+"What goes wrong in training is named, in one line, and loses nothing."
+import errno, os, subprocess, sys
+
+import pytest
+import torch
+from torch import nn
+
+from glsd.training import Recipe, Trainer, load_run, pretrain
+from glsd.training import checkpoint
+from glsd.training.checkpoint import last_checkpoint, list_checkpoints, load_checkpoint, read_metrics, save_checkpoint
+from test_training_resume import SMALL
+
+QUICK = Recipe(**SMALL).replace(steps=6, checkpoint_every=2)
+
+
+def one_line(error): return '\n' not in str(error.value)
+
+
+def test_loss_stuck_is_named(tmp_path, monkeypatch):
+    # a learning rate of nothing and prototypes that are all the same: the outputs stay uniform
+    def flat(self, *args, _init=Trainer.__init__):
+        _init(self, *args)
+        for p in self.last_layers: nn.init.ones_(p)
+    monkeypatch.setattr(Trainer, '__init__', flat)
+    with pytest.warns(UserWarning, match=r"stuck at ln\(32\) = 3.4657"):
+        pretrain(QUICK.replace(lr=0, lr_final=0), tmp_path, progress=False)
+
+
+def test_a_healthy_run_is_not_accused(tmp_path, recwarn):
+    pretrain(QUICK.replace(steps=12), tmp_path, progress=False)
+    assert not [w for w in recwarn if 'stuck' in str(w.message)]
+
+
+@pytest.mark.parametrize('term', ['view', 'region'])
+def test_non_finite_term_is_named_and_the_last_checkpoint_stays(tmp_path, monkeypatch, term):
+    def broken(self, views, temp, _forward=Trainer.forward):
+        student, teacher, terms = _forward(self, views, temp)
+        return student, teacher, {k: v * float('nan') if k == term and self.done == 3 else v for k, v in terms.items()}
+    monkeypatch.setattr(Trainer, 'forward', broken)
+    with pytest.raises(ValueError, match=f"step 4: '{term}' is nan") as error: pretrain(QUICK, tmp_path, progress=False)
+    assert one_line(error) and last_checkpoint(tmp_path)['step'] == 2 and len(read_metrics(tmp_path)) == 3
+    state = last_checkpoint(tmp_path)
+    assert all(v.isfinite().all() for part in ('student', 'teacher', 'objective') for v in state[part].values() if v.is_floating_point())
+
+
+def test_fewer_images_than_a_batch(tmp_path):
+    with pytest.raises(ValueError, match='48 images are fewer than a batch of 64') as error: pretrain(QUICK.replace(batch_size=64), tmp_path)
+    assert one_line(error)
+
+
+def test_another_recipe_lists_fields(tmp_path):
+    pretrain(QUICK, tmp_path, progress=False)
+    with pytest.raises(ValueError, match='lr is 0.01 there, 0.5 here') as error: pretrain(QUICK.replace(lr=.5), tmp_path)
+    assert one_line(error) and list_checkpoints(tmp_path)
+    pretrain(QUICK.replace(workers=1, checkpoint_every=1), tmp_path)  # what cannot change the weights may change
+
+
+def test_no_checkpoint_yet_no_recipe_to_keep(tmp_path):
+    def fails(backbone, step): raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError): pretrain(QUICK.replace(monitor_every=1), tmp_path, monitors={'m': fails}, progress=False)
+    assert not list_checkpoints(tmp_path)
+    assert pretrain(QUICK.replace(lr=.02), tmp_path, progress=False).recipe == Recipe.load(tmp_path/'recipe.yaml')
+
+
+def test_another_architecture_lists_keys(tmp_path):
+    pretrain(QUICK.replace(steps=1), tmp_path, progress=False)
+    state = last_checkpoint(tmp_path)
+    state['student'] = {k.replace('backbone.model.norm', 'backbone.final'): v for k, v in state['student'].items()}
+    save_checkpoint(tmp_path, state)
+    trainer = Trainer(QUICK, 6)
+    with pytest.raises(ValueError, match='missing: backbone.model.norm.weight.*too many: backbone.final') as error: trainer.load_state_dict(state)
+    assert one_line(error)
+    state['teacher'] = {k: v[:1] if k.endswith('norm.bias') and v.ndim else v for k, v in state['teacher'].items()}
+    save_checkpoint(tmp_path, state)
+    with pytest.raises(ValueError, match=r'norm.bias \(1, here 64\)') as error: load_run(tmp_path)
+    assert one_line(error)
+
+
+def test_checkpoint_before_formats_had_numbers(tmp_path):
+    "A checkpoint as it was before a field was added: it has no number of its format, and its recipe lacks the field."
+    run = pretrain(QUICK.replace(steps=2), tmp_path, progress=False)
+    path = list_checkpoints(tmp_path)[-1]
+    state = torch.load(path, weights_only=True)
+    del state['format']; state['recipe'].pop('drop_path')
+    torch.save(state, path)
+    assert load_run(tmp_path).recipe == run.recipe.replace(drop_path=Recipe().drop_path)
+    state['recipe']['dropout'] = .1; torch.save(state, path)
+    with pytest.raises(ValueError, match="no field 'dropout'; did you mean 'drop_path'"): load_run(tmp_path)
+
+
+def test_code_in_a_checkpoint_does_not_run(tmp_path):
+    class Trojan:
+        def __reduce__(self): return os.mkdir, (str(tmp_path/'harm'),)
+    torch.save({'step': 1, 'x': Trojan()}, tmp_path/'x.pt')
+    with pytest.raises(ValueError, match='x.pt'): load_checkpoint(tmp_path/'x.pt')
+    assert not (tmp_path/'harm').exists()
+
+
+def keeps_the_last_good_one(out, fill, free):
+    pretrain(QUICK.replace(steps=2), out, progress=False)
+    good, state = list_checkpoints(out)[-1], last_checkpoint(out)
+    fill()
+    with pytest.raises(OSError, match='no space left') as error: save_checkpoint(out, {**state, 'step': 3})
+    assert error.value.errno == errno.ENOSPC and list_checkpoints(out)[-1] == good and not list(good.parent.glob('*.part'))
+    free()
+    assert load_checkpoint(good)['step'] == 2 and save_checkpoint(out, {**state, 'step': 3}).exists()
+
+
+def test_full_disk_simulated(tmp_path, monkeypatch):
+    def no_space(state, file, _save=torch.save):
+        file.write(b'x' * 100)
+        try: raise OSError(errno.ENOSPC, 'No space left on device')
+        except OSError: raise RuntimeError('unexpected pos 576 vs 534')
+    keeps_the_last_good_one(tmp_path, lambda: monkeypatch.setattr(checkpoint.torch, 'save', no_space), monkeypatch.undo)
+
+
+def test_full_disk_real(tmp_path):
+    disk = tmp_path/'disk'; disk.mkdir()
+    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=32m', 'tmpfs', disk], capture_output=True).returncode: pytest.skip('needs the right to mount a small disk')
+    big = disk/'big'
+    def fill():
+        with open(big, 'wb', buffering=0) as f:
+            try:
+                while f.write(b'\0' * 65536): pass
+            except OSError: pass
+    try: keeps_the_last_good_one(disk/'run', fill, big.unlink)
+    finally: subprocess.run(['umount', disk], check=True)
+
+
+def test_full_disk_in_the_log(tmp_path, monkeypatch):
+    class Small:
+        def __init__(self, file): self.file = file
+        def write(self, data): return self.file.write(data[:10])
+        def __getattr__(self, name): return getattr(self.file, name)
+    log = checkpoint.MetricsLog(tmp_path)
+    log.write(dict(step=1, loss=1.)); log.file = Small(log.file)
+    with pytest.raises(OSError, match='no space left to write'): log.write(dict(step=2, loss=1.))
+    log.close()
+    assert [l['step'] for l in read_metrics(tmp_path)] == [1]
+
+
+@pytest.mark.parametrize('workers', [1, 2])
+def test_same_weights_with_workers(tmp_path, workers):
+    a = pretrain(QUICK, tmp_path/'a', progress=False)
+    b = pretrain(QUICK.replace(workers=workers), tmp_path/'b', progress=False)
+    assert [l['loss'] for l in a.metrics] == [l['loss'] for l in b.metrics]
+
+
+def test_bfloat16(tmp_path):
+    run = pretrain(QUICK.replace(steps=2, amp=True), tmp_path, progress=False)
+    assert run.metrics[-1]['step'] == 2 and next(run.backbone.parameters()).dtype == torch.float32
+
+
+def test_tensorboard_gets_the_same(tmp_path):
+    pretrain(QUICK.replace(steps=2), tmp_path, progress=False)
+    EventAccumulator = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator').EventAccumulator
+    events = EventAccumulator(str(tmp_path/'tensorboard')); events.Reload()
+    found = [e.value for e in events.Scalars('loss')]
+    assert found == pytest.approx([l['loss'] for l in read_metrics(tmp_path)])
