@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from .features import Backbone
 
-# %% ../../nbs/3_backbones/4_heads.ipynb #dee9f0e4
+# %% ../../nbs/3_backbones/4_heads.ipynb #4843e283
 class Prototypes(nn.Module):
-    """K directions in the bottleneck; the logit is the cosine with each: [..., d] -> [..., K], x of length 1.
+    """K directions; the logit is the cosine with each: x [..., d] of length 1 -> [..., K].
 
     The weight is normalised in the forward pass. `fixed` keeps the lengths g at 1; otherwise they are learned.
     """
@@ -29,13 +29,13 @@ class Prototypes(nn.Module):
         weight = F.normalize(self.weight, dim=-1)
         return F.linear(x, weight if self.g is None else self.g * weight)
 
-# %% ../../nbs/3_backbones/4_heads.ipynb #01421f7b
+# %% ../../nbs/3_backbones/4_heads.ipynb #fe220f71
 class DINOHead(nn.Module):
     """Projection head of DINO: an MLP, L2 normalisation, prototypes. [..., in_dim] -> logits [..., out_dim].
 
-    Initialised with a truncated normal of deviation 0.02 as DINO; with batch_norm of deviation 1/sqrt(fan-in), and
-    BatchNorm sees all leading dimensions as one batch. `last_layer` is what a trainer freezes at first.
-    Source: DINO (Caron et al. 2021), Sec. 3.1 and appendix C.
+    Starts with a truncated normal of deviation 0.02 as DINO; with batch_norm of deviation 1/sqrt(fan-in), and
+    BatchNorm takes all leading dimensions as one batch. `last_layer` is what a trainer freezes at first.
+    Source: DINO (Caron et al. 2021), Sec. 3.1 and appendix C; GLSD, Sec. 3.4.
     """
     def __init__(self, in_dim: int, out_dim: int = 65536, hidden_dim: int = 2048, bottleneck_dim: int = 256,
                  n_layers: int = 3, norm_last_layer: bool = True, batch_norm: bool = False):
@@ -54,28 +54,28 @@ class DINOHead(nn.Module):
         z = self.mlp(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
         return self.last_layer(F.normalize(z, dim=-1))
 
-# %% ../../nbs/3_backbones/4_heads.ipynb #e22b1fd4
+# %% ../../nbs/3_backbones/4_heads.ipynb #e280190e
 @dataclass
 class Outputs:
-    """All that an objective needs of one branch, batch first: image b's views are one after the other, globals first."""
+    """What an objective gets from one branch, batch first: the views of an image follow each other, globals first."""
     pooled: Tensor                    # [B, V, d]
     tokens: Tensor                    # [B, S, d]  S tokens of all views: view after view, row by row
     grids: list[tuple[int, int]]      # (H, W) of each of the V views
     w_geo: Tensor                     # [B, V, 7]
     logits: dict[str, Tensor]         # head -> [B, V, K] on 'pooled', [B, S, K] on 'tokens'
 
-# %% ../../nbs/3_backbones/4_heads.ipynb #be884d41
+# %% ../../nbs/3_backbones/4_heads.ipynb #ded38e30
 def batch_first(x: Tensor, batch: int) -> Tensor:
-    """[V*B, ...] (view by view) or [V*B, T, d] -> [B, V, d] or [B, V*T, d]."""
-    x = x.unflatten(0, (-1, batch)).transpose(0, 1)
-    return x.flatten(1, -2)
+    """View by view to image by image: [V*B, d] -> [B, V, d], and [V*B, T, d] -> [B, V*T, d]."""
+    return x.unflatten(0, (-1, batch)).transpose(0, 1).flatten(1, -2)
 
+# %% ../../nbs/3_backbones/4_heads.ipynb #4368d4c6
 class Branch(nn.Module):
     """Student or teacher: a backbone and its heads. `heads` says what each reads: {'view': 'pooled', 'region': 'tokens'}.
 
     `branch(views, n_groups=None) -> Outputs` passes each size group through the backbone at once
-    (the teacher: n_groups=1, the global group only). Features are put batch first BEFORE the heads: they are d wide,
-    logits are K wide. Other keywords go to each `DINOHead`. ValueError for a head that reads something else.
+    (the teacher: n_groups=1, the global group only). Features are sorted batch first BEFORE the heads: they are d
+    wide, logits are K wide. Other keywords go to each `DINOHead`. ValueError for a head that reads something else.
     """
     def __init__(self, backbone: Backbone, heads: dict[str, str], **head_kwargs):
         super().__init__()
