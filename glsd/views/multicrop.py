@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from .photometric import Photometric, apply_photometric
 
-# %% ../../nbs/1_views/3_multicrop.ipynb #f69eb4d7
+# %% ../../nbs/1_views/3_multicrop.ipynb #4a172355
 def draw_box(size, scale, ratio, rng):
-    """A random crop box (ulx, uly, width, height) in whole pixels of an image of `size` (H, W).
+    """A random crop box (x, y, width, height), in whole pixels, of an image of `size` (H, W).
 
-    `scale`: share of the image's area; `ratio`: width/height, log-uniform. Ten tries, then the largest central
-    crop within `ratio`: the distribution of torchvision's RandomResizedCrop.
+    `scale`: shares of the image's area; `ratio`: width/height, log-uniform. Ten tries, then the largest central
+    box within `ratio`. The distribution of torchvision's RandomResizedCrop.
     """
     (H, W), low, high = size, math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):
@@ -30,28 +30,27 @@ def draw_box(size, scale, ratio, rng):
     w, h = min(W, max(1, round(H * ratio[1]))), min(H, max(1, round(W / ratio[0])))
     return (W - w) // 2, (H - h) // 2, w, h
 
-# %% ../../nbs/1_views/3_multicrop.ipynb #e09540ed
+# %% ../../nbs/1_views/3_multicrop.ipynb #aa4b1383
 def cut(image, w_geo):
     """G of Eq. 1: cuts the boxes of `w_geo` [V,7] out of `image` uint8 [3,H,W], resizes and flips -> uint8 [V,3,h,w].
 
-    Bicubic with antialiasing, as PIL's. All crops of one call have one size.
+    Bicubic with antialiasing. All crops of one call have the size that the first row of `w_geo` names.
     """
     image, boxes = _checked(image), w_geo.tolist()
-    h, w = int(boxes[0][4]), int(boxes[0][5])
-    out = torch.empty(len(boxes), 3, h, w, dtype=torch.uint8)
-    for crop, (x0, y0, x1, y1, _, _, flipped) in zip(out, boxes):
-        box = image[:, :, int(y0):int(y1), int(x0):int(x1)]
-        view = F.interpolate(box, (h, w), mode='bicubic', antialias=True)[0]
-        crop.copy_(view.flip(-1) if flipped else view)
-    return out
+    size = int(boxes[0][4]), int(boxes[0][5])
+    crops = []
+    for x0, y0, x1, y1, _, _, flipped in boxes:
+        crop = F.interpolate(image[..., int(y0):int(y1), int(x0):int(x1)], size, mode='bicubic', antialias=True)
+        crops.append(crop.flip(-1) if flipped else crop)
+    return torch.cat(crops)
 
 def _checked(image):
-    "The image as [1,3,H,W] with channels last in memory (how resizing is fastest), or one line about what is wrong with it."
+    "The image as [1,3,H,W] with channels last in memory, or one line about what is wrong with it."
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] not in (1, 3) or image.numel() == 0:
-        raise ValueError(f'an image must be uint8 [3,H,W] or grey [1,H,W], not {image.dtype} {list(image.shape)}'.replace('torch.', ''))
+        raise ValueError(f'an image must be uint8 [3,H,W] or grey [1,H,W] and not empty; this is {str(image.dtype)[6:]} {list(image.shape)}')
     return image.expand(3, -1, -1)[None].contiguous(memory_format=torch.channels_last)
 
-# %% ../../nbs/1_views/3_multicrop.ipynb #562cd5f7
+# %% ../../nbs/1_views/3_multicrop.ipynb #23659f88
 @dataclass
 class Views:
     """A batch of views, grouped by size, the global group first.
@@ -71,11 +70,9 @@ class Views:
     def n_views(self): return sum(len(c) for c in self.crops)
 
     def to(self, device, **kwargs):
-        def move(t): return t.to(device, **kwargs)
-        return Views([move(c) for c in self.crops], [move(w) for w in self.w_geo], move(self.index), move(self.label))
-
-    def pin_memory(self):
-        return Views([c.pin_memory() for c in self.crops], [w.pin_memory() for w in self.w_geo], self.index.pin_memory(), self.label.pin_memory())
+        "The same views on `device`; further arguments as for Tensor.to."
+        crops, w_geo = ([t.to(device, **kwargs) for t in group] for group in (self.crops, self.w_geo))
+        return Views(crops, w_geo, self.index.to(device, **kwargs), self.label.to(device, **kwargs))
 
 # %% ../../nbs/1_views/3_multicrop.ipynb #b1e86afa
 class Sample(NamedTuple):
@@ -84,18 +81,19 @@ class Sample(NamedTuple):
     w_geo: list
     w_pho: list
 
-# %% ../../nbs/1_views/3_multicrop.ipynb #7bd80b33
+# %% ../../nbs/1_views/3_multicrop.ipynb #c06c6d36
 GLOBAL_1, GLOBAL_2, LOCAL = Photometric(), Photometric(p_blur=.1, p_solarize=.2), Photometric(p_blur=.5)
 
 def _scaled(p, strength):
-    return replace(p, brightness=p.brightness * strength, contrast=p.contrast * strength, saturation=p.saturation * strength, hue=p.hue * strength)
+    return replace(p, **{name: getattr(p, name) * strength for name in ('brightness', 'contrast', 'saturation', 'hue')})
 
+# %% ../../nbs/1_views/3_multicrop.ipynb #5056dcd7
 @dataclass
 class MultiCrop:
-    """Draws, cuts and colours `n_global` + `n_local` views of every image (DINO's multi-crop, GLSD Sec. 3.2).
+    """Draws, cuts and colours `n_global` + `n_local` views of every image (GLSD Sec. 3.2; multi-crop is SwAV's and DINO's).
 
     Sizes in pixels, scales as shares of the image's area, `ratio` width/height. `strength` multiplies the amplitudes
-    of the colour jitter; `photometric`: one Photometric per view, instead of the defaults.
+    of the colour jitter; `photometric`, one Photometric per view, replaces the default colours.
     """
     global_size: int = 224
     local_size: int = 96
@@ -110,50 +108,41 @@ class MultiCrop:
     def __post_init__(self):
         if self.n_global < 1 or self.n_local < 0:
             raise ValueError(f'MultiCrop: n_global={self.n_global} must be at least 1 and n_local={self.n_local} at least 0')
-        for name in ('global_size', 'local_size', 'global_scale', 'local_scale', 'ratio'): self._check_range(name)
-        default = [GLOBAL_1] + [GLOBAL_2] * (self.n_global - 1) + [LOCAL] * self.n_local
-        self._photometric = self.photometric or [_scaled(p, self.strength) for p in default]
-        if len(self._photometric) != self.n_views:
-            raise ValueError(f'MultiCrop: photometric has {len(self._photometric)} entries for {self.n_views} views; give one per view')
-
-    def _check_range(self, name):
-        low, high = np.broadcast_to(getattr(self, name), 2)
-        limit = 1 if 'scale' in name else np.inf
-        if not 0 < low <= high <= limit:
-            raise ValueError(f'MultiCrop: {name}={getattr(self, name)} must be positive' + (', low <= high' if low != high else '') + (' and at most 1' if limit == 1 else ''))
-
-    @property
-    def n_views(self): return self.n_global + self.n_local
-
-    @property
-    def groups(self):
-        "Per size group (number of views, size, scale, photometrics), the global group first; no empty group."
-        both = (self.n_global, self.global_size, self.global_scale, self._photometric[:self.n_global]), \
-               (self.n_local, self.local_size, self.local_scale, self._photometric[self.n_global:])
-        return [g for g in both if g[0]]
+        _check_range('ratio', self.ratio)
+        for name in ('global', 'local'):
+            _check_range(name + '_scale', getattr(self, name + '_scale'), 1)
+            if getattr(self, name + '_size') < 1: raise ValueError(f'MultiCrop: {name}_size must be at least 1 pixel')
+        colours = [GLOBAL_1] + [GLOBAL_2] * (self.n_global - 1) + [LOCAL] * self.n_local
+        colours = self.photometric or [_scaled(p, self.strength) for p in colours]
+        if len(colours) != self.n_global + self.n_local:
+            raise ValueError(f'MultiCrop: photometric has {len(colours)} entries for {self.n_global + self.n_local} views; give one per view')
+        self.groups = [(self.global_size, self.global_scale, colours[:self.n_global])]
+        if self.n_local: self.groups.append((self.local_size, self.local_scale, colours[self.n_global:]))
 
     def draw(self, size, rng):
-        "All random numbers of one image of `size` (H, W): w_geo and w_pho, lists with [V,7] and [V,11] per group."
-        w_geo, w_pho = [], []
-        for n, out, scale, photometric in self.groups:
-            geo = []
-            for _ in range(n):
-                x, y, w, h = draw_box(size, scale, self.ratio, rng)
-                geo.append((x, y, x + w, y + h, out, out, rng.random() < .5))
-            w_geo.append(torch.tensor(geo, dtype=torch.float32))
-            w_pho.append(torch.from_numpy(np.stack([p.draw(rng) for p in photometric])))
-        return w_geo, w_pho
+        "All random numbers for one image of `size` (H, W): lists of w_geo [V,7] and of w_pho [V,11], one entry per group."
+        return tuple(map(list, zip(*(self._draw_group(size, rng, *group) for group in self.groups))))
 
-    def cut(self, image, w_geo): return cut(image, w_geo)
+    def _draw_group(self, size, rng, out, scale, colours):
+        geo, pho = [], []
+        for photometric in colours:
+            x, y, w, h = draw_box(size, scale, self.ratio, rng)
+            geo.append((x, y, x + w, y + h, out, out, rng.random() < .5))
+            pho.append(photometric.draw(rng))
+        return torch.from_numpy(np.array(geo, dtype=np.float32)), torch.from_numpy(np.array(pho))
+
+    def cut(self, image, w_geo):
+        "`cut` of this module."
+        return cut(image, w_geo)
 
     def sample(self, image, rng):
-        "Draws and cuts the views of one image uint8 [3,H,W]; what a loader's worker does."
+        "Draws and cuts the views of one image uint8 [3,H,W]: the part that a loader's worker does."
         image = _checked(image)[0]
         w_geo, w_pho = self.draw(image.shape[1:], rng)
         return Sample([cut(image, w) for w in w_geo], w_geo, w_pho)
 
     def collate(self, samples, index=None, label=None):
-        "Samples -> Views; colours and normalises all crops of a size in one call. `index`, `label`: [B], or None."
+        "Samples -> Views: colours and normalises all crops of one size in one call. `index` and `label` [B], or None."
         crops, w_geo, w_pho = ([torch.stack(group, 1) for group in zip(*part)] for part in zip(*samples))
         crops = [apply_photometric(c.flatten(0, 1), w.flatten(0, 1)).view(c.shape) for c, w in zip(crops, w_pho)]
         index = torch.arange(len(samples)) if index is None else torch.as_tensor(index, dtype=torch.long)
@@ -163,3 +152,7 @@ class MultiCrop:
     def __call__(self, images, rngs):
         "Views of a list of images uint8 [3,H,W], with one random generator each."
         return self.collate([self.sample(image, rng) for image, rng in zip(images, rngs, strict=True)])
+
+def _check_range(name, pair, limit=math.inf):
+    if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= limit:
+        raise ValueError(f'MultiCrop: {name}={pair} must be (low, high) with 0 < low <= high' + (f' <= {limit}' if limit < math.inf else ''))
