@@ -166,17 +166,19 @@ def check_finite(step: int, named: dict):
             raise ValueError(f"step {step}: '{name}' is {value}, and the run stops. Its last checkpoint is from before; "
                              'try a lower lr, a longer warmup, a smaller clip, or amp off')
 
-# %% ../../nbs/5_training/4_loop.ipynb #927f9250
+# %% ../../nbs/5_training/4_loop.ipynb #bd627741
 @torch.no_grad()
 def flat_terms(objective, student: Outputs, teacher: Outputs, terms: dict, teacher_temp: float, tolerance=.01) -> list:
     """Names of the terms that are what a student with uniform outputs would get: ln(out_dim), times the term's weight.
 
-    Compares with the objective on logits of zero, and so needs to know neither method nor weight."""
-    uniform = replace(student, logits={k: torch.zeros_like(v) for k, v in student.logits.items()})
+    Asks the objective itself about logits of zero, and so needs to know neither method nor weight; and about logits twice
+    as large, since a student that is not uniform may pass ln(out_dim) on its way, but then this moves its loss."""
+    def scaled(factor): return replace(student, logits={k: v.detach() * factor for k, v in student.logits.items()})
     objective.eval()   # the centre must not move
-    reference = objective(uniform, teacher, teacher_temp)
+    zero, twice = objective(scaled(0), teacher, teacher_temp), objective(scaled(2), teacher, teacher_temp)
     objective.train()
-    return [k for k in terms if abs(terms[k] - reference[k]) <= tolerance * abs(reference[k])]
+    def near(a, b): return abs(a - b) <= tolerance * abs(b)
+    return [k for k in terms if near(terms[k], zero[k]) and near(twice[k], zero[k])]
 
 # %% ../../nbs/5_training/4_loop.ipynb #6f58cde5
 class StuckCheck:
