@@ -1,13 +1,21 @@
-"""Seconds of a training step of the small recipe, and where they go."""
-import statistics
+"""Seconds of a training step of the low-data comparison at scale=ci (geometric), and where they go."""
+import json, statistics
+from pathlib import Path
 import common
 import torch
 from glsd.training.loop import Trainer, batches, build_dataset, clip_gradients
 from glsd.training.recipe import Recipe
 
-SMALL = Recipe(n_images=2000, image_size=32, global_size=32, local_size=16, n_local=4, local_scale=(.1, .4), strength=.5,
-               backbone='swin_mini', out_dim=256, head_hidden=256, head_bottleneck=64, head_batchnorm=True,
-               batch_size=64, steps=200, lr=8e-3, warmup=.1, momentum=.96, device='cpu')
+LOW_DATA = Path(__file__).resolve().parent.parent / 'nbs/7_experiments/low_data.ipynb'
+
+def ci_recipe():
+    "The recipe of low_data.ipynb at scale=ci, read from its SCALES cell, so that both always mean the same one."
+    sources = [''.join(cell['source']) for cell in json.loads(LOW_DATA.read_text())['cells']]
+    scales = next((s for s in sources if s.startswith('SCALES =')), None)
+    if scales is None: raise SystemExit(f'{LOW_DATA} has no cell that starts with SCALES =')
+    found = {}
+    exec(scales, found)
+    return Recipe.from_dict({**found['SCALES']['ci']['recipe'], 'objective': 'geometric', 'n_images': 2000, 'device': 'cpu'})
 
 def timed_step(trainer, loader):
     "{part: seconds} of one step: what Trainer.step does, with a clock between."
@@ -27,12 +35,12 @@ def timed_step(trainer, loader):
 def main():
     quick = common.start(__doc__)
     steps = 3 if quick else 40
-    recipe = SMALL.replace(n_images=200) if quick else SMALL
+    recipe = ci_recipe()
     trainer = Trainer(recipe, recipe.steps)
     loader = batches(recipe, build_dataset(recipe), 0, steps)
     parts = [timed_step(trainer, loader) for _ in range(steps)][steps // 4:]       # the first ones warm up
     split = {k: statistics.median(p[k] for p in parts) for k in parts[0]}
     common.emit(seconds=statistics.median(sum(p.values()) for p in parts), split=split, steps=len(parts),
-                recipe={k: v for k, v in recipe.differences().items() if not isinstance(v, tuple)})
+                recipe={**recipe.differences(), 'backbone': recipe.backbone, 'batch_size': recipe.batch_size})
 
 if __name__ == '__main__': main()

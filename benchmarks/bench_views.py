@@ -11,9 +11,9 @@ from glsd.views.multicrop import MultiCrop
 from plain_views import PlainViews, pil_blur
 
 def natural_image(rng, H=375, W=500):
-    "uint8 [H, W, 3] with the spectrum of a photograph: noise at every octave, and shapes with hard edges in front."
+    "uint8 [H, W, 3] with the spectrum of a photograph: noise, equally strong at every octave, and shapes with hard edges in front."
     noise = lambda n: torch.from_numpy(rng.standard_normal((1, 3, n, n), dtype=np.float32))
-    image = sum(F.interpolate(noise(n), (H, W), mode='bicubic') / n**.7 for n in (2, 4, 8, 16, 32, 64, 128, 256))[0]
+    image = .35 * sum(F.interpolate(noise(n), (H, W), mode='bicubic') for n in (2, 4, 8, 16, 32, 64, 128, 256))[0]
     y, x = torch.meshgrid(torch.arange(H), torch.arange(W), indexing='ij')
     for _ in range(6):
         cx, cy, r = rng.uniform(0, W), rng.uniform(0, H), rng.uniform(20, 90)
