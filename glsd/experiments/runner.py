@@ -6,8 +6,8 @@
 __all__ = ['cell_folder', 'source_of', 'from_source', 'fingerprint', 'run_cell', 'read_result', 'work', 'cores', 'Worker',
            'steps_done', 'Grid', 'run_grid']
 
-# %% ../../nbs/7_experiments/1_runner.ipynb #6b9ab97c
-import hashlib, inspect, json, os, queue, re, signal, subprocess, sys, textwrap, threading, traceback, warnings
+# %% ../../nbs/7_experiments/1_runner.ipynb #795d9df3
+import functools, hashlib, inspect, json, os, queue, re, signal, subprocess, sys, textwrap, threading, traceback, warnings
 from collections import deque
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +24,7 @@ def cell_folder(out, name, recipe):
     digits = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
     return Path(out) / f'{re.sub(r"[^A-Za-z0-9_.=-]+", "_", name)}-{digits}'
 
-# %% ../../nbs/7_experiments/1_runner.ipynb #f12a7351
+# %% ../../nbs/7_experiments/1_runner.ipynb #779bd271
 def source_of(f):
     "The text of a function, to be sent to another process. ValueError if it has none of its own."
     try: text = textwrap.dedent(inspect.getsource(f))
@@ -32,8 +32,9 @@ def source_of(f):
     if not text.startswith('def '): raise ValueError('evaluate must be a function written with "def" in a notebook or a file, that imports what it needs inside')
     return text
 
+@functools.cache
 def from_source(text):
-    "The function again."
+    "The function again; the same object for the same text, so that it can keep things for the next cell."
     space = {}
     exec(text, space)
     return space[re.match(r'def (\w+)', text)[1]]
