@@ -68,14 +68,14 @@ class ViTBackbone(Backbone):
 
 # %% ../../nbs/3_backbones/2_vit.ipynb #29f0adcd
 class ConvStem(PatchEmbed):
-    """Patches from four small convolutions with GroupNorm in place of a large one; for patches of 4 or 8 pixels.
+    """Patches from four small convolutions with BatchNorm in place of a large one; for patches of 4 or 8 pixels.
 
     The first shrinks by half the patch, the second by two, the third looks around, the last (1 x 1) sets the width.
     """
     def __init__(self, *args, patch_size: int = 8, in_chans: int = 3, embed_dim: int = 96, **kwargs):
         super().__init__(*args, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, **kwargs)
         def layer(i, o, kernel, stride):
-            return nn.Sequential(nn.Conv2d(i, o, kernel, stride, kernel // 2, bias=False), nn.GroupNorm(o // 8, o), nn.GELU())
+            return nn.Sequential(nn.Conv2d(i, o, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(o), nn.GELU())
         half = patch_size // 2
         self.proj = nn.Sequential(layer(in_chans, 32, 2 * half - 1, half), layer(32, 64, 3, 2), layer(64, 64, 3, 1),
                                   nn.Conv2d(64, embed_dim, 1))
