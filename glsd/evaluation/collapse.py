@@ -8,14 +8,14 @@ __all__ = ['effective_rank', 'distinct_share']
 # %% ../../nbs/6_evaluation/2_collapse.ipynb #b413b74a
 import torch
 
-# %% ../../nbs/6_evaluation/2_collapse.ipynb #de13bc85
+# %% ../../nbs/6_evaluation/2_collapse.ipynb #1efa9d7b
 @torch.no_grad()
 def effective_rank(tokens):
     """exp(entropy of the singular values) of tokens [..., d]: from 1 (one direction) to d (Roy & Vetterli 2007).
 
     The mean is not subtracted, so that tokens which are all alike count as 1. ValueError if none, all zero or not finite."""
     x = tokens.flatten(0, -2).double()
-    if not len(x) or not x.isfinite().all() or not x.any(): raise ValueError(f'effective_rank needs finite tokens that are not all zero, not {list(tokens.shape)} of which {int(x.isfinite().sum())} numbers are finite')
+    if not len(x) or not x.isfinite().all() or not x.any(): raise ValueError(f'effective_rank needs finite tokens that are not all zero, not {int(x.isfinite().sum())} finite numbers out of {x.numel()}, {int((x != 0).sum())} of them not zero')
     sigma = torch.linalg.eigvalsh(x.T @ x).clamp(min=0).sqrt()
     p = sigma / sigma.sum()
     return float(torch.special.entr(p).sum().exp())

@@ -67,8 +67,8 @@ def knn_accuracy(train_feats, train_labels, test_feats, test_labels, k=(10, 20, 
             right[kk] += int((winner == y.to(bank.device)).sum())
     return {kk: 100 * n / len(queries) for kk, n in right.items()}
 
-# %% ../../nbs/6_evaluation/1_knn.ipynb #2557fa65
-@torch.inference_mode()
+# %% ../../nbs/6_evaluation/1_knn.ipynb #17e6e83d
+@torch.no_grad()                        # not inference_mode: a probe may train on these features
 def extract(backbone, dataset, size, batch_size=256, workers=0, device=None):
     """Features float32 [n, d] and labels [n] of a whole `dataset`, on the CPU, in its order.
 

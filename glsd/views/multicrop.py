@@ -30,17 +30,17 @@ def draw_box(size, scale, ratio, rng):
     w, h = min(W, max(1, round(H * ratio[1]))), min(H, max(1, round(W / ratio[0])))
     return (W - w) // 2, (H - h) // 2, w, h
 
-# %% ../../nbs/1_views/3_multicrop.ipynb #aa4b1383
+# %% ../../nbs/1_views/3_multicrop.ipynb #bd9cf20f
 def cut(image, w_geo):
     """G of Eq. 1: cuts the boxes of `w_geo` [V,7] out of `image` uint8 [3,H,W], resizes and flips -> uint8 [V,3,h,w].
 
     Bicubic with antialiasing. All crops of one call have the size that the first row of `w_geo` names.
     """
-    image, boxes = _checked(image), w_geo.tolist()
-    size = int(boxes[0][4]), int(boxes[0][5])
+    image, boxes = _checked(image), w_geo.int().tolist()
+    size = boxes[0][4:6]
     crops = []
     for x0, y0, x1, y1, _, _, flipped in boxes:
-        crop = F.interpolate(image[..., int(y0):int(y1), int(x0):int(x1)], size, mode='bicubic', antialias=True)
+        crop = F.interpolate(image[..., y0:y1, x0:x1], size, mode='bicubic', antialias=True)
         crops.append(crop.flip(-1) if flipped else crop)
     return torch.cat(crops)
 

@@ -118,7 +118,7 @@ def _hue_(x, turns):
 
 _APPLY = (_brightness_, _contrast_, _saturation_, _hue_)
 
-# %% ../../nbs/1_views/2_photometric.ipynb #9cb189bb
+# %% ../../nbs/1_views/2_photometric.ipynb #ee79d5c3
 def _radius(sigma): return np.floor(2.5 * sigma + .5).astype(int)
 
 def _taps(sigma, radius):
@@ -126,12 +126,12 @@ def _taps(sigma, radius):
     half = [math.exp(-.5 * (r / sigma) ** 2) for r in range(radius + 1)]
     return [k / (half[0] + 2 * sum(half[1:])) for k in half]
 
-def _blur(x, sigma, radius):
-    "Separable Gaussian blur of [n,3,h,w], `sigma` a list of n, one radius for all; beyond the border the edge pixel repeats."
+def _blur_(x, sigma, radius):
+    "Separable Gaussian blur of [n,3,h,w] in place, `sigma` a list of n, one radius for all; beyond the border the edge pixel repeats."
     taps = torch.tensor([_taps(s, radius) for s in sigma], device=x.device)[:, :, None, None, None]
     for dim, pad in ((-2, (0, 0, radius, radius)), (-1, (radius, radius, 0, 0))):
         size, padded = x.shape[dim], F.pad(x, pad, mode='replicate')
-        x = x * taps[:, 0]
+        x.mul_(taps[:, 0])
         for r in range(1, radius + 1):
             pair = padded.narrow(dim, radius - r, size) + padded.narrow(dim, radius + r, size)
             x.addcmul_(pair, taps[:, r])
@@ -146,42 +146,35 @@ def _sorted_by(key, x, w):
     starts = [0, *(np.flatnonzero(key[1:] != key[:-1]) + 1).tolist(), len(key)]
     return x, w, [(int(key[a]), slice(a, b)) for a, b in zip(starts, starts[1:])]
 
-# %% ../../nbs/1_views/2_photometric.ipynb #7ee80416
+# %% ../../nbs/1_views/2_photometric.ipynb #0b6885e9
 def _jitter(x, w, slot):
+    "The operation that each sample has in this slot."
     x, w, runs = _sorted_by(w[:, slot], x, w)
     for op, run in runs:
         if op >= 0: _APPLY[op](x[run], torch.from_numpy(w[run, 4 + op]).to(x.device)[:, None, None, None])
     return x, w
 
-def _grayscale(x, w):
-    x, w, runs = _sorted_by(w[:, 8], x, w)
-    for on, run in runs:
-        if on: x[run] = _luma(x[run])
+def _finish(x, w):
+    "Grey, blur and solarize."
+    radius = _radius(w[:, 9])
+    x, w, runs = _sorted_by(4 * radius + 2 * (w[:, 8] > 0) + (w[:, 10] > 0), x, w)
+    for key, run in runs:
+        if key & 2: x[run] = _luma(x[run])
+        if key > 3: _blur_(x[run], w[run, 9].tolist(), key // 4)
+        if key & 1: torch.minimum(x[run], 255 - x[run], out=x[run])
     return x, w
 
-def _soften(x, w):
-    x, w, runs = _sorted_by(_radius(w[:, 9]), x, w)
-    for radius, run in runs:
-        if radius: x[run] = _blur(x[run], w[run, 9].tolist(), radius)
-    return x, w
-
-def _solarize(x, w):
-    x, w, runs = _sorted_by(w[:, 10], x, w)
-    for on, run in runs:
-        if on: torch.minimum(x[run], 255 - x[run], out=x[run])
-    return x, w
-
-# %% ../../nbs/1_views/2_photometric.ipynb #bb0b242d
+# %% ../../nbs/1_views/2_photometric.ipynb #47340ba6
 def _transform(crops, w):
     "uint8 crops [n,3,h,w] and w numpy [n,11] -> float pixels 0..255, in the order they came in."
     w = np.column_stack([w, np.arange(len(w), dtype=np.float32)])       # the last column: their places
     x, w, _ = _sorted_by(w[:, 0], crops, w)
     x = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     for slot in range(4): x, w = _jitter(x, w, slot)
-    for stage in (_grayscale, _soften, _solarize): x, w = stage(x, w)
+    x, w = _finish(x, w)
     return _sorted_by(w[:, 11], x, w)[0]
 
-# %% ../../nbs/1_views/2_photometric.ipynb #752eecef
+# %% ../../nbs/1_views/2_photometric.ipynb #6f47c50d
 def apply_photometric(crops, w_pho):
     """P of Eq. 1, then `normalize`: uint8 crops [N,3,h,w] and w_pho [N,11] -> float32 [N,3,h,w].
 
@@ -193,8 +186,9 @@ def apply_photometric(crops, w_pho):
     out = torch.empty(crops.shape, device=crops.device)
     scale, shift = _affine(out)
     n = _piece(crops.shape[2] * crops.shape[3])
-    for i in range(0, len(w), n):
-        torch.addcmul(shift, _transform(crops[i:i + n], w[i:i + n]), scale, out=out[i:i + n])
+    with torch.inference_mode():        # calls are cheaper without autograd's books; `out` itself is an ordinary tensor
+        for i in range(0, len(w), n):
+            torch.addcmul(shift, _transform(crops[i:i + n], w[i:i + n]), scale, out=out[i:i + n])
     return out
 
 def _piece(pixels): return 1 if pixels > 2**14 else 2**18 // max(1, pixels)
