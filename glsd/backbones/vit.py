@@ -66,7 +66,7 @@ class ViTBackbone(Backbone):
         x = model.norm(model.blocks(x))
         return Features(x[:, 0], x[:, 1:], grid)
 
-# %% ../../nbs/3_backbones/2_vit.ipynb #29f0adcd
+# %% ../../nbs/3_backbones/2_vit.ipynb #dd1b895a
 class ConvStem(PatchEmbed):
     """Patches from four small convolutions with BatchNorm in place of a large one; for patches of 4 or 8 pixels.
 
