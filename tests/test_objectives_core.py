@@ -118,4 +118,4 @@ def test_processes_share_one_center(tmp_path):
     "Teacher logits are 1 in one process and 3 in the other: both centres move from 0 half-way to 2."
     code = TWO.replace('ADDRESS', str(tmp_path / 'rendezvous'))
     run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, timeout=120)
-    assert run.stdout.split('\n')[:2] == ['[1.0, 1.0, 1.0, 1.0]'] * 2
+    assert run.stdout.count('[1.0, 1.0, 1.0, 1.0]') == 2   # both write to one pipe: lines may run together
