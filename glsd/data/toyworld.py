@@ -36,8 +36,8 @@ TEXTURES = {                                                # (u, v) in periods 
     'zigzag': lambda u, v: triangle_wave(u + .6 * triangle_wave(.7 * v)),
 }
 
-# %% ../../nbs/2_data/1_toyworld.ipynb #698d6cc4
-def _contrast(value): return np.clip(3 * (value - .5) + .5, 0, 1)
+# %% ../../nbs/2_data/1_toyworld.ipynb #83d7076b
+def _contrast(value): return np.clip(3 * value - 1, 0, 1)
 
 # %% ../../nbs/2_data/1_toyworld.ipynb #ca23a06f
 def _cross(x, y):
@@ -91,27 +91,28 @@ def draw_scene(rng, label):
     waves = np.stack([np.cos(way) * period, np.sin(way) * period, rng.random(3)], -1).astype(np.float32)
     return Scene(label, centre, radius, u(-.4, .4, n), grain, _tones(rng, u, n + 1), waves)
 
-# %% ../../nbs/2_data/1_toyworld.ipynb #90b5a003
-def _turn(x, y, angle):
-    c, s = np.cos(angle), np.sin(angle)
+# %% ../../nbs/2_data/1_toyworld.ipynb #e8e6e377
+def _turn(x, y, angle, scale):
+    c, s = scale * np.cos(angle), scale * np.sin(angle)
     return c * x + s * y, c * y - s * x
 
 def _mix(tone, share): return tone[0][:, None, None] + (tone[1] - tone[0])[:, None, None] * share
 
 def _columns(a): return (c[:, None, None] for c in a.T)     # [n, k] -> k arrays that broadcast over [n, H, W]
 
-# %% ../../nbs/2_data/1_toyworld.ipynb #5177ca0b
+# %% ../../nbs/2_data/1_toyworld.ipynb #d658a587
 def layers(scene, size, shape, texture):
     "What every object would cover, and its pattern: two arrays [n, size, size] between 0 and 1."
     at = (np.arange(size, dtype=np.float32) + .5) / size
     (cx, cy), (periods, tilt, phase) = _columns(scene.centre), _columns(scene.grain)
     radius, angle = _columns(np.stack([scene.radius, scene.angle], -1))
-    x, y = _turn(at - cx, at[:, None] - cy, angle)
-    covered = np.clip((1 - SHAPES[shape](x / radius, y / radius)) * radius * size + .5, 0, 1)
-    u, v = _turn(x, y, tilt)
-    return covered, _contrast(TEXTURES[texture](u * periods + phase, v * periods + phase))
+    dx, dy = at - cx, at[:, None] - cy                                   # [n, 1, W] and [n, H, 1]: nothing large yet
+    x, y = _turn(dx, dy, angle, 1 / radius)
+    covered = np.clip(.5 + radius * size - radius * size * SHAPES[shape](x, y), 0, 1)
+    u, v = _turn(dx, dy, angle + tilt, periods)
+    return covered, _contrast(TEXTURES[texture](u + phase, v + phase))
 
-# %% ../../nbs/2_data/1_toyworld.ipynb #f3c32eb6
+# %% ../../nbs/2_data/1_toyworld.ipynb #6ab31457
 def paint(scene, size, shape, texture):
     "Image [3, size, size], mostly between 0 and 1, and masks bool [n, size, size] of what is visible of every object."
     at = (np.arange(size, dtype=np.float32) + .5) / size
@@ -120,7 +121,7 @@ def paint(scene, size, shape, texture):
     covered, pattern = layers(scene, size, shape, texture)
     masks = covered > .5
     for i, tone in enumerate(scene.tone[:-1]):
-        image = image + (_mix(tone, pattern[i]) - image) * covered[i]
+        image += (_mix(tone, pattern[i]) - image) * covered[i]
         masks[:i] &= ~masks[i]
     return image, masks
 
