@@ -174,7 +174,7 @@ def _transform(crops, w):
     x, w = _finish(x, w)
     return _sorted_by(w[:, 11], x, w)[0]
 
-# %% ../../nbs/1_views/2_photometric.ipynb #6f47c50d
+# %% ../../nbs/1_views/2_photometric.ipynb #ff4e792b
 def apply_photometric(crops, w_pho):
     """P of Eq. 1, then `normalize`: uint8 crops [N,3,h,w] and w_pho [N,11] -> float32 [N,3,h,w].
 
@@ -183,12 +183,16 @@ def apply_photometric(crops, w_pho):
     w = np.asarray(w_pho, dtype=np.float32)
     if crops.ndim != 4 or crops.shape[1] != 3 or w.shape != (len(crops), len(W_PHO)):
         raise ValueError(f'apply_photometric: crops must be [N,3,h,w] and w_pho [N,{len(W_PHO)}], not {list(crops.shape)} and {list(w.shape)}')
-    out = torch.empty(crops.shape, device=crops.device)
+    out = _new(crops)
     scale, shift = _affine(out)
     n = _piece(crops.shape[2] * crops.shape[3])
     with torch.inference_mode():        # calls are cheaper without autograd's books; `out` itself is an ordinary tensor
         for i in range(0, len(w), n):
             torch.addcmul(shift, _transform(crops[i:i + n], w[i:i + n]), scale, out=out[i:i + n])
     return out
+
+def _new(crops):
+    "Memory for the result. numpy asks the system for huge pages: a new batch costs a few page faults instead of thousands."
+    return torch.from_numpy(np.empty(crops.shape, dtype=np.float32)).to(crops.device)
 
 def _piece(pixels): return 1 if pixels > 2**14 else 2**18 // max(1, pixels)
