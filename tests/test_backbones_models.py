@@ -32,14 +32,15 @@ def test_weights_pass_through_a_file_into_timm(name, tmp_path):
     save_file(ours.model.state_dict(), tmp_path / 'w.safetensors')
     theirs = timm.create_model(ours.timm_name, num_classes=0, **ours.timm_kwargs).eval()
     theirs.load_state_dict(load_file(tmp_path / 'w.safetensors'))
+    for module in theirs.modules():  # timm's Swin has 1e-5, which no weight file can say; the chapter does
+        if isinstance(module, torch.nn.LayerNorm): module.eps = 1e-6
     x = torch.randn(2, 3, *[{'vit_tiny_p16': 224}.get(name, 32)] * 2)
     with torch.no_grad():
-        torch.testing.assert_close(ours(x).pooled, theirs(x), rtol=1e-4, atol=1e-4)  # eps of LayerNorm aside
+        torch.testing.assert_close(ours(x).pooled, theirs(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize('name', SMALL)
 def test_all_weights_learn_and_forward_is_deterministic(name):
-    torch.manual_seed(0)
     model = create_backbone(name)
     large, small = SIZES[name]
     f, g = model(torch.randn(2, 3, large, large)), model(torch.randn(2, 3, small, small))

@@ -6,9 +6,10 @@
 __all__ = ['build_dataset', 'build_multicrop', 'schedules', 'seed_step', 'decay_groups', 'clip_gradients', 'pick_device',
            'Trainer', 'batches', 'run_monitors', 'Run', 'load_run', 'pretrain', 'restore', 'train', 'remove_run']
 
-# %% ../../nbs/5_training/5_loop.ipynb #54733d7d
+# %% ../../nbs/5_training/5_loop.ipynb #3bed0fbc
 import math, shutil, time
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -29,11 +30,13 @@ from .schedules import cosine_schedule, ema_update, warmup_schedule
 from .watching import Bar, LivePlot, StuckCheck, check_finite, in_notebook
 from ..views.multicrop import MultiCrop
 
-# %% ../../nbs/5_training/5_loop.ipynb #f3e7dfce
+# %% ../../nbs/5_training/5_loop.ipynb #92e3b51a
+_toyworld = lru_cache(1)(ToyWorld)      # what one run has painted, the next run of this process need not paint again
+
 def build_dataset(recipe: Recipe):
     "The toy world or a folder of images, or a balanced subset of it."
     r = recipe
-    data = ToyWorld(n=r.n_images, size=r.image_size, seed=r.data_seed) if r.data == 'toyworld' else ImageFolder(r.data)
+    data = _toyworld(n=r.n_images, size=r.image_size, seed=r.data_seed) if r.data == 'toyworld' else ImageFolder(r.data)
     return balanced_subset(data, r.per_class, seed=r.data_seed) if r.per_class else data
 
 # %% ../../nbs/5_training/5_loop.ipynb #d8ac52ac

@@ -30,7 +30,7 @@ def draw_box(size, scale, ratio, rng):
     w, h = min(W, max(1, round(H * ratio[1]))), min(H, max(1, round(W / ratio[0])))
     return (W - w) // 2, (H - h) // 2, w, h
 
-# %% ../../nbs/1_views/3_multicrop.ipynb #bd9cf20f
+# %% ../../nbs/1_views/3_multicrop.ipynb #05f767d4
 def cut(image, w_geo):
     """G of Eq. 1: cuts the boxes of `w_geo` [V,7] out of `image` uint8 [3,H,W], resizes and flips -> uint8 [V,3,h,w].
 
@@ -42,7 +42,7 @@ def cut(image, w_geo):
     for x0, y0, x1, y1, _, _, flipped in boxes:
         crop = F.interpolate(image[..., y0:y1, x0:x1], size, mode='bicubic', antialias=True)
         crops.append(crop.flip(-1) if flipped else crop)
-    return torch.cat(crops)
+    return torch.cat(crops).contiguous()
 
 def _checked(image):
     "The image as [1,3,H,W] with channels last in memory, or one line about what is wrong with it."

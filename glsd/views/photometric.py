@@ -77,7 +77,7 @@ class Photometric:
 
 def _uniform(low, high, u): return low + (high - low) * u
 
-# %% ../../nbs/1_views/2_photometric.ipynb #4d3553c4
+# %% ../../nbs/1_views/2_photometric.ipynb #f049508c
 LUMA = (.299, .587, .114)  # ITU-R 601, as PIL's mode L
 
 def _luma(x):
@@ -89,7 +89,7 @@ def _clip_(x, factor):
     "Only a factor above 1 leads out of 0..255."
     return x.clamp_(0, 255) if (factor > 1).any() else x
 
-def _blend_(x, dull, factor): return _clip_(torch.lerp(dull, x, factor, out=x), factor)
+def _blend_(x, dull, factor): return _clip_(x.mul_(factor).add_(dull * (1 - factor)), factor)
 
 def _brightness_(x, factor): return _clip_(x.mul_(factor), factor)
 
@@ -103,14 +103,14 @@ def _mean_luma(x):
 
 def _contrast_(x, factor): return _blend_(x, _mean_luma(x), factor)
 
-# %% ../../nbs/1_views/2_photometric.ipynb #ff504e48
+# %% ../../nbs/1_views/2_photometric.ipynb #2942a55e
 def _hue_(x, turns):
     "Turns the hue of [n,3,h,w] in place by `turns` [n,1,1,1], -0.5 to 0.5: exact HSV, without a division or a case."
     r, g, b = x.unbind(1)
     low, high = torch.minimum(torch.minimum(r, g), b), torch.maximum(torch.maximum(r, g), b)
     chroma = high - low
     top, bottom, half = high + chroma, chroma - low, chroma * 3
-    a = (r - g).sub_(b).add_(top).copysign_(g - b).addcmul_(chroma, -6 * turns[:, 0])
+    a = (r - g).sub_(b).add_(top).copysign_(g - b).sub_(chroma * (6 * turns[:, 0]))
     for channel, distance in ((1, a - chroma), (2, a + chroma)):
         torch.clamp(distance.abs_().sub_(half).abs_().sub_(bottom), low, high, out=x[:, channel])
     torch.clamp(top.sub_(a.abs_().sub_(half).abs_()), low, high, out=x[:, 0])
@@ -118,7 +118,7 @@ def _hue_(x, turns):
 
 _APPLY = (_brightness_, _contrast_, _saturation_, _hue_)
 
-# %% ../../nbs/1_views/2_photometric.ipynb #ee79d5c3
+# %% ../../nbs/1_views/2_photometric.ipynb #f512bb34
 def _radius(sigma): return np.floor(2.5 * sigma + .5).astype(int)
 
 def _taps(sigma, radius):
@@ -134,7 +134,7 @@ def _blur_(x, sigma, radius):
         x.mul_(taps[:, 0])
         for r in range(1, radius + 1):
             pair = padded.narrow(dim, radius - r, size) + padded.narrow(dim, radius + r, size)
-            x.addcmul_(pair, taps[:, r])
+            x.add_(pair.mul_(taps[:, r]))
     return x
 
 # %% ../../nbs/1_views/2_photometric.ipynb #a0240fb8
@@ -174,7 +174,7 @@ def _transform(crops, w):
     x, w = _finish(x, w)
     return _sorted_by(w[:, 11], x, w)[0]
 
-# %% ../../nbs/1_views/2_photometric.ipynb #ff4e792b
+# %% ../../nbs/1_views/2_photometric.ipynb #b6d9e576
 def apply_photometric(crops, w_pho):
     """P of Eq. 1, then `normalize`: uint8 crops [N,3,h,w] and w_pho [N,11] -> float32 [N,3,h,w].
 
@@ -188,7 +188,7 @@ def apply_photometric(crops, w_pho):
     n = _piece(crops.shape[2] * crops.shape[3])
     with torch.inference_mode():        # calls are cheaper without autograd's books; `out` itself is an ordinary tensor
         for i in range(0, len(w), n):
-            torch.addcmul(shift, _transform(crops[i:i + n], w[i:i + n]), scale, out=out[i:i + n])
+            torch.mul(_transform(crops[i:i + n], w[i:i + n]), scale, out=out[i:i + n]).add_(shift)
     return out
 
 def _new(crops):
