@@ -89,13 +89,14 @@ def run_evaluate(args):
     if args.out:
         with written_beside(args.out) as f: f.write(json.dumps({'run': str(args.run), 'anchors': len(bank), 'queries': len(query), 'knn': scores}, indent=1).encode())
 
-# %% ../nbs/cli.ipynb #66b1d9cb
+# %% ../nbs/cli.ipynb #8e524d3e
 def run_export(args):
     "Writes the teacher backbone of a run folder as safetensors that timm loads."
     from glsd.training import export_backbone
     out = Path(args.out or Path(args.run) / 'backbone.safetensors')
     line = export_backbone(args.run, out)
     print(f'{out}: {out.stat().st_size / 2**20:.1f} MB; load it with\n{line}')
+    if 'swin' in line: print('(timm\'s Swin has LayerNorm eps 1e-5, not 1e-6, and rolls before it pads: below 224 px take the network from glsd.backbones)')
 
 # %% ../nbs/cli.ipynb #47078ee6
 def experiment_path(name):
@@ -146,13 +147,13 @@ def run_data(args):
     from glsd.data.fetching import get
     print(get(args.name, args.root, source=args.source))
 
-# %% ../nbs/cli.ipynb #a22c4681
+# %% ../nbs/cli.ipynb #faf8db5c
 _packages = 'torch torchvision timm numpy pillow safetensors pyyaml matplotlib ipywidgets papermill jupyterlab tqdm tensorboard'.split()
 
 def diagnose() -> list:
     "(ok, what, advice) for each thing that glsd needs or can use; ok is None for what is only nice to have."
     import torch
-    rows = [(True, f'python {sys.version.split()[0]} in {sys.prefix}', '')]
+    rows = [(True, f'python {sys.version.split()[0]}' + (f', virtual environment {Path(sys.prefix).name}' if sys.prefix != sys.base_prefix else ''), '')]
     for name in _packages:
         try: rows.append((True, f'{name} {importlib.metadata.version(name)}', ''))
         except importlib.metadata.PackageNotFoundError: rows.append((False, name, f'pip install {name}'))
