@@ -124,10 +124,10 @@ class Trainer:
             student = self.student(views)
             return student, teacher, self.objective(student, teacher, teacher_temp)
 
-    def step(self, views, look=None) -> dict:
+    def step(self, views, looks=()) -> dict:
         """One step on one batch of Views. Returns what happened as numbers; ValueError when a term is not finite.
 
-        look: called with the step, the objective, the student's and the teacher's Outputs, the terms and the teacher's temperature."""
+        looks: each is called with the step, the objective, the student's and the teacher's Outputs, the terms and the teacher's temperature."""
         now = self.now()
         seed_step(self.recipe.seed, self.done + 1)
         student, teacher, terms = self.forward(views.to(self.device), now['teacher_temp'])
@@ -140,7 +140,7 @@ class Trainer:
         values = torch.stack([t.detach().float() for t in (*terms.values(), norm)]).tolist()  # waits for the device, once a step
         named = dict(zip([*terms, 'grad_norm'], values))
         check_finite(self.done, named)
-        if look: look(self.done, self.objective, student, teacher, terms, now['teacher_temp'])
+        for look in looks: look(self.done, self.objective, student, teacher, terms, now['teacher_temp'])
         return dict(step=self.done, loss=sum(values[:-1]), **named, **now)
 
     def update(self, now):
@@ -202,7 +202,8 @@ def load_run(path) -> Run:
 def pretrain(recipe: Recipe, out, monitors=None, resume=True, dataset=None, progress=True) -> Run:
     """Trains `recipe` in the folder `out`, or goes on where it was cut; a finished run is only read.
 
-    monitors: name -> callable(backbone, step) -> dict of numbers, called with the teacher's backbone every `monitor_every` steps and at the end.
+    monitors: name -> callable(backbone, step) -> dict of numbers, called with the teacher's backbone every `monitor_every` steps and at the end;
+    just before, a monitor that has a method `look` is shown that step, as `Trainer.step` says.
     dataset: instead of the one the recipe names. resume=False removes a former run from the folder first.
     Errors are ValueErrors of one line: fewer images than a batch, another recipe or architecture in the folder,
     a folder in use by another process, a term that is not finite."""
@@ -238,13 +239,16 @@ def train(trainer, out, dataset, monitors, progress):
     try:
         for views in batches(r, dataset, trainer.done, trainer.steps):
             loaded = time.perf_counter()
-            line = trainer.step(views, look=stuck if stuck.due(trainer.done + 1) else None)
-            last = trainer.done == trainer.steps
-            if monitors and (last or (r.monitor_every and trainer.done % r.monitor_every == 0)): line |= run_monitors(trainer, monitors)
+            step = trainer.done + 1
+            last = step == trainer.steps
+            shown = monitors if last or (r.monitor_every and step % r.monitor_every == 0) else {}
+            looks = [m.look for m in shown.values() if hasattr(m, 'look')] + [stuck] * stuck.due(step)
+            line = trainer.step(views, looks)
+            if shown: line |= run_monitors(trainer, shown)
             now = time.perf_counter()
             log.write({**line, 'seconds': round(now - started, 4), 'seconds_waiting': round(loaded - started, 4)})
             started = now
-            if last or trainer.done % every == 0:
+            if last or step % every == 0:
                 log.sync()
                 save_checkpoint(out, trainer.state_dict())
             if show: show(log.lines)

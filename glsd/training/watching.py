@@ -75,7 +75,7 @@ def in_notebook() -> bool:
 
 # %% ../../nbs/5_training/4_watching.ipynb #3b1a2e62
 class LivePlot:
-    "The terms and the monitors of a run, in one picture that changes in place as the run goes on; silent outside a notebook."
+    "The terms of a run, and beside them each of its monitors, in one picture that changes in place as the run goes on; silent outside a notebook."
     def __init__(self, steps, done=0):
         self.steps, self.first, self.started = steps, done, time.perf_counter()
         self.handle, self.next = None, 0.
@@ -94,11 +94,14 @@ class LivePlot:
     def draw(self, lines) -> bytes:
         "-> PNG."
         from matplotlib.figure import Figure
-        figure = Figure((8, 2.6), layout='constrained')
-        for axis, names, title in zip(figure.subplots(1, 2), curves(lines), (self.title(lines), 'monitors')):
-            for name in names: axis.plot(*points(lines, name), marker='.' if title == 'monitors' else '', lw=1, label=name)
-            axis.set(title=title, xlabel='step', xlim=(0, self.steps))
-            if names: axis.legend(fontsize='small')
+        terms, monitors = curves(lines)
+        panels = {'': terms}
+        for name in monitors: panels.setdefault(name.split('/')[0], []).append(name)
+        figure = Figure((4 * len(panels), 2.6), layout='constrained')
+        for axis, (monitor, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+            for name in names: axis.plot(*points(lines, name), marker='.' if monitor else '', lw=1, label=name.removeprefix(monitor + '/'))
+            axis.set(title=monitor or self.title(lines), xlabel='step', xlim=(0, self.steps))
+            axis.legend(fontsize='x-small', ncols=1 + len(names) // 6)
         buffer = io.BytesIO(); figure.savefig(buffer, format='png', dpi=80)
         return buffer.getvalue()
 
