@@ -71,6 +71,7 @@ def test_a_killed_grid_leaves_no_process_and_goes_on(tmp_path):
 
 
 def test_an_interrupt_ends_the_workers(tmp_path):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background is born deaf to it
     threading.Timer(1., signal.raise_signal, [signal.SIGINT]).start()
     seen = []
     with pytest.raises(KeyboardInterrupt):
