@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['evaluating', 'token_grid', 'shift_reach', 'draw_pair', 'exact_map', 'Pairs', 'best_match', 'token_distances', 'score',
-           'PixelPatches', 'summary', 'contest', 'correspondence', 'draw_ties', 'correspondence_picture']
+           'PixelPatches', 'mean_ci', 'summary', 'contest', 'correspondence', 'draw_ties', 'correspondence_picture']
 
 # %% ../../nbs/6_evaluation/5_correspondence.ipynb #b4c1681a
 from contextlib import contextmanager
@@ -115,14 +115,16 @@ class PixelPatches(nn.Module):
         tokens = x.flatten(2).mT
         return Features(tokens.mean(1), tokens, tuple(x.shape[-2:]))
 
-# %% ../../nbs/6_evaluation/5_correspondence.ipynb #b00f7040
+# %% ../../nbs/6_evaluation/5_correspondence.ipynb #6ed72892
+def mean_ci(x):
+    "Mean of x [n] and its 95 % interval over images, [low, high]."
+    mean, half = float(x.double().mean()), 1.96 * float(x.double().std()) / len(x) ** .5
+    return mean, [mean - half, mean + half]
+
 def summary(accuracy, distance, stride):
     "Means over images and their 95 % intervals, of accuracies in per cent [n] and distances in tokens [n]; pixels are those of the crop."
-    def mean(x):
-        x, half = x.double(), 1.96 * float(x.double().std()) / len(x) ** .5
-        return float(x.mean()), [float(x.mean()) - half, float(x.mean()) + half]
     figures = {}
-    for name, x in dict(accuracy=accuracy, distance=distance, distance_px=distance * stride).items(): figures[name], figures[name + '_ci'] = mean(x)
+    for name, x in dict(accuracy=accuracy, distance=distance, distance_px=distance * stride).items(): figures[name], figures[name + '_ci'] = mean_ci(x)
     return figures
 
 # %% ../../nbs/6_evaluation/5_correspondence.ipynb #b3977a87
