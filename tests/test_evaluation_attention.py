@@ -1,0 +1,151 @@
+"""What the chapter cannot show about attention: every kind of block against its own output, odd sizes, masks, and the widget's clicks."""
+import json
+
+import pytest
+import timm
+import torch
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
+
+from glsd.backbones import create_backbone
+from glsd.data import ToyWorld
+from glsd.evaluation.attention import (Caught, attention_blocks, attention_jaccard, attention_maps, attention_masks,
+                                       pca_rgb, similar_patches, similarity_map, similarity_widget, window_places)
+from glsd.evaluation.frozen import TimmFeatures
+
+SMALL = dict(patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=0)
+NETWORKS = {
+    'vit with registers and q-norm': lambda: TimmFeatures(VisionTransformer(img_size=48, reg_tokens=2, qk_norm=True, **SMALL)),
+    'vit without CLS': lambda: create_backbone('vit_mini'),
+    'swin of glsd': lambda: create_backbone('swin_mini'),
+    'swin of timm': lambda: TimmFeatures(SwinTransformer(img_size=48, patch_size=4, window_size=5, embed_dim=32, depths=(2, 2), num_heads=(2, 4), num_classes=0)),
+}
+
+@pytest.fixture(params=NETWORKS)
+def network(request):
+    net = NETWORKS[request.param]().eval()
+    for name, p in net.named_parameters():              # loud enough that attention is far from uniform
+        if 'qkv' in name or 'bias_table' in name: torch.nn.init.normal_(p, std=.3)
+    return net
+
+
+@torch.no_grad()
+def test_weights_times_values_are_what_the_block_computed(network):
+    "A @ v is what arrives at the block's last layer: so A is the attention that was used."
+    x = torch.randn(2, 3, 48, 48)
+    for block in attention_blocks(network):
+        arrived = []
+        hook = block.attn.proj.register_forward_pre_hook(lambda module, args: arrived.append(args[0]))
+        with Caught(block) as caught: f = network(x)
+        hook.remove()
+        swin = hasattr(block, 'window_size')
+        caught = caught.of_swin() if swin else caught.of_vit(f.grid)
+        qkv = caught.seen['qkv']
+        if swin and qkv.ndim == 4: qkv = caught._cut(qkv)[0]
+        elif swin: qkv = qkv.unflatten(0, (2, -1))
+        else: qkv = qkv[:, None]
+        v = qkv.unflatten(-1, (3, block.attn.num_heads, -1)).movedim(-3, 0)[2].transpose(-2, -3)
+        out = (caught.A @ v).transpose(-2, -3).flatten(-2)                            # [N, n, slots, c]
+        if arrived[0].ndim == 4:                                                      # glsd's Swin: already put together
+            H, W = caught.grid
+            flat, places = out.flatten(1, 2), caught.places.flatten()
+            together = torch.empty(2, H * W, out.shape[-1]); together[:, places[places >= 0]] = flat[:, places >= 0]
+            torch.testing.assert_close(together.unflatten(1, (H, W)), arrived[0], atol=1e-5, rtol=1e-4)
+        else: torch.testing.assert_close(out.flatten(0, 1), arrived[0].view(-1, *out.shape[2:]), atol=1e-5, rtol=1e-4)
+
+
+def test_sums_and_places(network):
+    x, layers = torch.randn(1, 3, 48, 48), len(attention_blocks(network))
+    for layer in range(layers):
+        everybody = attention_maps(network, x, layer=layer)[0]
+        assert (everybody >= 0).all() and (everybody.sum((1, 2)) < 1 + 1e-5).all()
+        H, W = everybody.shape[1:]
+        one = attention_maps(network, x, query=(H - 1, W - 1), layer=layer)[0]
+        assert one[:, H - 1, W - 1].min() > 0                                         # a token sees itself
+        with pytest.raises(ValueError, match='no token at'): attention_maps(network, x, query=(H, 0), layer=layer)
+
+
+def test_every_token_lies_in_exactly_one_slot():
+    for grid in ((5, 5), (6, 9), (7, 3)):
+        for shift in ((0, 0), (2, 2)):
+            for pad_first in (True, False):
+                places = window_places(grid, (4, 4), shift, pad_first).flatten()
+                assert sorted(places[places >= 0].tolist()) == list(range(grid[0] * grid[1]))
+
+
+def test_a_network_made_to_look_at_one_kind_of_patch_is_seen_doing_so():
+    "Keys that measure brightness, and a CLS that asks for it: the brightest patch gets the attention."
+    net = TimmFeatures(VisionTransformer(img_size=48, **SMALL)).eval()
+    image = torch.zeros(3, 48, 48); image[:, 16:24, 32:40] = 1
+    with torch.no_grad():
+        block = net.model.blocks[0]
+        net.model.pos_embed.zero_(); net.model.cls_token.zero_()
+        net.model.patch_embed.proj.bias.zero_(); net.model.patch_embed.proj.weight.zero_()
+        net.model.patch_embed.proj.weight[0] = 1.; net.model.cls_token[..., 1] = 1.
+        qkv = block.attn.qkv; qkv.weight.zero_(); qkv.bias.zero_()
+        qkv.weight[0:48:16, 1] = 5.; qkv.weight[48:96:16, 0] = 5.                     # q from the mark of CLS, k from brightness
+    maps = attention_maps(net, image, layer=0)[0]
+    assert all(m.argmax() == 2 * 6 + 4 for m in maps) and (maps.flatten(1).amax(1) > .5).all()
+
+
+def test_masks_hold_the_mass_and_nothing_to_spare():
+    maps = torch.rand(20, 3, 6, 6)
+    for mass in (.1, .6, .99):
+        kept = attention_masks(maps, mass)
+        held = (maps * kept).sum((-1, -2)) / maps.sum((-1, -2))
+        least = torch.where(kept, maps, 9.).amin((-1, -2)) / maps.sum((-1, -2))
+        assert (held > mass - 1e-4).all() and (held - least < mass + 1e-4).all()
+
+
+def test_perfect_masks_score_a_hundred_and_shuffled_ones_do_not(monkeypatch):
+    "A world whose object is a square of whole patches, and a network that looks at exactly them."
+    class World:
+        def __len__(self): return 8
+        def scene(self, i):
+            mask = torch.zeros(1, 48, 48, dtype=torch.bool); mask[0, 8:24, 8 * (i % 4):8 * (i % 4) + 16] = True
+            return (255 * mask).expand(3, -1, -1).to(torch.uint8), 0, mask, None
+    look = lambda backbone, image, layer=-1: torch.nn.functional.avg_pool2d(image[None, :2].float(), 8) + 1e-6
+    monkeypatch.setattr('glsd.evaluation.attention.attention_maps', look)
+    r = attention_jaccard(create_backbone('vit_mini').eval(), World(), 48, mass=.99, progress=False)
+    assert r['jaccard'] == r['one_head'] == 100 and r['shuffled'] < 50 and abs(r['everything'] - 100 / 9) < 1e-4
+
+
+def test_jaccard_result_is_json_and_other_sizes_work():
+    r = attention_jaccard(create_backbone('swin_mini').eval(), ToyWorld(5), 48, progress=False)
+    assert json.loads(json.dumps(r)) == r and len(r['heads']) == 4 and 0 < r['one_head'] <= r['jaccard'] <= 100
+    other = attention_jaccard(create_backbone('vit_mini'), ToyWorld(5), 48, masks=lambda i: torch.ones(64, 64, dtype=torch.bool), progress=False)
+    assert other['everything'] == 100
+
+
+def test_a_plain_convolutional_network_is_refused():
+    net = TimmFeatures(timm.create_model('resnet10t', num_classes=0))
+    with pytest.raises(ValueError, match='no self-attention') as e: attention_maps(net, torch.zeros(3, 64, 64))
+    assert '\n' not in str(e.value)
+
+
+def test_colours_do_not_depend_on_the_other_sign_and_stay_in_range():
+    tokens = torch.randn(2, 36, 16)
+    a, b = pca_rgb(tokens, (6, 6)), pca_rgb(tokens + 100, (6, 6))
+    assert a.min() >= 0 and a.max() <= 1
+    torch.testing.assert_close(a, b, atol=1e-2, rtol=0)
+    assert pca_rgb(torch.randn(36, 2), (6, 6)).shape == (1, 6, 6, 3)                  # fewer than three dimensions
+    assert not pca_rgb(torch.ones(1, 36, 8), (6, 6)).isnan().any()                    # all alike
+
+
+def test_every_button_of_the_widget_selects_its_own_place():
+    net, views = create_backbone('vit_mini').eval(), torch.randn(2, 3, 24, 24)
+    row, caption = similarity_widget(net, views, pixels=30).children
+    for v in range(2):
+        buttons = row.children[v].children[1].children
+        assert len(buttons) == 9
+        for n, button in enumerate(buttons):
+            button.click()
+            assert caption.value.startswith(f'view {v + 1}, row {n // 3}, column {n % 3}')
+
+
+def test_top_share_and_cosines():
+    tokens = torch.randn(2, 36, 8)
+    cosines = similarity_map(tokens[0], (6, 6), (2, 3))
+    assert cosines.flatten().argmax() == 15 and similar_patches(cosines)[2, 3] and similar_patches(cosines).sum() == 4
+    across = similarity_map(tokens[0], (6, 6), (2, 3), tokens[1])
+    torch.testing.assert_close(across[1, 1], torch.cosine_similarity(tokens[0, 15], tokens[1, 7], dim=0))
