@@ -1,0 +1,131 @@
+"Dense nearest neighbours: void pixels, own mask sizes, perfect tokens, odd grids, and folders that are not in order."
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from glsd.backbones import Features, create_backbone
+from glsd.data import ToyWorld
+from glsd.evaluation.correspondence import PixelPatches
+from glsd.evaluation.dense import (Memory, MaskFolder, ToySegmentation, class_iou, confusion_matrix, dense_nn, dense_picture,
+                                   token_shares)
+
+
+class Listed:
+    "A data set from a list of (image, mask)."
+    def __init__(self, pairs, n_classes, void=None): self.pairs, self.void, self.classes = pairs, void, [f'c{i}' for i in range(n_classes)]
+    def __len__(self): return len(self.pairs)
+    def __getitem__(self, i): return self.pairs[i]
+
+
+def flags(n, h, w, n_classes=3, seed=0, tile=8):
+    "Images of tiles whose colour is their class, so that a pixel patch knows everything."
+    g, out = torch.Generator().manual_seed(seed), []
+    colours = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255]], dtype=torch.uint8)
+    for _ in range(n):
+        classes = torch.randint(n_classes, (h // tile, w // tile), generator=g)
+        mask = classes.repeat_interleave(tile, 0).repeat_interleave(tile, 1)
+        out.append((colours[mask].permute(2, 0, 1).contiguous(), mask))
+    return out
+
+
+def run(memory, queries, size, backbone=None, **options):
+    return dense_nn(backbone or PixelPatches(8), memory, queries, size, progress=False, **options)
+
+
+def test_perfect_tokens_reach_the_ceiling():
+    r = run(Listed(flags(6, 32, 48), 3), Listed(flags(3, 32, 48, seed=1), 3), (32, 48), k=5)
+    assert r['miou'] == pytest.approx(r['ceiling']) and r['grid'] == [4, 6] and r['mask_size'] == [32, 48]
+    json.dumps(r, allow_nan=False)
+
+
+def test_void_neither_teaches_nor_counts():
+    pairs, queries = flags(6, 32, 32), flags(3, 32, 32, seed=1)
+    clean = run(Listed(pairs, 3), Listed(queries, 3), 32, k=5)
+    half = [(i, m.clone()) for i, m in queries]
+    for _, m in half: m[:16] = 255
+    r = run(Listed(pairs, 3, 255), Listed(half, 3, 255), 32, k=5)
+    assert sum(map(sum, r['confusion'])) == 3 * 16 * 32 and sum(map(sum, clean['confusion'])) == 3 * 32 * 32
+    lies = [(i, torch.where(torch.arange(32)[:, None] < 16, 255, m)) for i, m in pairs]
+    taught = Memory(PixelPatches(8), Listed(lies, 3, 255), 32, progress=False)
+    assert len(taught.keys) == 6 * 8 and torch.allclose(taught.values.sum(1), torch.ones(48))
+
+
+def test_masks_of_several_sizes_are_counted_at_their_own():
+    small, large = flags(3, 32, 32), flags(2, 64, 64, tile=16)
+    r = run(Listed(small + large, 3), Listed(small[:1] + large[:1], 3), 32, k=5)
+    assert r['mask_size'] == 'own' and sum(map(sum, r['confusion'])) == 32 * 32 + 64 * 64
+
+
+def test_a_class_that_nobody_meets_is_none_and_left_out_of_the_mean():
+    r = run(Listed(flags(6, 32, 32), 4), Listed(flags(3, 32, 32, seed=1), 4), 32, k=5)
+    assert r['iou']['c3'] is None and r['miou'] == pytest.approx(np.mean([r['iou'][f'c{i}'] for i in range(3)]))
+
+
+def test_one_matrix_is_the_sum_of_many():
+    a, b = torch.randint(4, (2, 50, 50)), torch.randint(4, (2, 50, 50))
+    m = confusion_matrix(a, b, 4)
+    assert torch.equal(m, confusion_matrix(a[0], b[0], 4) + confusion_matrix(a[1], b[1], 4)) and m.sum() == a.numel()
+    for c in range(4):
+        either = ((a == c) | (b == c)).sum()
+        assert class_iou(m)[c] == pytest.approx(float(100 * ((a == c) & (b == c)).sum() / either))
+
+
+def test_shares_of_a_grid_that_does_not_divide_sum_to_one():
+    shares = token_shares(torch.randint(5, (45, 60)), (7, 11), 5)
+    assert shares.shape == (77, 5) and torch.allclose(shares.sum(1), torch.ones(77))
+
+
+@pytest.mark.parametrize('name', ['vit_mini', 'swin_mini'])
+def test_batches_and_workers_change_nothing(name):
+    torch.manual_seed(0)
+    net, kinds = create_backbone(name).train(), dict(size=32, shapes=('disc',), textures=('bars', 'rings'))
+    memory, queries = ToySegmentation(ToyWorld(12, **kinds)), ToySegmentation(ToyWorld(6, split='val', **kinds))
+    one = run(memory, queries, 32, net, memory_size=100)
+    two = run(memory, queries, 32, net, memory_size=100, batch_size=5, workers=1)
+    assert net.training and one['memory'] == two['memory'] == 96 and one['miou'] == pytest.approx(two['miou'], abs=.5)
+
+
+def test_what_it_refuses():
+    toy = Listed(flags(2, 32, 32), 3)
+    bad = Listed([(i, m + 5) for i, m in flags(2, 32, 32)], 3)
+    void = Listed([(i, m * 0 + 9) for i, m in flags(2, 32, 32)], 3, 9)
+    with pytest.raises(ValueError, match='holds the number'): run(bad, toy, 32, k=2)
+    with pytest.raises(ValueError, match='holds the number'): run(toy, bad, 32, k=2)
+    with pytest.raises(ValueError, match='no pixel of the memory'): run(void, toy, 32, k=2)
+    with pytest.raises(ValueError, match='no pixel of the query'): run(toy, void, 32, k=2)
+    with pytest.raises(ValueError, match='the memory holds 32'): run(toy, toy, 32, k=33)
+    with pytest.raises(ValueError, match='other classes'): run(toy, Listed(toy.pairs, 4), 32)
+    with pytest.raises(ValueError, match='0 query images'): run(toy, Listed([], 3), 32)
+    class Pooled(torch.nn.Module):
+        def forward(self, x): return Features(x.mean((2, 3)), None, None)
+    with pytest.raises(ValueError, match='returns no tokens'): run(toy, toy, 32, Pooled())
+
+
+def save(root, pairs, void=None):
+    for part in ('images', 'masks'): (root / part).mkdir(parents=True, exist_ok=True)
+    for i, (image, mask) in enumerate(pairs):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(root / f'images/{i}.png')
+        Image.fromarray(mask.byte().numpy()).save(root / f'masks/{i}.png')
+
+
+def test_a_folder_is_what_was_saved(tmp_path):
+    pairs = flags(3, 32, 48)
+    save(tmp_path / 'train', pairs)
+    ds = MaskFolder(tmp_path, 'train', classes=('red', 'green', 'blue'))
+    assert ds.void == 3 and all(torch.equal(a, b) for got, want in zip(map(ds.__getitem__, range(3)), pairs) for a, b in zip(got, want))
+    indexed = Image.fromarray(pairs[0][1].byte().numpy(), mode='P'); indexed.putpalette([0, 0, 0, 9, 9, 9, 200, 1, 1])
+    indexed.save(tmp_path / 'train/masks/0.png')
+    assert torch.equal(ds[0][1], pairs[0][1])
+    fig = dense_picture({'pixels': PixelPatches(8)}, ds, ds, (32, 48), images=(0, 2), k=2, progress=False)
+    assert len(fig.axes) == 2 * 3
+
+
+def test_a_broken_mask_is_named(tmp_path):
+    save(tmp_path / 'train', flags(2, 32, 32))
+    (tmp_path / 'train/masks/1.png').write_bytes(b'no image')
+    ds = MaskFolder(tmp_path, 'train')
+    with pytest.raises(ValueError, match='masks/1.png'): ds[1]
+    with pytest.raises(ValueError, match='masks/1.png'): run(ds, ds, 32)
