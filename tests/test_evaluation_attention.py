@@ -9,9 +9,10 @@ from timm.models.vision_transformer import VisionTransformer
 
 from glsd.backbones import create_backbone
 from glsd.data import ToyWorld
-from glsd.evaluation.attention import (Caught, attention_blocks, attention_jaccard, attention_maps, attention_masks,
-                                       pca_rgb, similar_patches, similarity_map, similarity_widget, window_places)
-from glsd.evaluation.frozen import TimmFeatures
+from glsd.backbones.swin import SwinBackbone
+from glsd.evaluation.attention import (attention_blocks, attention_jaccard, attention_maps, attention_masks, attention_picture,
+                                       block_attention, pca_rgb, similar_patches, similarity_map, similarity_widget, window_places)
+from glsd.evaluation.frozen import TimmFeatures, load_frozen
 
 SMALL = dict(patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=0)
 NETWORKS = {
@@ -21,37 +22,75 @@ NETWORKS = {
     'swin of timm': lambda: TimmFeatures(SwinTransformer(img_size=48, patch_size=4, window_size=5, embed_dim=32, depths=(2, 2), num_heads=(2, 4), num_classes=0)),
 }
 
-@pytest.fixture(params=NETWORKS)
-def network(request):
-    net = NETWORKS[request.param]().eval()
-    for name, p in net.named_parameters():              # loud enough that attention is far from uniform
+def loud(net):
+    "Weights so large that attention is far from uniform."
+    for name, p in net.named_parameters():
         if 'qkv' in name or 'bias_table' in name: torch.nn.init.normal_(p, std=.3)
     return net
 
 
+@pytest.fixture(params=NETWORKS)
+def network(request): return loud(NETWORKS[request.param]().eval())
+
+
 @torch.no_grad()
-def test_weights_times_values_are_what_the_block_computed(network):
-    "A @ v is what arrives at the block's last layer: so A is the attention that was used."
+def caught(network, block, run):
+    "What arrives at the block's dropout of attention (timm's plain way of computing it, if it takes it) and at its last layer."
+    seen, fused, block.attn.fused_attn = {}, block.attn.fused_attn, False
+    hooks = [getattr(block.attn, name).register_forward_pre_hook(lambda m, args, name=name: seen.update({name: args[0]})) for name in ('attn_drop', 'proj')]
+    hooks.append(block.attn.qkv.register_forward_hook(lambda m, args, out: seen.update(qkv=out)))
+    seen['result'] = run()
+    for hook in hooks: hook.remove()
+    block.attn.fused_attn = fused
+    return seen
+
+
+def test_attention_is_what_timm_computes(network):
+    "Ours comes from `qkv` alone; timm, told not to fuse, shows its own."
     x = torch.randn(2, 3, 48, 48)
-    for block in attention_blocks(network):
-        arrived = []
-        hook = block.attn.proj.register_forward_pre_hook(lambda module, args: arrived.append(args[0]))
-        with Caught(block) as caught: f = network(x)
-        hook.remove()
-        swin = hasattr(block, 'window_size')
-        caught = caught.of_swin() if swin else caught.of_vit(f.grid)
-        qkv = caught.seen['qkv']
-        if swin and qkv.ndim == 4: qkv = caught._cut(qkv)[0]
-        elif swin: qkv = qkv.unflatten(0, (2, -1))
-        else: qkv = qkv[:, None]
-        v = qkv.unflatten(-1, (3, block.attn.num_heads, -1)).movedim(-3, 0)[2].transpose(-2, -3)
-        out = (caught.A @ v).transpose(-2, -3).flatten(-2)                            # [N, n, slots, c]
-        if arrived[0].ndim == 4:                                                      # glsd's Swin: already put together
-            H, W = caught.grid
-            flat, places = out.flatten(1, 2), caught.places.flatten()
-            together = torch.empty(2, H * W, out.shape[-1]); together[:, places[places >= 0]] = flat[:, places >= 0]
-            torch.testing.assert_close(together.unflatten(1, (H, W)), arrived[0], atol=1e-5, rtol=1e-4)
-        else: torch.testing.assert_close(out.flatten(0, 1), arrived[0].view(-1, *out.shape[2:]), atol=1e-5, rtol=1e-4)
+    for layer, block in enumerate(attention_blocks(network)):
+        seen = caught(network, block, lambda: block_attention(network, x, layer))
+        A = seen['result'][0]
+        torch.testing.assert_close(A.sum(-1), torch.ones(A.shape[:-1]))
+        if 'attn_drop' in seen: torch.testing.assert_close(A.flatten(0, 1), seen['attn_drop'], atol=1e-6, rtol=1e-4)
+        else: assert isinstance(network, SwinBackbone)                                # computes attention itself: the next test
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('size', [48, 32])
+def test_weights_times_values_are_what_our_swin_computed(size):
+    "A @ v, put back into place, is what arrives at the block's last layer. Blocks of 12 and 6 columns (8 and 4) with windows of 4."
+    torch.manual_seed(0)
+    net = loud(create_backbone('swin_mini').eval())
+    for layer, block in enumerate(attention_blocks(net)):
+        seen = caught(net, block, lambda: block_attention(net, torch.randn(2, 3, size, size), layer))
+        A, places, (H, W) = seen['result']
+        v = torch.cat([seen['qkv'].flatten(1, 2), block.attn.qkv.bias.expand(2, 1, -1)], 1)[:, places]
+        v = v.unflatten(-1, (3, block.attn.num_heads, -1)).movedim(-3, 0)[2].transpose(-2, -3)
+        out, there = (A @ v).transpose(-2, -3).flatten(3).flatten(1, 2), places.flatten() >= 0
+        together = torch.empty(2, H * W, out.shape[-1]); together[:, places.flatten()[there]] = out[:, there]
+        torch.testing.assert_close(together.unflatten(1, (H, W)), seen['proj'], atol=1e-5, rtol=1e-4)
+
+
+def test_a_register_is_not_cls():
+    "Registers without CLS: everybody looks, not the first register."
+    net = TimmFeatures(VisionTransformer(img_size=48, reg_tokens=2, class_token=False, global_pool='avg', **SMALL)).eval()
+    maps, A = attention_maps(net, x := torch.randn(1, 3, 48, 48)), block_attention(net, x)[0]
+    torch.testing.assert_close(maps.flatten(2), A[:, 0, :, 2:, 2:].mean(2))
+
+
+@pytest.mark.parametrize('name, size', [('vit_tiny_patch16_224', 96), ('swin_tiny_patch4_window7_224', 224), ('vit_mini', 48), ('swin_mini', 48)])
+def test_the_picture_takes_our_networks_and_timms(name, size):
+    fig = attention_picture({name: load_frozen(f'random:{name}')}, ToyWorld(3), size, images=(0, 2))
+    fig.canvas.draw()
+    assert len(fig.axes) == 2 * 6 and fig.axes[0].get_ylabel() == name
+
+
+@pytest.mark.parametrize('backbones, images, why', [({'resnet18': 'random:resnet18'}, (0,), 'ResNet has no self-attention'), ({}, (0,), 'at least one'),
+                                                    ({'vit': 'random:vit_mini'}, (), 'at least one'), ({'vit': 'random:vit_mini'}, (3,), 'no image 3')])
+def test_the_picture_refuses_in_one_line(backbones, images, why):
+    with pytest.raises(ValueError, match=why) as e: attention_picture({k: load_frozen(v) for k, v in backbones.items()}, ToyWorld(3), 64, images)
+    assert '\n' not in str(e.value)
 
 
 def test_sums_and_places(network):
@@ -101,6 +140,7 @@ def test_perfect_masks_score_a_hundred_and_shuffled_ones_do_not(monkeypatch):
     "A world whose object is a square of whole patches, and a network that looks at exactly them."
     class World:
         def __len__(self): return 8
+        def __getitem__(self, i): return self.scene(i)[:2]
         def scene(self, i):
             mask = torch.zeros(1, 48, 48, dtype=torch.bool); mask[0, 8:24, 8 * (i % 4):8 * (i % 4) + 16] = True
             return (255 * mask).expand(3, -1, -1).to(torch.uint8), 0, mask, None
