@@ -9,7 +9,7 @@ from PIL import Image
 from glsd.backbones import Features, create_backbone
 from glsd.data import ToyWorld
 from glsd.evaluation.correspondence import PixelPatches
-from glsd.evaluation.dense import (Memory, MaskFolder, ToySegmentation, class_iou, confusion_matrix, dense_nn, dense_picture,
+from glsd.evaluation.dense import (Memory, MaskFolder, ToySegmentation, class_iou, dense_nn, dense_picture, new_confusion,
                                    token_shares)
 
 
@@ -65,11 +65,13 @@ def test_a_class_that_nobody_meets_is_none_and_left_out_of_the_mean():
 
 
 def test_one_matrix_is_the_sum_of_many():
-    a, b = torch.randint(4, (2, 50, 50)), torch.randint(4, (2, 50, 50))
-    m = confusion_matrix(a, b, 4)
-    assert torch.equal(m, confusion_matrix(a[0], b[0], 4) + confusion_matrix(a[1], b[1], 4)) and m.sum() == a.numel()
+    a, b, counts = torch.randint(5, (2, 50, 50)), torch.randint(4, (2, 50, 50)), new_confusion(4, void=4)
+    for said, truth in zip(b, a): counts.update(said, truth)
+    m = counts.compute()
+    for truth in range(4):
+        for said in range(4): assert m[truth, said] == ((a == truth) & (b == said)).sum()
     for c in range(4):
-        either = ((a == c) | (b == c)).sum()
+        either = (((a == c) | (b == c)) & (a != 4)).sum()
         assert class_iou(m)[c] == pytest.approx(float(100 * ((a == c) & (b == c)).sum() / either))
 
 
@@ -98,7 +100,8 @@ def test_what_it_refuses():
     with pytest.raises(ValueError, match='no pixel of the query'): run(toy, void, 32, k=2)
     with pytest.raises(ValueError, match='the memory holds 32'): run(toy, toy, 32, k=33)
     with pytest.raises(ValueError, match='other classes'): run(toy, Listed(toy.pairs, 4), 32)
-    with pytest.raises(ValueError, match='0 query images'): run(toy, Listed([], 3), 32)
+    with pytest.raises(ValueError, match='no query images'): run(toy, Listed([], 3), 32)
+    with pytest.raises(ValueError, match='no memory images'): run(Listed([], 3), toy, 32)
     class Pooled(torch.nn.Module):
         def forward(self, x): return Features(x.mean((2, 3)), None, None)
     with pytest.raises(ValueError, match='returns no tokens'): run(toy, toy, 32, Pooled())
