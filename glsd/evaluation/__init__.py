@@ -4,15 +4,21 @@
 
 # %% auto #0
 __all__ = ['extract', 'knn_accuracy', 'knn_monitor', 'pixels', 'distinct_share', 'effective_rank', 'cached_extract',
-           'load_frozen', 'linear_probe', 'correspondence', 'correspondence_picture']
+           'load_frozen', 'linear_probe', 'correspondence', 'correspondence_picture', 'attention_jaccard',
+           'attention_maps', 'pca_rgb', 'similarity_widget', 'MaskFolder', 'ToySegmentation', 'dense_nn',
+           'collapse_monitor', 'collapse_report']
 
-# %% ../../nbs/6_evaluation/index.ipynb #6b236a2d
+# %% ../../nbs/6_evaluation/index.ipynb #70079853
 from .knn import extract, knn_accuracy, knn_monitor, pixels
 from .collapse import distinct_share, effective_rank
 
 from .frozen import cached_extract, load_frozen
 from .linear import linear_probe
 from .correspondence import correspondence, correspondence_picture
+from .attention import attention_jaccard, attention_maps, pca_rgb, similarity_widget
+from .dense import MaskFolder, ToySegmentation, dense_nn
+from .report import collapse_monitor, collapse_report
 
 _all_ = ["extract", "knn_accuracy", "knn_monitor", "pixels", "distinct_share", "effective_rank", "cached_extract", "load_frozen",
-         "linear_probe", "correspondence", "correspondence_picture"]
+         "linear_probe", "correspondence", "correspondence_picture", "attention_jaccard", "attention_maps", "pca_rgb", "similarity_widget",
+         "MaskFolder", "ToySegmentation", "dense_nn", "collapse_monitor", "collapse_report"]
