@@ -6,7 +6,9 @@ import torch
 from torch import nn
 
 from glsd.evaluation.collapse import collapse_figures
-from glsd.evaluation.report import CollapseMonitor, collapse_monitor, collapse_of_run, collapse_report
+from glsd.data.toyworld import ToyWorld
+from glsd.evaluation.report import (CollapseMonitor, collapse_monitor, collapse_of_backbone, collapse_of_run, collapse_picture,
+                                    collapse_report)
 from glsd.objectives import GeometricLoss, SimilarityLoss, setting
 from glsd.training import Recipe, pretrain
 from glsd.training.checkpoint import last_checkpoint, read_metrics
@@ -31,7 +33,9 @@ def train(looks_at, change=lambda trainer: None, **fields):
     return reports
 
 
-def test_with_both_tricks_it_lives(): assert train([48])[0].kind == 'healthy'
+@pytest.mark.parametrize('objective', ['vanilla', 'geometric'])
+def test_a_healthy_run_raises_no_alarm_from_the_first_step_on(objective):
+    assert [r.kind for r in train([1, 2, 4, 8, 16, 32], objective=objective, lr=.016)] == ['healthy'] * 6
 
 
 @pytest.mark.parametrize('word, fields', [('centring', dict(center_momentum=1.)), ('sharpening', dict(teacher_temp=.5, teacher_temp_start=.5))])
@@ -61,7 +65,7 @@ def test_constant_features():
 
 def test_a_student_that_says_nothing():
     report, = train([1], flat_student)
-    assert report.kind == 'stuck' and 'has not moved from ln(64) = 4.16: the student ignores its input' in str(report)
+    assert [f.kind for f in report.findings] == ['stuck'] and 'has not moved from ln(64) = 4.16: the student ignores its input' in str(report)
 
 
 @pytest.mark.parametrize('part, kind', [('within', 'local collapse'), ('rank', 'dimensional collapse')])
@@ -96,6 +100,20 @@ def test_in_a_run_it_is_logged_said_once_and_changes_nothing(tmp_path):
     assert [e.step for e in events.Scalars('collapse/pooled/rank')] == [3, 6, 9, 12]
     assert set(collapse_of_run(tmp_path/'watched')) == {'heads', 'pooled', 'tokens'}
     assert collapse_of_run(tmp_path/'watched') == collapse_of_run(tmp_path/'watched')
+
+
+def test_pictures_of_runs_and_of_backbones(tmp_path):
+    pretrain(SMALL.replace(steps=4, monitor_every=2, objective='geometric'), tmp_path, monitors={'collapse': collapse_monitor()}, progress=False)
+    history = collapse_picture({'a': read_metrics(tmp_path), 'b': read_metrics(tmp_path)})
+    assert len(history.axes) == 12 and all(len(axis.lines) == 2 for axis in history.axes)
+    assert list(history.axes[0].lines[0].get_xdata()) == [2, 4]
+    spectra = collapse_picture({'run': collapse_of_run(tmp_path), 'pixels': collapse_of_backbone(nn.Flatten(), ToyWorld(20, size=32), 32)})
+    assert [len(axis.lines) for axis in spectra.axes] == [2, 1]
+
+
+@pytest.mark.parametrize('n', [0, 1])
+def test_too_few_images_are_refused(n):
+    with pytest.raises(ValueError, match=f'^{n} image.s.: .*at least'): collapse_of_backbone(nn.Flatten(), [None] * n, 32)
 
 
 def test_a_head_that_matched_nothing_has_no_kl(monkeypatch):
