@@ -35,12 +35,13 @@ def train(looks_at, change=lambda trainer: None, **fields):
 
 @pytest.mark.parametrize('objective', ['vanilla', 'geometric'])
 def test_a_healthy_run_raises_no_alarm_from_the_first_step_on(objective):
-    assert [r.kind for r in train([1, 2, 4, 8, 16, 32], objective=objective, lr=.016)] == ['healthy'] * 6
+    assert [r.kind for r in train([1, 2, 4, 8, 16, 24], objective=objective, lr=.016)] == ['healthy'] * 6
 
 
-@pytest.mark.parametrize('word, fields', [('centring', dict(center_momentum=1.)), ('sharpening', dict(teacher_temp=.5, teacher_temp_start=.5))])
-def test_each_trick_that_is_left_out_is_named(word, fields):
-    report, = train([48], **fields)
+@pytest.mark.parametrize('word, step, fields', [('centring', 48, dict(center_momentum=1.)),
+                                                ('sharpening', 16, dict(teacher_temp=.5, teacher_temp_start=.5))])
+def test_each_trick_that_is_left_out_is_named(word, step, fields):
+    report, = train([step], **fields)
     assert report.kind == 'full collapse' and f'{word} is too weak' in str(report)
 
 
