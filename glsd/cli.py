@@ -59,7 +59,7 @@ def run_pretrain(args):
     run = pretrain(recipe, args.out, monitors=monitors)
     print(f'{args.out}: ' + ', '.join(f'{k} {v:.4g}' for k, v in run.metrics[-1].items() if isinstance(v, (int, float))))
 
-# %% ../nbs/cli.ipynb #753b50a5
+# %% ../nbs/cli.ipynb #a7a5ce04
 def run_evaluate(args):
     "Prints a line for each backbone, and writes JSON and a picture; by default into a run folder, or here."
     from glsd.evaluate import EVALUATIONS, evaluate
@@ -81,7 +81,9 @@ def add_evaluations(parser, run):
         p.add_argument('--out', default=None, help=f'the JSON file, its picture lies beside it; default: {what}.json in the run folder, or here')
         for flag, help in _sources.items(): p.add_argument('--' + flag, help=help)
         for flag, help in dict(size='pixels of a side that backbones see', images='at most so many of each set').items(): p.add_argument('--' + flag, type=int, metavar='N', help=help)
-        for name, default in e.options().items(): p.add_argument('--' + name.replace('_', '-'), type=read_value, metavar='VALUE', help=f'default: {default}')
+        for name, default in e.options().items():
+            flag = dict(nargs='?', const=True) if default is False else {}
+            p.add_argument('--' + name.replace('_', '-'), type=read_value, metavar='VALUE', help=f'default: {default}', **flag)
 
 _sources = dict(anchors='labelled images that answers come from', test='labelled images that are asked about', data="images, or 'toyworld'")
 

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from glsd.cli import main
+from glsd.data import ToyWorld
 
 TINY = ('--image-size 32 --n-images 64 --global-size 32 --local-size 16 --n-local 1 --backbone vit_mini --out-dim 32 --head-hidden 16 '
         '--head-bottleneck 8 --batch-size 16 --steps 2 --device cpu').split()
@@ -31,10 +32,57 @@ def wrong(capsys, *argv):
     return lines[0]
 
 
-def test_evaluate_knn(run, tmp_path, capsys):
-    assert main(['evaluate', 'knn', str(run), '--k', '10', '20', '--out', str(tmp_path / 'knn.json')]) == 0
-    assert 'k = 10' in capsys.readouterr().out
-    assert set(json.loads((tmp_path / 'knn.json').read_text())['knn']) == {'10', '20'}
+SMALL = {'knn': '--images 100 --k 10,20', 'linear': '--images 60 --epochs 2 --cached', 'correspondence': '--images 8', 'collapse': '--images 16',
+         'attention': '--images 4', 'retrieval': '--images 24', 'dense-nn': '--images 4'}
+
+
+@pytest.mark.parametrize('what', SMALL)
+def test_evaluate_gives_json_a_picture_and_a_line(what, run, tmp_path, capsys):
+    out = tmp_path / f'{what}.json'
+    assert main(['evaluate', what, f'mine={run}', *SMALL[what].split(), '--out', str(out)]) == 0
+    answer = json.loads(out.read_text())
+    assert answer['what'] == what and answer['size'] == 32 and list(answer['backbones']) == ['mine']
+    assert Image.open(out.with_suffix('.png')).size[0] > 100
+    assert 'mine: ' in capsys.readouterr().out
+
+
+def test_evaluate_anything_beside_anything(run, tmp_path, capsys):
+    "A run, its exported file and networks of timm, on the user's own folders; features are kept, and a second call reads them."
+    exported = tmp_path / 'mine.safetensors'
+    main(['export', str(run), '--out', str(exported)])
+    world = ToyWorld(24, size=32)
+    for i in range(24):
+        file = tmp_path / ('train', 'test')[i % 2] / world.classes[(i // 2) % 2] / f'{i}.png'
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(world[i][0].permute(1, 2, 0).numpy()).save(file)
+    argv = ['evaluate', 'knn', str(run), str(exported), 'timm=random:resnet18', '--size', '32', '--anchors', str(tmp_path / 'train'),
+            '--test', str(tmp_path / 'test'), '--k', '5', '--out', str(tmp_path / 'knn.json')]
+    assert main(argv) == 0
+    found = json.loads((tmp_path / 'knn.json').read_text())['backbones']
+    assert found['run']['knn'] == found['mine.safetensors']['knn'] and list(found) == ['run', 'mine.safetensors', 'timm']
+    kept = {f: f.stat().st_mtime_ns for f in (tmp_path / 'features').iterdir()}
+    assert main(argv) == 0 and {f: f.stat().st_mtime_ns for f in (tmp_path / 'features').iterdir()} == kept and len(kept) == 4
+
+
+def test_evaluate_says_what_is_wrong(run, tmp_path, capsys):
+    def folder(name, *files):
+        for f in files: (tmp_path / name / f).parent.mkdir(parents=True, exist_ok=True); Image.new('RGB', (40, 40)).save(tmp_path / name / f)
+        return tmp_path / name
+    two, one, none = folder('two', 'a/1.png', 'a/2.png', 'b/1.png', 'b/2.png'), folder('one', 'a/1.png', 'a/2.png'), folder('none', '1.png', '2.png')
+    more, small = folder('more', 'a/1.png', 'c/1.png'), folder('small', '1.png')
+    say = lambda *argv: wrong(capsys, 'evaluate', *argv, '--out', tmp_path / 'x.json')
+    sets = lambda a, t: ('--anchors', a, '--test', t)
+    assert 'labels' in say('knn', run, *sets(none, two)) and 'labels' in say('linear', run, *sets(two, none))
+    assert 'two classes' in say('knn', run, *sets(one, one)) and 'one class' in say('linear', run, *sets(one, one))
+    assert 'c' in say('knn', run, *sets(two, more)) and 'c' in say('linear', run, *sets(two, more))
+    assert 'k = 50' in say('knn', run, *sets(two, two), '--k', '50')
+    assert '--anchors' in say('knn', 'random:vit_mini') and '--data' in say('correspondence', 'random:vit_mini')
+    assert 'too small' in say('correspondence', run, '--data', none, '--size', '512')
+    assert 'at least 2' in say('correspondence', run, '--data', small)
+    assert 'attention' in say('attention', 'random:resnet18', '--data', 'toyworld', '--size', '32', '--images', '4')
+    assert '--epochs' in say('linear', run, '--epoch', '3') and 'knn' in wrong(capsys, 'evaluate', 'kmm', run)
+    assert '--size' in say('collapse', run, 'random:vit_tiny_patch16_224') and 'called' in say('collapse', run, run)
+    assert not (tmp_path / 'x.json').exists()
 
 
 def test_export_gives_a_file_and_the_line_that_loads_it(run, tmp_path, capsys):
