@@ -122,19 +122,10 @@ class CollapseMonitor:
 
 collapse_monitor = CollapseMonitor
 
-# %% ../../nbs/6_evaluation/9_report.ipynb #b3e3ab70
+# %% ../../nbs/6_evaluation/9_report.ipynb #a3c24030
 ANSWERS = dict(teacher_entropy='teacher entropy', kl='KL to student', information='information', in_use='prototypes in use')
 FEATURES = {'pooled/rank': 'pooled: rank', 'tokens/rank': 'tokens: rank', 'tokens/spread': 'tokens: spread',
             'tokens/partners': 'tokens: different partners'}
-
-def collapse_picture(found: dict) -> Figure:
-    """{name: lines of a run's metrics, as `read_metrics` gives them}: per head DINO's Figure 7, below it the features, over steps,
-    as shares of the most that is possible. Or {name: figures of a backbone or a run}: the spectra of pooled features and tokens.
-
-    ValueError for none, for both at once, and for a run whose metrics have no 'collapse/...'."""
-    kinds = {isinstance(v, dict) for v in found.values()}
-    if len(kinds) != 1: raise ValueError('collapse_picture needs the metrics of runs or the figures of backbones, and not both')
-    return _spectra(found) if kinds.pop() else _histories(found)
 
 def _histories(runs):
     looks = {name: [line for line in lines if 'collapse/pooled/rank' in line] for name, lines in runs.items()}
@@ -148,22 +139,31 @@ def _histories(runs):
             seen = [(line['step'], line[f'collapse/{key}']) for line in lines if f'collapse/{key}' in line]
             axis.plot(*(zip(*seen) if seen else ([], [])), '.-', ms=4, label=name)
         axis.set_title(title, fontsize=9); axis.set_ylim(bottom=0, top=None if key.endswith('/kl') else 1.05)
-    figure.axes[0].legend(fontsize=7)
-    figure.supxlabel('step', fontsize=9)
+    figure.axes[0].legend(fontsize=7); figure.supxlabel('step', fontsize=9)
     return figure
 
+# %% ../../nbs/6_evaluation/9_report.ipynb #e3b2091f
 def _spectra(figures):
     parts = [part for part in ('pooled', 'tokens') if any(part in f for f in figures.values())]
     figure = Figure((4 * len(parts), 2.8), dpi=70, layout='constrained')
     for axis, part in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts):
         for name, f in figures.items():
             if part not in f: continue
-            p = np.array(f[part]['spectrum'])
-            p /= max(p[0], 1e-300)
+            p = np.array(f[part]['spectrum']) / max(f[part]['spectrum'][0], 1e-300)
             axis.plot(np.arange(1, len(p) + 1), p, label=f"{name}: {f[part]['rank']:.0f} of {f[part]['most']}")
         axis.set(title=f'{part} features: singular values', xlabel='direction', xscale='log', yscale='log', ylim=(1e-3, 1.5))
         axis.legend(fontsize=7, title='effective rank', title_fontsize=7)
     return figure
+
+# %% ../../nbs/6_evaluation/9_report.ipynb #19603e68
+def collapse_picture(found: dict) -> Figure:
+    """{name: lines of a run's metrics, as `read_metrics` gives them}: per head DINO's Figure 7, below it the features, over steps,
+    as shares of the most that is possible. Or {name: figures of a backbone or a run}: the spectra of pooled features and tokens.
+
+    ValueError for none, for both at once, and for a run whose metrics have no 'collapse/...'."""
+    kinds = {isinstance(v, dict) for v in found.values()}
+    if len(kinds) != 1: raise ValueError('collapse_picture needs the metrics of runs or the figures of backbones, and not both')
+    return _spectra(found) if kinds.pop() else _histories(found)
 
 # %% ../../nbs/6_evaluation/9_report.ipynb #c06ecadf
 def collapse_of_run(path, dataset=None) -> dict:
