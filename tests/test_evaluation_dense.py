@@ -100,6 +100,7 @@ def test_what_it_refuses():
     with pytest.raises(ValueError, match='no pixel of the query'): run(toy, void, 32, k=2)
     with pytest.raises(ValueError, match='the memory holds 32'): run(toy, toy, 32, k=33)
     with pytest.raises(ValueError, match='other classes'): run(toy, Listed(toy.pairs, 4), 32)
+    with pytest.raises(ValueError, match='the only class'): run(Listed(toy.pairs, 1), Listed(toy.pairs, 1), 32)
     with pytest.raises(ValueError, match='no query images'): run(toy, Listed([], 3), 32)
     with pytest.raises(ValueError, match='no memory images'): run(Listed([], 3), toy, 32)
     class Pooled(torch.nn.Module):

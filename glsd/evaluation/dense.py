@@ -7,19 +7,17 @@ __all__ = ['CAMVID', 'ToySegmentation', 'MaskFolder', 'read_mask', 'token_shares
            'check_mask', 'look_up', 'choose_tokens', 'resized', 'token_directions', 'Memory', 'dense_nn',
            'confusion_figures', 'dense_picture']
 
-# %% ../../nbs/6_evaluation/8_dense.ipynb #fc0de3ed
+# %% ../../nbs/6_evaluation/8_dense.ipynb #c6aa9795
 from pathlib import Path
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
-
 from ..data.folders import ImageError, read_image
 from ..data.loading import Loader, sample_rng
-from .correspondence import evaluating, with_tokens
+from .correspondence import with_tokens
 from .knn import nearest
 from ..views.photometric import normalize
 
@@ -36,9 +34,8 @@ class ToySegmentation:
         image, label, masks, _ = self.world.scene(i)
         return image, masks.any(0).long() * (label + 1)
 
-# %% ../../nbs/6_evaluation/8_dense.ipynb #218208bf
+# %% ../../nbs/6_evaluation/8_dense.ipynb #611183b3
 CAMVID = ('sky', 'building', 'pole', 'road', 'pavement', 'tree', 'sign', 'fence', 'car', 'pedestrian', 'bicyclist')
-
 
 class MaskFolder:
     """`root/split/images/*` with `root/split/masks/*.png` of the same names: `ds[i]` -> (image uint8 [3, H, W], mask int64 [H, W]).
@@ -63,7 +60,6 @@ class MaskFolder:
         image, mask = read_image(self.root/'images'/self.files[i]), read_mask(path)
         if image.shape[1:] != mask.shape: raise ValueError(f'{path} has {list(mask.shape)} pixels, its image {list(image.shape[1:])}')
         return image, mask
-
 
 def read_mask(path):
     "PNG -> class numbers int64 [H, W]: its grey values, or its palette's indices. ImageError for anything else."
@@ -96,12 +92,11 @@ def class_iou(confusion):
     right, either = confusion.diag().double(), (confusion.sum(0) + confusion.sum(1)).double() - confusion.diag()
     return 100 * right / either
 
-# %% ../../nbs/6_evaluation/8_dense.ipynb #73b4e343
+# %% ../../nbs/6_evaluation/8_dense.ipynb #af4e9821
 def new_confusion(n_classes, void=None):
     "A confusion matrix of torchmetrics, to be given (said, truth); pixels whose truth is `void` are left out."
     from torchmetrics.classification import MulticlassConfusionMatrix       # takes seconds to import
     return MulticlassConfusionMatrix(n_classes, ignore_index=void, validate_args=False)
-
 
 def check_mask(mask, n_classes, void=None):
     "ValueError if a mask holds a number that is neither a class nor `void`."
@@ -125,14 +120,12 @@ def choose_tokens(shares, n, rng):
     score[~there.any(1)] = float('inf')
     return score.argsort()[:min(n, int(there.any(1).sum()))]
 
-# %% ../../nbs/6_evaluation/8_dense.ipynb #b8101971
+# %% ../../nbs/6_evaluation/8_dense.ipynb #e8dc6024
 def _two(size): return (size, size) if isinstance(size, int) else tuple(size)
-
 
 def resized(image, size):
     "uint8 [3, H, W] -> normalised [1, 3, h, w]."
     return normalize(F.interpolate(image[None], _two(size), mode='bicubic', antialias=True))
-
 
 class _Pairs:
     "`pairs[indices]` -> (normalised images [B, 3, h, w] of `size`, list of masks as they are, checked)."
@@ -143,11 +136,9 @@ class _Pairs:
         for mask in masks: check_mask(mask, len(self.dataset.classes), self.dataset.void)
         return torch.cat([resized(image, self.size) for image in images]), masks
 
-
 def _walk(dataset, size, batch_size, workers, progress, what):
     index = torch.arange(len(dataset)).split(batch_size)
     return tqdm(Loader(_Pairs(dataset, size), index, workers), what, len(index), delay=2, disable=not progress)
-
 
 def token_directions(backbone, images):
     "Unit vectors [B, H*W, d] of the tokens of normalised images, and their grid. ValueError where there are none, or not finite."
@@ -180,7 +171,7 @@ class Memory:
         tokens, _ = token_directions(self.backbone, images)
         return look_up(tokens.flatten(0, 1), self.keys, self.values, k, temperature).unflatten(0, tokens.shape[:2]).cpu()
 
-# %% ../../nbs/6_evaluation/8_dense.ipynb #f669976e
+# %% ../../nbs/6_evaluation/8_dense.ipynb #6d4c40dd
 def dense_nn(backbone, memory_ds, query_ds, size, k=30, temperature=.02, memory_size=102_400, batch_size=16, seed=0, workers=0,
              device=None, progress=True) -> dict:
     """Segmentation by looking tokens up in a memory of labelled tokens (Balazevic et al. 2023): mIoU in per cent over `query_ds`.
@@ -191,6 +182,7 @@ def dense_nn(backbone, memory_ds, query_ds, size, k=30, temperature=.02, memory_
     classes, void = list(query_ds.classes), query_ds.void
     if list(memory_ds.classes) != classes: raise ValueError(f'memory and query images have other classes: {memory_ds.classes} and {classes}')
     if not len(query_ds): raise ValueError('there are no query images')
+    if len(classes) < 2: raise ValueError(f'the only class is {classes}: segmentation needs two or more')
     if device is not None: backbone.to(device)
     memory = Memory(backbone, memory_ds, size, memory_size, batch_size, seed, workers, progress)
     counts, best, sizes = new_confusion(len(classes), void), new_confusion(len(classes), void), set()
@@ -204,9 +196,7 @@ def dense_nn(backbone, memory_ds, query_ds, size, k=30, temperature=.02, memory_
                 memory=len(memory.keys), n_memory=len(memory_ds), n_query=len(query_ds), size=list(memory.size), grid=list(memory.grid),
                 mask_size=list(sizes.pop()) if len(sizes) == 1 else 'own', confusion=counts.confmat.tolist())
 
-
 def _miou(counts): return float(class_iou(counts).nanmean())
-
 
 def confusion_figures(counts, classes):
     "miou, pixel_accuracy, iou by class and the constant answer's mIoU, in per cent, of a confusion matrix [C, C]."
