@@ -11,7 +11,8 @@ from glsd.backbones import create_backbone
 from glsd.data import ToyWorld
 from glsd.backbones.swin import SwinBackbone
 from glsd.evaluation.attention import (attention_blocks, attention_jaccard, attention_maps, attention_masks, attention_picture,
-                                       block_attention, pca_rgb, similar_patches, similarity_map, similarity_widget, window_places)
+                                       block_attention, pca_rgb, similar_patches, similarity_map, similarity_overlays, similarity_widget,
+                                       window_places)
 from glsd.evaluation.frozen import TimmFeatures, load_frozen
 
 SMALL = dict(patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=0)
@@ -189,3 +190,11 @@ def test_top_share_and_cosines():
     assert cosines.flatten().argmax() == 15 and similar_patches(cosines)[2, 3] and similar_patches(cosines).sum() == 4
     across = similarity_map(tokens[0], (6, 6), (2, 3), tokens[1])
     torch.testing.assert_close(across[1, 1], torch.cosine_similarity(tokens[0, 15], tokens[1, 7], dim=0))
+
+
+def test_overlays_show_what_is_alike_and_tokens_that_are_all_alike_as_bright():
+    views, tokens = torch.zeros(2, 3, 24, 24), torch.eye(9)[None].repeat(2, 1, 1)
+    a, b = similarity_overlays(views, tokens, (3, 3), (0, 2), pixels=30)
+    assert b[5, 25].sum() > 2 * b[25, 5].sum() and (a[0, 20:] == a[0, 20]).all() and (a[0, 20] != b[0, 20]).any()
+    same = similarity_overlays(views, torch.ones(2, 9, 4), (3, 3), (0, 2), pixels=30)[1]
+    assert (same == b[5, 25]).all()

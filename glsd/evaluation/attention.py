@@ -212,13 +212,16 @@ def attention_picture(backbones, dataset, size, images=(0, 1, 2), layer=-1):
         axes[0].set_ylabel(name, fontsize=8)
     return fig
 
-# %% ../../nbs/6_evaluation/6_attention.ipynb #e05991c4
+# %% ../../nbs/6_evaluation/6_attention.ipynb #bd425d82
 def similarity_overlays(views, tokens, grid, query, view=0, pixels=180):
     """Pictures uint8 [pixels, pixels, 3], one for each of `views` [V, 3, h, w] with `tokens` [V, S, d]: the view in grey under the cosines of
-    its places to the token at `query` (row, column) of view number `view` (-1..1 -> dark..bright), which is framed."""
+    its places to the token at `query` (row, column) of view number `view`, which is framed. Bright: 1; dark: the least of all views,
+    but at most .9, so that tokens which are all alike look it."""
     square, pictures = lambda x: F.interpolate(x[None, None].float(), (pixels, pixels))[0, 0].numpy(), []
-    for v, (x, z) in enumerate(zip(views, tokens)):
-        heat = colormaps['inferno']((square(similarity_map(tokens[view], grid, query, z)) + 1) / 2)[..., :3]
+    cosines = [similarity_map(tokens[view], grid, query, z) for z in tokens]
+    low = min(.9, *(float(c.min()) for c in cosines))
+    for v, (x, c) in enumerate(zip(views, cosines)):
+        heat = colormaps['inferno']((square(c) - low) / (1 - low))[..., :3]
         out = .4 * square(denormalize(x).float().mean(0))[..., None] / 255 + .6 * heat
         if v == view:
             (t, b), (l, r) = ([round(q * pixels / n), round((q + 1) * pixels / n)] for q, n in zip(query, grid))
