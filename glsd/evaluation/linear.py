@@ -132,7 +132,7 @@ def check_labels(train_ds, test_ds):
         raise ValueError(f'class {first} has test images but no training image ({len(unseen)} such classes): no probe can learn it')
     return max(len(names), max(seen) + 1)
 
-# %% ../../nbs/6_evaluation/4_linear.ipynb #c6e92107
+# %% ../../nbs/6_evaluation/4_linear.ipynb #46089daf
 def _restore(path, settings, heads, optimizer):
     "(finished epochs, their last losses) from `path`, whose state goes into `heads` and `optimizer`; (0, None) if there is none."
     if not path or not path.exists(): return 0, None
@@ -140,7 +140,8 @@ def _restore(path, settings, heads, optimizer):
     except Exception: raise ValueError(f'{path} cannot be read: delete it to start the probe again') from None
     theirs = state['settings']
     other = next((k for k in settings if theirs.get(k) != settings[k]), None)
-    if other: raise ValueError(f'{path} is of a probe with {other} = {theirs.get(other)}, not {settings[other]}: choose another folder, or delete it')
+    if other:
+        raise ValueError(f'{path} is of a probe with {other} = {theirs.get(other)}, not {settings[other]}: choose another folder, or delete it')
     heads.load_state_dict(state['heads']); optimizer.load_state_dict(state['optimizer'])
     return state['epoch'], state['losses']
 
