@@ -168,7 +168,7 @@ def attention_jaccard(backbone, dataset, size, mass=.6, layer=-1, masks=None, se
     n, scores = len(dataset), {'own': [], 'shuffled': [], 'everything': []}
     if not masks and not hasattr(dataset, 'scene'): raise ValueError(f'{type(dataset).__name__} has no masks: give `masks`, a function i -> bool [H, W]')
     if n < 2: raise ValueError(f'{n} images give no interval: attention_jaccard needs at least 2')
-    for i in tqdm(range(n), desc='attention', disable=not progress, leave=False):
+    for i in tqdm(range(n), desc='attention', delay=2, disable=not progress, leave=False):
         truth = masks(i) if masks else dataset.scene(i)[2].any(0)
         truth = eval_crop(truth[None].byte() * 255, size)[0] > 127
         kept = attention_masks(attention_maps(backbone, eval_crop(dataset[i][0], size), layer=layer)[0], mass)

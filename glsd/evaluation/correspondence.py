@@ -164,7 +164,7 @@ def correspondence(backbone, dataset, size, shift=.25, flip=.5, photometric=(GLO
     stride, answers = size // grid[0], []
     controls = {'pixels': PixelPatches(stride)}
     with evaluating(backbone) as device:
-        for views in tqdm(Loader(pairs, index, workers), desc='correspondence', disable=not progress, leave=False):
+        for views in tqdm(Loader(pairs, index, workers), desc='correspondence', delay=2, disable=not progress, leave=False):
             views.crops = [c.to(device) for c in views.crops]
             answers.append(contest(backbone, controls, views, grid))
     figures = {who: summary(*(torch.cat(part) for part in zip(*(a[who] for a in answers))), stride) for who in answers[0]}
