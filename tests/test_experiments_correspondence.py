@@ -20,7 +20,7 @@ SMALL = Recipe(image_size=32, n_images=64, global_size=32, local_size=16, n_loca
 
 
 @pytest.mark.parametrize('parameters, message', [
-    ({}, 'no finished run of low_data in {}: make them with "glsd reproduce low_data --scale ci", or name their folder with -p runs=FOLDER'),
+    ({}, 'no finished run of low_data in {}: make them with "glsd reproduce low_data", or name their folder with -p runs=FOLDER'),
     ({'data': '/no/such'}, 'no folder /no/such: data names images to compare on')])
 def test_bad_input_is_one_line(tmp_path, parameters, message):
     with pytest.raises(papermill.PapermillExecutionError) as e:
@@ -58,7 +58,7 @@ def test_miniature(tmp_path, shell, capsys):
     few = dict(runs=str(runs), out=str(out), images=24, training_views=8, columns=1)
     execute(shell, **few)
 
-    assert '1 runs of other recipes are left out' in capsys.readouterr().out
+    assert '1 runs are left out, unfinished or of another recipe' in capsys.readouterr().out
     record = json.loads((out / 'results.json').read_text())
     by = {r['name']: r for r in record['runs']}
     assert len(by) == 2 + 3 * 2 and record['sizes'] == [2] and record['images'] == 24
