@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['EVALUATIONS', 'Net', 'recipe_of', 'open_net', 'open_nets', 'common_size', 'spread', 'some', 'toyworld', 'labelled',
            'labelled_pair', 'Evaluation', 'measure_knn', 'measure_linear', 'measure_correspondence', 'measure_collapse',
-           'measure_attention', 'measure_dense', 'evaluate']
+           'measure_attention', 'measure_retrieval', 'measure_dense', 'evaluate']
 
-# %% ../nbs/evaluate.ipynb #7f0e49d7
+# %% ../nbs/evaluate.ipynb #834a3f92
 import inspect
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ from safetensors import safe_open
 from .data import ImageFolder, ToyWorld
 from .data.folders import Subset
 from .data.loading import eval_crop
-from .evaluation import attention, collapse, dense, frozen, knn, linear, report
+from .evaluation import attention, collapse, dense, frozen, knn, linear, report, retrieval
 from .evaluation.correspondence import correspondence, correspondence_picture
 from .training import Recipe
 from .training.checkpoint import written_beside
@@ -87,11 +87,11 @@ def labelled_pair(recipe, anchors=None, test=None):
     if not anchors and (not recipe or recipe.data != 'toyworld'): return None
     return toyworld(recipe, 5000, 'train'), toyworld(recipe, 2000, 'val')
 
-# %% ../nbs/evaluate.ipynb #dbef1ee0
+# %% ../nbs/evaluate.ipynb #c1104b84
 def _pair(recipe, where):
     sets = labelled_pair(recipe, where['anchors'] or where['data'], where['test'] or where['data'])
     if sets is None: raise ValueError('name labelled images with --anchors DIR --test DIR (or --data toyworld)')
-    return sets
+    return tuple(some(ds, where['images']) for ds in sets)
 
 def _source(recipe, where):
     source = where['data'] or where['test'] or (recipe and recipe.data)
@@ -100,7 +100,12 @@ def _source(recipe, where):
 
 def _images(recipe, where):
     source = _source(recipe, where)
-    return (toyworld(recipe, where['images'] or 500, 'val') if source == 'toyworld' else ImageFolder(source),)
+    return (toyworld(recipe, where['images'] or 500, 'val') if source == 'toyworld' else some(ImageFolder(source), where['images']),)
+
+def _lists(recipe, where):
+    source = _source(recipe, where)
+    if source == 'toyworld': return (retrieval.toy_retrieval(where['images'] or 40, recipe.image_size if recipe else 64),)
+    return (retrieval.RetrievalFolder(source),) if (Path(source) / 'lists.json').is_file() else _images(recipe, where)
 
 def _masks(recipe, where):
     source, n = _source(recipe, where), where['images']
@@ -183,6 +188,22 @@ EVALUATIONS['attention'] = Evaluation('where does it look, and does it see the o
     lambda r: (f"Jaccard {r['jaccard']:.1f} % (95 %: {r['jaccard_ci'][0]:.1f} to {r['jaccard_ci'][1]:.1f}); places shuffled {r['shuffled']:.1f} %"
                if 'jaccard' in r else 'no masks with these images: a picture only'))
 
+# %% ../nbs/evaluate.ipynb #f6712a7a
+def measure_retrieval(net, images, size, batch_size=256, workers=0):
+    "mAP for easy, medium and hard lists of a `RetrievalSet`; of plain images, mAP of finding the original of an edited copy."
+    measure = retrieval.retrieval if isinstance(images, retrieval.RetrievalSet) else retrieval.copy_detection
+    return measure(net.backbone, images, size, batch_size=batch_size, workers=workers)
+
+def _found(r):
+    if 'map' in r: return f"copies: mAP {r['map']:.1f} %, found first {r['first']:.1f} %; raw pixels {r['pixels']['map']:.1f} %, chance {r['chance']['map']:.1f} %"
+    kinds = [kind for kind in ('easy', 'medium', 'hard') if r[kind]['map'] is not None]
+    return 'mAP ' + ', '.join(f"{kind} {r[kind]['map']:.1f} % (pixels {r['pixels'][kind]['map']:.1f})" for kind in kinds)
+
+def _hits(nets, results, images, size):
+    return retrieval.retrieval_picture(_nets(nets), images if isinstance(images, retrieval.RetrievalSet) else retrieval.copy_set(images), size)
+
+EVALUATIONS['retrieval'] = Evaluation('does it find the same thing again, or the original of a copy?', _lists, measure_retrieval, _hits, _found)
+
 # %% ../nbs/evaluate.ipynb #7b7da531
 def measure_dense(net, memory, queries, size, k=30, temperature=.02, memory_size=102_400, batch_size=16, seed=0, workers=0):
     "Segmentation by looking tokens up in a memory of labelled ones; mIoU at the masks' own resolution."
@@ -192,19 +213,19 @@ EVALUATIONS['dense-nn'] = Evaluation('segmentation by nearest labelled tokens', 
     lambda nets, results, memory, queries, size: dense.dense_picture(_nets(nets), memory, queries, size),
     lambda r: f"mIoU {r['miou']:.1f} %, pixels right {r['pixel_accuracy']:.1f} % (masks {r['mask_size']}, tokens {r['grid']}); one class everywhere {r['constant']:.1f} %, perfect tokens {r['ceiling']:.1f} %")
 
-# %% ../nbs/evaluate.ipynb #3a28cc29
+# %% ../nbs/evaluate.ipynb #9dfa80fb
 def evaluate(what, specs, anchors=None, test=None, data=None, size=None, images=None, out=None, picture=True, **options) -> dict:
     """Measures `what` (a key of `EVALUATIONS`) of each backbone: {'what', 'size', 'backbones': {name: figures}}.
 
     specs: a list of 'spec' or 'name=spec' (see `load_frozen`). `anchors`, `test`, `data`: folders, or 'toyworld'; by default the first
-    run's own. `images`: at most so many of each set. `out`: a JSON file, written whole, with a `picture` of the same name beside it."""
+    run's own. `images`: at most so many of each set (lists are taken whole). `out`: a JSON file, written whole, with a `picture` of the same name beside it."""
     if what not in EVALUATIONS: raise ValueError(f'no measurement {what!r}; there are: {", ".join(EVALUATIONS)}')
     e, nets = EVALUATIONS[what], open_nets(specs)
     size, recipe = common_size(nets, size), next(iter(nets.values())).recipe
-    sets = [some(ds, images) for ds in e.sets(recipe, dict(anchors=anchors, test=test, data=data, images=images))]
+    sets = e.sets(recipe, dict(anchors=anchors, test=test, data=data, images=images))
     if out and 'cache' in e.options(): options = {'cache': Path(out).parent / 'features', **options}
     results = {name: e.measure(net, *sets, size, **options) for name, net in nets.items()}
-    answer = dict(what=what, size=size, images=[len(ds) for ds in sets], backbones={name: dict(spec=nets[name].spec, **r) for name, r in results.items()})
+    answer = dict(what=what, size=size, images=[len(getattr(ds, 'queries', ds)) for ds in sets], backbones={name: dict(spec=nets[name].spec, **r) for name, r in results.items()})
     if out: _write(Path(out), answer, e.picture(nets, results, *sets, size) if picture else None)
     return answer
 
