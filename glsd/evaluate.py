@@ -7,7 +7,7 @@ __all__ = ['EVALUATIONS', 'Net', 'recipe_of', 'open_net', 'open_nets', 'common_s
            'labelled_pair', 'Evaluation', 'measure_knn', 'measure_linear', 'measure_correspondence', 'measure_collapse',
            'measure_attention', 'measure_retrieval', 'measure_dense', 'evaluate']
 
-# %% ../nbs/evaluate.ipynb #834a3f92
+# %% ../nbs/evaluate.ipynb #3371b11e
 import inspect
 import json
 from pathlib import Path
@@ -20,8 +20,9 @@ from safetensors import safe_open
 from .data import ImageFolder, ToyWorld
 from .data.folders import Subset
 from .data.loading import eval_crop
-from .evaluation import attention, collapse, dense, frozen, knn, linear, report, retrieval
+from .evaluation import attention, collapse, dense, frozen, knn, linear, report
 from .evaluation.correspondence import correspondence, correspondence_picture
+from .evaluation.retrieval import RetrievalFolder, RetrievalSet, copy_detection, copy_set, retrieval, retrieval_picture, toy_retrieval
 from .training import Recipe
 from .training.checkpoint import written_beside
 
@@ -87,7 +88,7 @@ def labelled_pair(recipe, anchors=None, test=None):
     if not anchors and (not recipe or recipe.data != 'toyworld'): return None
     return toyworld(recipe, 5000, 'train'), toyworld(recipe, 2000, 'val')
 
-# %% ../nbs/evaluate.ipynb #c1104b84
+# %% ../nbs/evaluate.ipynb #c8982b22
 def _pair(recipe, where):
     sets = labelled_pair(recipe, where['anchors'] or where['data'], where['test'] or where['data'])
     if sets is None: raise ValueError('name labelled images with --anchors DIR --test DIR (or --data toyworld)')
@@ -104,8 +105,8 @@ def _images(recipe, where):
 
 def _lists(recipe, where):
     source = _source(recipe, where)
-    if source == 'toyworld': return (retrieval.toy_retrieval(where['images'] or 40, recipe.image_size if recipe else 64),)
-    return (retrieval.RetrievalFolder(source),) if (Path(source) / 'lists.json').is_file() else _images(recipe, where)
+    if source == 'toyworld': return (toy_retrieval(where['images'] or 40, recipe.image_size if recipe else 64),)
+    return (RetrievalFolder(source),) if (Path(source) / 'lists.json').is_file() else _images(recipe, where)
 
 def _masks(recipe, where):
     source, n = _source(recipe, where), where['images']
@@ -188,10 +189,10 @@ EVALUATIONS['attention'] = Evaluation('where does it look, and does it see the o
     lambda r: (f"Jaccard {r['jaccard']:.1f} % (95 %: {r['jaccard_ci'][0]:.1f} to {r['jaccard_ci'][1]:.1f}); places shuffled {r['shuffled']:.1f} %"
                if 'jaccard' in r else 'no masks with these images: a picture only'))
 
-# %% ../nbs/evaluate.ipynb #f6712a7a
+# %% ../nbs/evaluate.ipynb #ba519e35
 def measure_retrieval(net, images, size, batch_size=256, workers=0):
     "mAP for easy, medium and hard lists of a `RetrievalSet`; of plain images, mAP of finding the original of an edited copy."
-    measure = retrieval.retrieval if isinstance(images, retrieval.RetrievalSet) else retrieval.copy_detection
+    measure = retrieval if isinstance(images, RetrievalSet) else copy_detection
     return measure(net.backbone, images, size, batch_size=batch_size, workers=workers)
 
 def _found(r):
@@ -200,7 +201,7 @@ def _found(r):
     return 'mAP ' + ', '.join(f"{kind} {r[kind]['map']:.1f} % (pixels {r['pixels'][kind]['map']:.1f})" for kind in kinds)
 
 def _hits(nets, results, images, size):
-    return retrieval.retrieval_picture(_nets(nets), images if isinstance(images, retrieval.RetrievalSet) else retrieval.copy_set(images), size)
+    return retrieval_picture(_nets(nets), images if isinstance(images, RetrievalSet) else copy_set(images), size)
 
 EVALUATIONS['retrieval'] = Evaluation('does it find the same thing again, or the original of a copy?', _lists, measure_retrieval, _hits, _found)
 

@@ -6,9 +6,9 @@
 __all__ = ['extract', 'knn_accuracy', 'knn_monitor', 'pixels', 'distinct_share', 'effective_rank', 'cached_extract',
            'load_frozen', 'linear_probe', 'correspondence', 'correspondence_picture', 'attention_jaccard',
            'attention_maps', 'pca_rgb', 'similarity_widget', 'MaskFolder', 'ToySegmentation', 'dense_nn',
-           'collapse_monitor', 'collapse_report']
+           'RetrievalFolder', 'copy_detection', 'retrieval', 'search', 'collapse_monitor', 'collapse_report']
 
-# %% ../../nbs/6_evaluation/index.ipynb #70079853
+# %% ../../nbs/6_evaluation/index.ipynb #e5b3a90b
 from .knn import extract, knn_accuracy, knn_monitor, pixels
 from .collapse import distinct_share, effective_rank
 
@@ -17,8 +17,9 @@ from .linear import linear_probe
 from .correspondence import correspondence, correspondence_picture
 from .attention import attention_jaccard, attention_maps, pca_rgb, similarity_widget
 from .dense import MaskFolder, ToySegmentation, dense_nn
+from .retrieval import RetrievalFolder, copy_detection, retrieval, search
 from .report import collapse_monitor, collapse_report
 
 _all_ = ["extract", "knn_accuracy", "knn_monitor", "pixels", "distinct_share", "effective_rank", "cached_extract", "load_frozen",
          "linear_probe", "correspondence", "correspondence_picture", "attention_jaccard", "attention_maps", "pca_rgb", "similarity_widget",
-         "MaskFolder", "ToySegmentation", "dense_nn", "collapse_monitor", "collapse_report"]
+         "MaskFolder", "ToySegmentation", "dense_nn", "RetrievalFolder", "copy_detection", "retrieval", "search", "collapse_monitor", "collapse_report"]
