@@ -129,7 +129,7 @@ class Images:
     def __len__(self): return len(self.images)
     def __getitem__(self, i): return self.images[i], int(self.labels[i])
 
-# %% ../../nbs/6_evaluation/7_retrieval.ipynb #ec10260c
+# %% ../../nbs/6_evaluation/7_retrieval.ipynb #07142865
 class ImageFiles:
     "Image files below `root` as an unlabelled data set; `boxes`: for each file a part (left, upper, right, lower), or None for all of it."
     def __init__(self, root, files, boxes=None):
@@ -147,6 +147,7 @@ def _part(image, box, name):
     if not part.numel(): raise ValueError(f'{name}: the box {list(box)} holds no pixel of an image of {image.shape[2]} x {image.shape[1]}')
     return part
 
+# %% ../../nbs/6_evaluation/7_retrieval.ipynb #92ebce52
 class RetrievalFolder(RetrievalSet):
     """The benchmark in `root`/lists.json; keys: queries, database (relative paths), lists (easy, hard, junk, box for each query).
 
