@@ -1,0 +1,65 @@
+"The scoreboard on a handful of tiny runs: every column is filled, nothing is measured twice, and what fails is named."
+import json
+from pathlib import Path
+
+import pytest
+from IPython.core.interactiveshell import InteractiveShell
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
+
+from glsd.experiments.runner import cell_folder, run_cell
+from glsd.training import Recipe
+
+NOTEBOOK = Path(__file__).parents[1] / 'nbs/7_experiments/scoreboard.ipynb'
+SMALL = Recipe(backbone='vit_mini', n_images=96, image_size=32, global_size=32, local_size=16, n_local=1, out_dim=32, head_hidden=16, head_bottleneck=8,
+               batch_size=8, steps=2)
+FEW = dict(knn=dict(images=60, k=[5]), linear=dict(images=60, epochs=2, cached=True), correspondence=dict(images=8), collapse=dict(images=16),
+           attention=dict(images=4), retrieval=dict(images=6), **{'dense-nn': dict(images=4)})
+
+
+@pytest.fixture
+def shell(monkeypatch):
+    "IPython in this process, in the notebook's folder: a kernel would first spend its time on importing torch once more."
+    monkeypatch.chdir(NOTEBOOK.parent)
+    yield InteractiveShell.instance()
+    InteractiveShell.clear_instance()
+
+
+def execute(shell, few=FEW, **parameters):
+    "Runs the notebook; `few`: options that make its plan smaller."
+    shell.reset()
+    for cell in parameterize_notebook(load_notebook_node(str(NOTEBOOK)), parameters).cells:
+        if cell.cell_type != 'code': continue
+        shell.run_cell(cell.source).raise_error()
+        if 'PLAN = {' in cell.source:
+            for what, options in few.items(): shell.user_ns['PLAN'][what] |= options
+
+
+def test_miniature(tmp_path, shell, capsys):
+    runs, out = tmp_path / 'runs', tmp_path / 'out'
+    cells = {f'{s} n2 s{seed}': SMALL.replace(objective=s, seed=seed, per_class=2) for s in ('vanilla', 'geometric') for seed in (0, 1)}
+    cells['random s0'] = SMALL.replace(per_class=2, steps=1, momentum=1., momentum_final=1.)
+    for name, recipe in cells.items(): run_cell(cell_folder(runs / 'cells', name, recipe), recipe.differences(), 'def nothing(run): return {}', {})
+    execute(shell, runs=str(runs), out=str(out), jobs=0)
+
+    record = json.loads((out / 'results.json').read_text())
+    assert len(record['runs']) == 5 and all(set(FEW) <= set(r) for r in record['runs'])
+    head, _, *rows = [line.split('|')[1:-1] for line in (out / 'table.md').read_text().splitlines() if line.startswith('|')][:6]
+    assert len(head) == 10 and [r[0].strip() for r in rows] == ['Vanilla', 'Geometric', 'before training', 'no network*']
+    assert all('±' in cell for row in rows[:2] for cell in row[2:]) and (out / 'figure.png').stat().st_size > 5000
+    assert any(c.startswith('The paper: Geometric helps') for c in record['conclusions'])
+
+    kept = {f: f.stat().st_mtime_ns for f in (out / 'measured').glob('*.json')}
+    assert len(kept) == 35
+    lost = next(f for f in kept if f.name.startswith('vanilla_n2_s1-knn'))
+    lost.unlink()
+    execute(shell, runs=str(runs), out=str(out), jobs=0)
+    assert [f for f in kept if f.stat().st_mtime_ns != kept[f]] == [lost]
+
+    with pytest.raises(RuntimeError, match='5 answers are missing; the first: ValueError: k = 100000'):
+        execute(shell, {**FEW, 'knn': dict(images=60, k=[100_000])}, runs=str(runs), out=str(out), jobs=0)
+    assert 'FAILED knn of vanilla_n2_s0' in capsys.readouterr().out
+
+
+def test_no_runs_is_one_line(tmp_path, shell):
+    with pytest.raises(FileNotFoundError, match='make them with "glsd reproduce low_data"'): execute(shell, runs=str(tmp_path), out=str(tmp_path))
