@@ -26,14 +26,15 @@ from .knn import extract, nearest
 from ..views.multicrop import cut, draw_box
 from ..views.photometric import Photometric, apply_photometric, denormalize
 
-# %% ../../nbs/6_evaluation/7_retrieval.ipynb #3614efc1
+# %% ../../nbs/6_evaluation/7_retrieval.ipynb #3da042a3
 def average_precision(relevant, junk=None, n_relevant=None):
     """AP (0..1) of one ranking by the definition of (revisited) Oxford and Paris: trapezoids, junk taken out.
 
     `relevant`, `junk` bool [m], nearest first; `n_relevant`: how many there are, if the ranking was cut. ValueError without any."""
     rank, n = _ranks(relevant, junk), n_relevant
     n = len(rank) if n is None else n
-    if n < max(1, len(rank)): raise ValueError(f'{n} relevant images: average precision needs at least one, and no fewer than the {len(rank)} found')
+    if n < max(1, len(rank)):
+        raise ValueError(f'{n} relevant images: average precision needs at least one, and no fewer than the {len(rank)} found')
     j = np.arange(len(rank))
     before = np.where(rank > 0, j / np.maximum(rank, 1), 1.)
     return float((before + (j + 1) / (rank + 1)).sum() / 2 / n)
@@ -102,7 +103,7 @@ def _unit(name, x):
     if bad: raise ValueError(f'{bad} of {len(x)} {name} features are not finite: did the training diverge?')
     return F.normalize(x.float(), dim=1)
 
-# %% ../../nbs/6_evaluation/7_retrieval.ipynb #c17e55ff
+# %% ../../nbs/6_evaluation/7_retrieval.ipynb #3166e8da
 @dataclass
 class RetrievalSet:
     """A retrieval benchmark: data sets `queries` and `database`, and for each query a dict of database numbers: easy, hard, junk.
@@ -113,7 +114,8 @@ class RetrievalSet:
     lists: list = field(default_factory=list)
 
     def __post_init__(self):
-        if not len(self.queries) or not len(self.database): raise ValueError(f'retrieval needs queries and a database, not {len(self.queries)} and {len(self.database)} images')
+        n, m = len(self.queries), len(self.database)
+        if not n or not m: raise ValueError(f'retrieval needs queries and a database, not {n} and {m} images')
         if len(self.lists) != len(self.queries): raise ValueError(f'{len(self.queries)} queries, but {len(self.lists)} lists: one for each query')
         for q, lists in enumerate(self.lists):
             numbers = [i for name in ('easy', 'hard', 'junk') for i in lists.get(name, ())]
@@ -244,7 +246,7 @@ def _show(ax, image, size, colour):
     ax.set(xticks=[], yticks=[])
     for edge in ax.spines.values(): edge.set(color=colour, linewidth=3)
 
-# %% ../../nbs/6_evaluation/7_retrieval.ipynb #025fb872
+# %% ../../nbs/6_evaluation/7_retrieval.ipynb #714f66ad
 EDITS = {'crop 50 %': dict(area=(.5, .5)), 'crop 20 %': dict(area=(.2, .2)),
          'JPEG 30': dict(quality=30), 'JPEG 5': dict(quality=5),
          'blur': dict(photometric=Photometric(p_jitter=0., p_gray=0., sigma=(1.5, 2.))),
@@ -253,7 +255,9 @@ EDITS = {'crop 50 %': dict(area=(.5, .5)), 'crop 20 %': dict(area=(.2, .2)),
 
 class Edited:
     "The edited copies of a data set; copy i depends on (seed, i) alone."
-    def __init__(self, dataset, options, seed=0): self.dataset, self.options, self.seed, self.labels, self.classes = dataset, options, seed, dataset.labels, dataset.classes
+    def __init__(self, dataset, options, seed=0):
+        self.dataset, self.options, self.seed = dataset, options, seed
+        self.labels, self.classes = dataset.labels, dataset.classes
     def __len__(self): return len(self.dataset)
     def __getitem__(self, i):
         image, label = self.dataset[i]
@@ -263,14 +267,15 @@ def copy_set(dataset, options=EDITS['strong'], seed=0):
     "Copies of a data set as a `RetrievalSet`, for `retrieval_picture`: each edited image has one easy hit, its original."
     return RetrievalSet(Edited(dataset, options, seed), dataset, [{'easy': [i]} for i in range(len(dataset))])
 
-# %% ../../nbs/6_evaluation/7_retrieval.ipynb #eb59c0bd
+# %% ../../nbs/6_evaluation/7_retrieval.ipynb #96291f97
 def copy_detection(backbone, dataset, size, distractors=None, edits=EDITS, seed=0, batch_size=256, workers=0):
     """Does a copy find its original? mAP and share found first, in per cent, for every one of `edits` {name: options of `edit`}.
 
     Queries: the edited images of `dataset`; database: the images themselves, and those of `distractors`. A dict for JSON:
     {'edits': {name: {'map', 'first'}}, 'map', 'first' (means over edits), 'pixels': the same, 'chance', ...}. ValueError on bad input."""
     n, m = len(dataset), len(dataset) + len(distractors or ())
-    if not n or m < 2: raise ValueError(f'{n} originals and {m - n} distractors: copy detection needs an original, and at least 2 images in all')
+    if not n or m < 2:
+        raise ValueError(f'{n} originals and {m - n} distractors: copy detection needs an original, and at least 2 images in all')
     if not edits: raise ValueError(f'copy detection needs at least one edit, such as {", ".join(EDITS)}')
     def figures(net):
         features = lambda ds: extract(net, ds, size, batch_size, workers)[0]
@@ -290,13 +295,14 @@ def _copies(ranks):
     found = {name: {'map': 100 * float(ap(r).mean()), 'first': 100 * float((r == 0).double().mean())} for name, r in ranks.items()}
     return {'edits': found, **{f: float(np.mean([e[f] for e in found.values()])) for f in ('map', 'first')}}
 
-# %% ../../nbs/6_evaluation/7_retrieval.ipynb #3fa65289
+# %% ../../nbs/6_evaluation/7_retrieval.ipynb #cafc4d82
 class WithGeM(nn.Module):
     "A backbone whose pooled vector is followed by the generalised mean of its tokens (DINO Sec. 4.2, copy detection): [N, 2 d]."
     def __init__(self, backbone, p=4): super().__init__(); self.backbone, self.p = backbone, p
 
     def forward(self, x):
         f = self.backbone(x)
-        if getattr(f, 'tokens', None) is None: raise ValueError(f'{type(self.backbone).__name__} returns no tokens: a generalised mean of tokens needs a backbone that returns Features')
+        if getattr(f, 'tokens', None) is None:
+            raise ValueError(f'{type(self.backbone).__name__} returns no tokens: GeM needs a backbone that returns Features')
         gem = f.tokens.float().clamp(min=1e-6).pow(self.p).mean(1).pow(1 / self.p)
         return Features(torch.cat([f.pooled.float(), gem], 1), f.tokens, f.grid)
