@@ -133,10 +133,11 @@ EVALUATIONS = {}
 
 def _nets(nets): return {name: net.backbone for name, net in nets.items()}
 
-# %% ../nbs/evaluate.ipynb #d404e297
+# %% ../nbs/evaluate.ipynb #5f7fa77c
 def measure_knn(net, anchors, test, size, k=None, temperature=.07, cache=None, workers=0):
     "Top-1 in per cent for each `k` (default: those of 10, 20, 100, 200 that the anchors allow); features are kept in `cache`."
-    get = (lambda ds: frozen.cached_extract(net.backbone, ds, size, cache, workers=workers)) if cache else (lambda ds: knn.extract(net.backbone, ds, size, workers=workers))
+    options = dict(workers=workers, progress=True)
+    get = lambda ds: frozen.cached_extract(net.backbone, ds, size, cache, **options) if cache else knn.extract(net.backbone, ds, size, **options)
     (bank, bank_y), (queries, truth) = get(anchors), get(test)
     k = k or [n for n in (10, 20, 100, 200) if n <= len(bank)] or [len(bank)]
     return dict(knn=knn.knn_accuracy(bank, bank_y, queries, truth, k, temperature), anchors=len(bank), queries=len(queries), temperature=temperature)
@@ -189,11 +190,11 @@ EVALUATIONS['attention'] = Evaluation('where does it look, and does it see the o
     lambda r: (f"Jaccard {r['jaccard']:.1f} % (95 %: {r['jaccard_ci'][0]:.1f} to {r['jaccard_ci'][1]:.1f}); places shuffled {r['shuffled']:.1f} %"
                if 'jaccard' in r else 'no masks with these images: a picture only'))
 
-# %% ../nbs/evaluate.ipynb #ba519e35
+# %% ../nbs/evaluate.ipynb #ce55575c
 def measure_retrieval(net, images, size, batch_size=256, workers=0):
     "mAP for easy, medium and hard lists of a `RetrievalSet`; of plain images, mAP of finding the original of an edited copy."
     measure = retrieval if isinstance(images, RetrievalSet) else copy_detection
-    return measure(net.backbone, images, size, batch_size=batch_size, workers=workers)
+    return measure(net.backbone, images, size, batch_size=batch_size, workers=workers, progress=True)
 
 def _found(r):
     if 'map' in r: return f"copies: mAP {r['map']:.1f} %, found first {r['first']:.1f} %; raw pixels {r['pixels']['map']:.1f} %, chance {r['chance']['map']:.1f} %"

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from tqdm.auto import tqdm
 from ..data.folders import Subset
 from ..data.loading import eval_crop, eval_loader
 
@@ -100,16 +101,17 @@ def knn_accuracy(train_feats, train_labels, test_feats, test_labels, k=(10, 20, 
 
 # %% ../../nbs/6_evaluation/1_knn.ipynb #17e6e83d
 @torch.no_grad()                        # not inference_mode: a probe may train on these features
-def extract(backbone, dataset, size, batch_size=256, workers=0, device=None):
+def extract(backbone, dataset, size, batch_size=256, workers=0, device=None, progress=False):
     """Features float32 [n, d] and labels [n] of a whole `dataset`, on the CPU, in its order.
 
     `backbone` returns `Features` (their pooled vector counts) or a tensor [N, d]; it stays on its device unless `device` is given."""
     if device is not None: backbone.to(device)
     device, training = next((p.device for p in backbone.parameters()), device or 'cpu'), backbone.training
+    loader = eval_loader(dataset, size, batch_size, workers)
     backbone.eval()
     features, labels = [], []
     try:
-        for images, y, _ in eval_loader(dataset, size, batch_size, workers):
+        for images, y, _ in tqdm(loader, 'features', delay=2, leave=False, disable=not progress):
             f = backbone(images.to(device))
             f = getattr(f, 'pooled', f)
             if f.ndim != 2: raise ValueError(f'the backbone returned {list(f.shape)} for {len(images)} images, not [{len(images)}, d]')

@@ -204,10 +204,10 @@ def retrieval_figures(query_feats, bank_feats, lists, backend='torch', at=(1, 5,
     "`mean_average_precision` of the whole database ranked by cosine, from features [n, d] and [m, d]."
     return mean_average_precision(search(query_feats, bank_feats, len(bank_feats), backend)[1].cpu(), lists, at)
 
-def retrieval(backbone, data, size, backend='torch', at=(1, 5, 10), batch_size=256, workers=0):
+def retrieval(backbone, data, size, backend='torch', at=(1, 5, 10), batch_size=256, workers=0, progress=False):
     """mAP and mP@k in per cent of a frozen `backbone` on a `RetrievalSet`: a dict for JSON with easy, medium and hard,
     and the same under 'pixels' and 'chance' (the mean of ten random rankings). Images as `eval_crop` cuts them. ValueError on bad input."""
-    features = lambda net: [extract(net, ds, size, batch_size, workers)[0] for ds in (data.queries, data.database)]
+    features = lambda net: [extract(net, ds, size, batch_size, workers, progress=progress)[0] for ds in (data.queries, data.database)]
     n, m = len(data.queries), len(data.database)
     return {**retrieval_figures(*features(backbone), data.lists, backend, at),
             'pixels': retrieval_figures(*features(nn.Flatten()), data.lists, backend, at), 'chance': _chance(n, m, data.lists, at),
@@ -268,7 +268,7 @@ def copy_set(dataset, options=EDITS['strong'], seed=0):
     return RetrievalSet(Edited(dataset, options, seed), dataset, [{'easy': [i]} for i in range(len(dataset))])
 
 # %% ../../nbs/6_evaluation/7_retrieval.ipynb #96291f97
-def copy_detection(backbone, dataset, size, distractors=None, edits=EDITS, seed=0, batch_size=256, workers=0):
+def copy_detection(backbone, dataset, size, distractors=None, edits=EDITS, seed=0, batch_size=256, workers=0, progress=False):
     """Does a copy find its original? mAP and share found first, in per cent, for every one of `edits` {name: options of `edit`}.
 
     Queries: the edited images of `dataset`; database: the images themselves, and those of `distractors`. A dict for JSON:
@@ -278,7 +278,7 @@ def copy_detection(backbone, dataset, size, distractors=None, edits=EDITS, seed=
         raise ValueError(f'{n} originals and {m - n} distractors: copy detection needs an original, and at least 2 images in all')
     if not edits: raise ValueError(f'copy detection needs at least one edit, such as {", ".join(EDITS)}')
     def figures(net):
-        features = lambda ds: extract(net, ds, size, batch_size, workers)[0]
+        features = lambda ds: extract(net, ds, size, batch_size, workers, progress=progress)[0]
         bank = torch.cat([features(ds) for ds in (dataset, distractors) if ds is not None and len(ds)])
         return _copies({name: ranks_of_originals(features(Edited(dataset, options, seed)), bank) for name, options in edits.items()})
     chance = _copies({'chance': torch.arange(m)})['edits']['chance']         # every rank alike
