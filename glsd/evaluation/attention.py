@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from timm.layers import Attention
 from timm.models.swin_transformer import SwinTransformerBlock
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from ..backbones.swin import shift_mask, to_windows
 from ..data.loading import eval_crop, sample_rng
 from .correspondence import mean_ci, with_tokens

@@ -16,7 +16,7 @@ from matplotlib import colormaps
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from ..backbones.features import Features
 from ..data.loading import Loader, sample_rng
 from ..views.geometry import match_tokens, token_diagonal

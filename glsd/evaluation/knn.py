@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from ..data.folders import Subset
 from ..data.loading import eval_crop, eval_loader
 
