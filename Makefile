@@ -12,7 +12,7 @@ run: install
 
 test: install
 	.venv/bin/nbdev_test --n_workers 2 --timing
-	$(PY) -m pytest -q tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile tests
 
 lab: install
 	.venv/bin/jupyter lab nbs

@@ -6,9 +6,6 @@ import numpy as np
 import papermill
 import pytest
 import torch
-from IPython.core.interactiveshell import InteractiveShell
-from papermill.iorw import load_notebook_node
-from papermill.parameterize import parameterize_notebook
 
 from glsd.experiments.runner import cell_folder, run_cell
 from glsd.training import Recipe
@@ -29,19 +26,6 @@ def test_bad_input_is_one_line(tmp_path, parameters, message):
     assert e.value.evalue == message.format(tmp_path / 'none')
 
 
-@pytest.fixture
-def shell():
-    "IPython in this process: a kernel would first spend its time on importing torch once more."
-    yield InteractiveShell.instance()
-    InteractiveShell.clear_instance()
-
-
-def execute(shell, **parameters):
-    shell.reset()
-    for cell in parameterize_notebook(load_notebook_node(str(NOTEBOOK)), parameters).cells:
-        if cell.cell_type == 'code': shell.run_cell(cell.source).raise_error()
-
-
 def leave(folder, name, recipe):
     "A finished cell, as low_data leaves it."
     path = cell_folder(folder / 'cells', name, recipe)
@@ -49,14 +33,14 @@ def leave(folder, name, recipe):
     return path
 
 
-def test_miniature(tmp_path, shell, capsys):
+def test_miniature(tmp_path, run_notebook, capsys):
     runs, out, left = tmp_path / 'runs', tmp_path / 'out', {}
     leave(runs, 'vanilla n2 s0', SMALL.replace(objective='vanilla', per_class=2, steps=3))       # an older grid of another recipe
     for s in range(2):
         leave(runs, f'random s{s}', SMALL.replace(seed=s, per_class=2, steps=1, momentum=1., momentum_final=1.))
         for name in 'vanilla', 'similarity', 'geometric': left[name, s] = leave(runs, f'{name} n2 s{s}', SMALL.replace(objective=name, seed=s, per_class=2))
     few = dict(runs=str(runs), out=str(out), images=24, training_views=8, columns=1)
-    execute(shell, **few)
+    run_notebook(NOTEBOOK, few)
 
     assert '1 runs are left out, unfinished or of another recipe' in capsys.readouterr().out
     record = json.loads((out / 'results.json').read_text())
@@ -77,7 +61,8 @@ def test_miniature(tmp_path, shell, capsys):
     state = torch.load(path, weights_only=True)
     for v in state['teacher'].values(): v.mul_(torch.nan if v.is_floating_point() else 1)
     torch.save(state, path)
-    with pytest.raises(RuntimeError, match='1 of 8 runs could not be measured.*geometric_n2_s1.*not finite'): execute(shell, **few)
-    assert shell.user_ns['todo'] == [('geometric', 2, 1)]
+    todo = set()
+    with pytest.raises(RuntimeError, match='1 of 8 runs could not be measured.*geometric_n2_s1.*not finite'): run_notebook(NOTEBOOK, few, after=lambda source, names: todo.update(names.get('todo', ())))
+    assert todo == {('geometric', 2, 1)}
     again = {r['name']: r for r in json.loads((out / 'results.json').read_text())['runs']}
     assert 'error' in again.pop('geometric n2 s1') and again == {k: v for k, v in by.items() if k != 'geometric n2 s1'}

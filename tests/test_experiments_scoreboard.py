@@ -3,9 +3,6 @@ import json
 from pathlib import Path
 
 import pytest
-from IPython.core.interactiveshell import InteractiveShell
-from papermill.iorw import load_notebook_node
-from papermill.parameterize import parameterize_notebook
 
 from glsd.experiments.runner import cell_folder, run_cell
 from glsd.training import Recipe
@@ -17,30 +14,21 @@ FEW = dict(knn=dict(images=60, k=[5]), linear=dict(images=60, epochs=2, cached=T
            attention=dict(images=4), retrieval=dict(images=6), **{'dense-nn': dict(images=4)})
 
 
-@pytest.fixture
-def shell(monkeypatch):
-    "IPython in this process, in the notebook's folder: a kernel would first spend its time on importing torch once more."
-    monkeypatch.chdir(NOTEBOOK.parent)
-    yield InteractiveShell.instance()
-    InteractiveShell.clear_instance()
+def smaller(few):
+    "For `run_notebook`: options that make the plan smaller."
+    def after(source, names):
+        if 'PLAN = {' in source:
+            for what, options in few.items(): names['PLAN'][what] |= options
+    return after
 
 
-def execute(shell, few=FEW, **parameters):
-    "Runs the notebook; `few`: options that make its plan smaller."
-    shell.reset()
-    for cell in parameterize_notebook(load_notebook_node(str(NOTEBOOK)), parameters).cells:
-        if cell.cell_type != 'code': continue
-        shell.run_cell(cell.source).raise_error()
-        if 'PLAN = {' in cell.source:
-            for what, options in few.items(): shell.user_ns['PLAN'][what] |= options
-
-
-def test_miniature(tmp_path, shell, capsys):
+def test_miniature(tmp_path, run_notebook, capsys):
     runs, out = tmp_path / 'runs', tmp_path / 'out'
     cells = {f'{s} n2 s{seed}': SMALL.replace(objective=s, seed=seed, per_class=2) for s in ('vanilla', 'geometric') for seed in (0, 1)}
     cells['random s0'] = SMALL.replace(per_class=2, steps=1, momentum=1., momentum_final=1.)
     for name, recipe in cells.items(): run_cell(cell_folder(runs / 'cells', name, recipe), recipe.differences(), 'def nothing(run): return {}', {})
-    execute(shell, runs=str(runs), out=str(out), jobs=0)
+    given = dict(runs=str(runs), out=str(out), jobs=0)
+    run_notebook(NOTEBOOK, given, smaller(FEW))
 
     record = json.loads((out / 'results.json').read_text())
     assert len(record['runs']) == 5 and all(set(FEW) <= set(r) for r in record['runs'])
@@ -53,13 +41,13 @@ def test_miniature(tmp_path, shell, capsys):
     assert len(kept) == 35
     lost = next(f for f in kept if f.name.startswith('vanilla_n2_s1-knn'))
     lost.unlink()
-    execute(shell, runs=str(runs), out=str(out), jobs=0)
+    run_notebook(NOTEBOOK, given, smaller(FEW))
     assert [f for f in kept if f.stat().st_mtime_ns != kept[f]] == [lost]
 
     with pytest.raises(RuntimeError, match='5 answers are missing; the first: ValueError: k = 100000'):
-        execute(shell, {**FEW, 'knn': dict(images=60, k=[100_000])}, runs=str(runs), out=str(out), jobs=0)
+        run_notebook(NOTEBOOK, given, smaller({**FEW, 'knn': dict(images=60, k=[100_000])}))
     assert 'FAILED knn of vanilla_n2_s0' in capsys.readouterr().out
 
 
-def test_no_runs_is_one_line(tmp_path, shell):
-    with pytest.raises(FileNotFoundError, match='make them with "glsd reproduce low_data"'): execute(shell, runs=str(tmp_path), out=str(tmp_path))
+def test_no_runs_is_one_line(tmp_path, run_notebook):
+    with pytest.raises(FileNotFoundError, match='make them with "glsd reproduce low_data"'): run_notebook(NOTEBOOK, dict(runs=str(tmp_path), out=str(tmp_path)))
