@@ -59,7 +59,7 @@ def run_pretrain(args):
     run = pretrain(recipe, args.out, monitors=monitors)
     print(f'{args.out}: ' + ', '.join(f'{k} {v:.4g}' for k, v in run.metrics[-1].items() if isinstance(v, (int, float))))
 
-# %% ../nbs/cli.ipynb #a7a5ce04
+# %% ../nbs/cli.ipynb #a0a2b9bf
 def run_evaluate(args):
     "Prints a line for each backbone, and writes JSON and a picture; by default into a run folder, or here."
     from glsd.evaluate import EVALUATIONS, evaluate
@@ -85,7 +85,7 @@ def add_evaluations(parser, run):
             flag = dict(nargs='?', const=True) if default is False else {}
             p.add_argument('--' + name.replace('_', '-'), type=read_value, metavar='VALUE', help=f'default: {default}', **flag)
 
-_sources = dict(anchors='labelled images that answers come from', test='labelled images that are asked about', data="images, or 'toyworld'")
+_sources = dict(anchors='labelled images that answers come from', test='labelled images that are asked about', data="images, or 'toyworld'", device='auto (default), cpu or cuda')
 
 # %% ../nbs/cli.ipynb #8e524d3e
 def run_export(args):

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['EVALUATIONS', 'Net', 'recipe_of', 'open_net', 'open_nets', 'common_size', 'spread', 'some', 'toyworld', 'labelled',
            'labelled_pair', 'Evaluation', 'measure_knn', 'measure_linear', 'measure_correspondence', 'measure_collapse',
-           'measure_attention', 'measure_retrieval', 'measure_dense', 'evaluate']
+           'measure_attention', 'measure_retrieval', 'measure_dense', 'checked', 'evaluate']
 
-# %% ../nbs/evaluate.ipynb #3371b11e
+# %% ../nbs/evaluate.ipynb #50416c20
 import inspect
 import json
 from pathlib import Path
@@ -25,6 +25,7 @@ from .evaluation.correspondence import correspondence, correspondence_picture
 from .evaluation.retrieval import RetrievalFolder, RetrievalSet, copy_detection, copy_set, retrieval, retrieval_picture, toy_retrieval
 from .training import Recipe
 from .training.checkpoint import written_beside
+from .training.loop import pick_device
 
 # %% ../nbs/evaluate.ipynb #a362c6e4
 class Net(NamedTuple):
@@ -215,14 +216,26 @@ EVALUATIONS['dense-nn'] = Evaluation('segmentation by nearest labelled tokens', 
     lambda nets, results, memory, queries, size: dense.dense_picture(_nets(nets), memory, queries, size),
     lambda r: f"mIoU {r['miou']:.1f} %, pixels right {r['pixel_accuracy']:.1f} % (masks {r['mask_size']}, tokens {r['grid']}); one class everywhere {r['constant']:.1f} %, perfect tokens {r['ceiling']:.1f} %")
 
-# %% ../nbs/evaluate.ipynb #9dfa80fb
-def evaluate(what, specs, anchors=None, test=None, data=None, size=None, images=None, out=None, picture=True, **options) -> dict:
+# %% ../nbs/evaluate.ipynb #c892e92d
+def checked(options, known):
+    "`options` if their names are among `known` {name: default} and their types are those of the defaults; else ValueError."
+    for name, value in options.items():
+        if name not in known: raise ValueError(f'no option {name!r}; there are: {", ".join(known)}')
+        default, like = known[name], (list, tuple) if isinstance(known[name], tuple) else (int, float) if isinstance(known[name], float) else type(known[name])
+        if default is not None and not isinstance(value, like): raise ValueError(f'{name} = {value!r} is not of the kind of its default, {default!r}')
+    return options
+
+# %% ../nbs/evaluate.ipynb #59f4d54a
+def evaluate(what, specs, anchors=None, test=None, data=None, size=None, images=None, device='auto', out=None, picture=True, **options) -> dict:
     """Measures `what` (a key of `EVALUATIONS`) of each backbone: {'what', 'size', 'backbones': {name: figures}}.
 
     specs: a list of 'spec' or 'name=spec' (see `load_frozen`). `anchors`, `test`, `data`: folders, or 'toyworld'; by default the first
     run's own. `images`: at most so many of each set (lists are taken whole). `out`: a JSON file, written whole, with a `picture` of the same name beside it."""
     if what not in EVALUATIONS: raise ValueError(f'no measurement {what!r}; there are: {", ".join(EVALUATIONS)}')
-    e, nets = EVALUATIONS[what], open_nets(specs)
+    e = EVALUATIONS[what]
+    options = checked(options, e.options())
+    nets = open_nets(specs)
+    for net in nets.values(): net.backbone.to(pick_device(device))
     size, recipe = common_size(nets, size), next(iter(nets.values())).recipe
     sets = e.sets(recipe, dict(anchors=anchors, test=test, data=data, images=images))
     if out and 'cache' in e.options(): options = {'cache': Path(out).parent / 'features', **options}

@@ -80,6 +80,7 @@ def test_evaluate_says_what_is_wrong(run, tmp_path, capsys):
     assert 'too small' in say('correspondence', run, '--data', none, '--size', '512')
     assert 'at least 2' in say('correspondence', run, '--data', small)
     assert 'attention' in say('attention', 'random:resnet18', '--data', 'toyworld', '--size', '32', '--images', '4')
+    assert 'epochs' in say('linear', run, '--epochs', 'many') and 'device' in say('knn', run, '--device', 'abacus')
     assert '--epochs' in say('linear', run, '--epoch', '3') and 'knn' in wrong(capsys, 'evaluate', 'kmm', run)
     assert '--size' in say('collapse', run, 'random:vit_tiny_patch16_224') and 'called' in say('collapse', run, run)
     assert not (tmp_path / 'x.json').exists()
