@@ -101,7 +101,7 @@ class LivePlot:
         for axis, (monitor, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
             for name in names: axis.plot(*points(lines, name), marker='.' if monitor else '', lw=1, label=name.removeprefix(monitor + '/'))
             axis.set(title=monitor or self.title(lines), xlabel='step', xlim=(0, self.steps))
-            axis.legend(fontsize='x-small', ncols=1 + len(names) // 6)
+            axis.legend(fontsize='x-small', **(dict(loc='center left', bbox_to_anchor=(1, .5)) if len(names) > 5 else {}))    # many: beside the curves
         buffer = io.BytesIO(); figure.savefig(buffer, format='png', dpi=80)
         return buffer.getvalue()
 
