@@ -7,7 +7,8 @@ __all__ = ['EVALUATIONS', 'Net', 'recipe_of', 'open_net', 'open_nets', 'common_s
            'labelled_pair', 'Evaluation', 'measure_knn', 'measure_linear', 'measure_correspondence', 'measure_collapse',
            'measure_attention', 'measure_retrieval', 'measure_dense', 'checked', 'evaluate']
 
-# %% ../nbs/evaluate.ipynb #50416c20
+# %% ../nbs/evaluate.ipynb #3fcdbb26
+import hashlib
 import inspect
 import json
 from pathlib import Path
@@ -147,10 +148,12 @@ EVALUATIONS['knn'] = Evaluation('classes by a vote of the nearest neighbours (GL
     lambda nets, results, anchors, test, size: knn.knn_picture(_nets(nets), anchors, test, size),
     lambda r: 'top-1 ' + ', '.join(f'{top1:.2f} % at k = {k}' for k, top1 in r['knn'].items()))
 
-# %% ../nbs/evaluate.ipynb #22b9e75d
+# %% ../nbs/evaluate.ipynb #b3700bcc
 def measure_linear(net, anchors, test, size, epochs=100, batch_size=256, lrs=linear.LRS, n_blocks=None, cached=False, seed=0, workers=0, cache=None):
     "A linear layer on frozen features at each of `lrs`; `cached`: on features of central crops, computed once. Goes on from `cache`."
-    state = cache and Path(cache) / f'linear-{frozen.fingerprint_weights(net.backbone)}'
+    settings = [size, epochs, batch_size, lrs, n_blocks, cached, seed, frozen.fingerprint_data(anchors)]
+    digits = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]                  # another question, another state
+    state = cache and Path(cache) / f'linear-{frozen.fingerprint_weights(net.backbone)}-{digits}'
     return linear.linear_probe(net.backbone, anchors, test, size, epochs, batch_size, lrs, n_blocks, cached, state, seed=seed, workers=workers)
 
 EVALUATIONS['linear'] = Evaluation('classes by one linear layer, trained at many learning rates at once (GLSD Sec. 4.3)', _pair, measure_linear,
