@@ -196,5 +196,5 @@ def collapse_of_backbone(backbone, dataset, size, n=256) -> dict:
     try: seen = [backbone(images.to(device)) for images, *_ in eval_loader(picked, size, 64, 0)]
     finally: backbone.train(training)
     pooled = torch.cat([getattr(f, 'pooled', f) for f in seen])
-    if getattr(seen[0], 'tokens', None) is None: return feature_figures(pooled)
+    if getattr(seen[0], 'tokens', None) is None or seen[0].tokens.shape[1] < 2: return feature_figures(pooled)     # one token has no other to differ from
     return feature_figures(Features(pooled, torch.cat([f.tokens for f in seen]), seen[0].grid))
