@@ -21,7 +21,7 @@ from safetensors import safe_open
 from .data import ImageFolder, ToyWorld
 from .data.folders import Subset
 from .data.loading import eval_crop
-from .evaluation import attention, collapse, dense, frozen, knn, linear, report
+from .evaluation import attention, dense, frozen, knn, linear, report
 from .evaluation.correspondence import correspondence, correspondence_picture
 from .evaluation.retrieval import RetrievalFolder, RetrievalSet, copy_detection, copy_set, retrieval, retrieval_picture, toy_retrieval
 from .training import Recipe

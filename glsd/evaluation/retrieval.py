@@ -22,7 +22,7 @@ from ..backbones.features import Features
 from ..data.folders import read_image
 from ..data.loading import eval_crop, sample_rng
 from ..data.toyworld import ToyWorld
-from .knn import extract, nearest
+from .knn import extract, framed, nearest
 from ..views.multicrop import cut, draw_box
 from ..views.photometric import Photometric, apply_photometric, denormalize
 
@@ -233,18 +233,13 @@ def retrieval_picture(backbones, data, size, queries=4, k=6):
         index = search(extract(net, asked, size)[0], extract(net, data.database, size)[0], k)[1].tolist()
         block.suptitle(name, fontsize=9)
         for axes, q, found in zip(block.subplots(len(queries), k + 1, squeeze=False), queries, index):
-            _show(axes[0], data.queries[q][0], size, 'black')
-            for ax, i in zip(axes[1:], found): _show(ax, data.database[i][0], size, KINDS[kind_of(data.lists[q], i)])
+            framed(axes[0], data.queries[q][0], size, 'black')
+            for ax, i in zip(axes[1:], found): framed(ax, data.database[i][0], size, KINDS[kind_of(data.lists[q], i)])
     return fig
 
 def kind_of(lists, i):
     "'easy', 'hard' or 'junk' as the `lists` of a query have image i; 'wrong' if none has."
     return next((name for name in ('easy', 'hard', 'junk') if i in lists.get(name, ())), 'wrong')
-
-def _show(ax, image, size, colour):
-    ax.imshow(eval_crop(image, size).permute(1, 2, 0).numpy())
-    ax.set(xticks=[], yticks=[])
-    for edge in ax.spines.values(): edge.set(color=colour, linewidth=3)
 
 # %% ../../nbs/6_evaluation/7_retrieval.ipynb #714f66ad
 EDITS = {'crop 50 %': dict(area=(.5, .5)), 'crop 20 %': dict(area=(.2, .2)),
