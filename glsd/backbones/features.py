@@ -13,7 +13,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-# %% ../../nbs/3_backbones/1_features.ipynb #802cd3f2
+# %% ../../nbs/3_backbones/1_features.ipynb #728c0c20
 class Features(NamedTuple):
     """What a backbone returns for N crops of one size (GLSD, Sec. 3.1).
 
@@ -23,14 +23,18 @@ class Features(NamedTuple):
     pooled: Tensor            # [N, d]       one vector per crop
     tokens: Tensor            # [N, H*W, d]  one vector per place, row by row from the top left
     grid: tuple[int, int]     # (H, W)
+    queries: Tensor | None = None  # [N, Q, d]  answers to query crops, where a method asked for them (ADCLR)
 
-# %% ../../nbs/3_backbones/1_features.ipynb #0eccefce
+# %% ../../nbs/3_backbones/1_features.ipynb #fceebb88
 class Backbone(nn.Module):
     """A timm model that returns `Features`; a subclass says how, in `features(x)`.
 
     `dim` is the width d of what comes out, `stride` the pixels a token covers in each direction.
     `timm.create_model(timm_name, num_classes=0, **timm_kwargs)` has the same state-dict keys and shapes as `model`.
+    `takes`: what else `features` understands, see `forward`. `embed_dim`: width behind the patch embedding.
     """
+    takes = ()
+
     def __init__(self, timm_name: str, drop_path: float = 0., **timm_kwargs):
         super().__init__()
         self.timm_name, self.timm_kwargs = timm_name, timm_kwargs
@@ -38,17 +42,27 @@ class Backbone(nn.Module):
         self.dim, self.stride = self.model.num_features, self.model.feature_info[-1]['reduction']
         cut = getattr(self.model, 'patch_embed', None)
         self.patch = cut.patch_size[0] if cut else 1
+        convs = [m for m in cut.modules() if isinstance(m, nn.Conv2d)] if cut else []
+        self.embed_dim = convs[-1].out_channels if convs else self.dim
 
     def features(self, x: Tensor) -> Features:
         raise NotImplementedError(f'{type(self).__name__} must say how it turns crops into Features')
 
-    def forward(self, x: Tensor) -> Features:
-        """x: float crops [N, 3, h, w], h and w multiples of the patch. ValueError otherwise."""
+    def forward(self, x: Tensor, **asked) -> Features:
+        """x: float crops [N, 3, h, w], h and w multiples of the patch. ValueError otherwise.
+
+        asked: what some methods give beside the crops, for backbones that can take it: `mask` [N, H*W] (True: hidden) with
+        `mask_token` [embed_dim]; `queries` [N, Q, 3, p, p], crops of one patch, and `bidirectional`. ValueError for others.
+        """
         h, w = x.shape[-2:]
         if h < self.patch or w < self.patch or h % self.patch or w % self.patch:
             raise ValueError(f'a crop of {h}x{w} pixels does not divide into the {self.patch}-pixel patches of '
                              f'{self.timm_name}: choose sizes that are multiples of {self.patch}')
-        return self.features(x)
+        cannot = [name for name in asked if name not in self.takes]
+        if cannot:
+            raise ValueError(f'{self.timm_name} cannot take {cannot[0]!r}' + (f', only {", ".join(self.takes)}' if self.takes else '')
+                             + ': choose another backbone (a ViT takes masks and queries) or another objective')
+        return self.features(x, **asked)
 
 # %% ../../nbs/3_backbones/1_features.ipynb #21fd17b5
 _backbones = {}

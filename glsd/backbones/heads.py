@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Prototypes', 'DINOHead', 'Outputs', 'batch_first', 'Branch']
 
-# %% ../../nbs/3_backbones/4_heads.ipynb #60735b8a
-from dataclasses import dataclass
+# %% ../../nbs/3_backbones/4_heads.ipynb #6342b9ef
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +54,7 @@ class DINOHead(nn.Module):
         z = self.mlp(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
         return self.last_layer(F.normalize(z, dim=-1))
 
-# %% ../../nbs/3_backbones/4_heads.ipynb #e280190e
+# %% ../../nbs/3_backbones/4_heads.ipynb #a68cddef
 @dataclass
 class Outputs:
     """What an objective gets from one branch, batch first: the views of an image follow each other, globals first."""
@@ -63,34 +63,45 @@ class Outputs:
     grids: list[tuple[int, int]]      # (H, W) of each of the V views
     w_geo: Tensor                     # [B, V, 7]
     logits: dict[str, Tensor]         # head -> [B, V, K] on 'pooled', [B, S, K] on 'tokens'
+    n_global: int = 2                 # the first views are the global ones
+    queries: Tensor | None = None     # [B, n_global * Q, d]  answers to the query crops, view after view (ADCLR)
+    asked: list = field(default_factory=list)  # what the backbone was given beside the crops of each group (iBOT: masks)
 
 # %% ../../nbs/3_backbones/4_heads.ipynb #ded38e30
 def batch_first(x: Tensor, batch: int) -> Tensor:
     """View by view to image by image: [V*B, d] -> [B, V, d], and [V*B, T, d] -> [B, V*T, d]."""
     return x.unflatten(0, (-1, batch)).transpose(0, 1).flatten(1, -2)
 
-# %% ../../nbs/3_backbones/4_heads.ipynb #4368d4c6
+# %% ../../nbs/3_backbones/4_heads.ipynb #cf666b92
 class Branch(nn.Module):
     """Student or teacher: a backbone and its heads. `heads` says what each reads: {'view': 'pooled', 'region': 'tokens'}.
 
-    `branch(views, n_groups=None) -> Outputs` passes each size group through the backbone at once
-    (the teacher: n_groups=1, the global group only). Features are sorted batch first BEFORE the heads: they are d
-    wide, logits are K wide. Other keywords go to each `DINOHead`. ValueError for a head that reads something else.
+    A source is 'pooled', 'tokens', 'queries', or a function(outputs, modules) -> [B, n, d]. A head is a new `DINOHead`
+    with the other keywords, unless `modules` has another module of its name, or the name of a head to share; whatever
+    else is in `modules` stands beside the heads, for those functions.
+    `branch(views, n_groups=None, asked=()) -> Outputs` passes each size group through the backbone at once (n_groups=1:
+    the global group only), with the keywords asked[group]. Features are sorted batch first BEFORE the heads: they are d
+    wide, logits are K wide. ValueError for a head that reads something else.
     """
-    def __init__(self, backbone: Backbone, heads: dict[str, str], **head_kwargs):
+    def __init__(self, backbone: Backbone, heads: dict, modules: dict | None = None, **head_kwargs):
         super().__init__()
         for name, source in heads.items():
-            if source not in ('pooled', 'tokens'):
-                raise ValueError(f"head {name!r} reads {source!r}: a head reads 'pooled' or 'tokens'")
-        self.backbone, self.sources = backbone, dict(heads)
-        self.heads = nn.ModuleDict({name: DINOHead(backbone.dim, **head_kwargs) for name in heads})
+            if source not in ('pooled', 'tokens', 'queries') and not callable(source):
+                raise ValueError(f"head {name!r} reads {source!r}: a head reads 'pooled', 'tokens', 'queries' or a function's answer")
+        self.backbone, self.sources, modules = backbone, dict(heads), modules or {}
+        self.heads = nn.ModuleDict({name: DINOHead(backbone.dim, **head_kwargs) for name in heads if name not in modules})
+        self.heads.update({name: m for name, m in modules.items() if not isinstance(m, str)})
+        self.heads.update({name: self.heads[other] for name, other in modules.items() if isinstance(other, str)})
 
-    def forward(self, views, n_groups: int | None = None) -> Outputs:
-        groups, B = views.crops[:n_groups], views.crops[0].shape[1]
-        features = [self.backbone(crops.flatten(0, 1)) for crops in groups]
-        read = {'pooled': torch.cat([batch_first(f.pooled, B) for f in features], 1),
-                'tokens': torch.cat([batch_first(f.tokens, B) for f in features], 1)}
+    def forward(self, views, n_groups: int | None = None, asked=()) -> Outputs:
+        groups, B = views.crops[:n_groups], views.batch_size
+        asked = [*asked] + [{}] * (len(groups) - len(asked))
+        features = [self.backbone(crops.flatten(0, 1), **more) for crops, more in zip(groups, asked)]
+        pooled, tokens = (torch.cat([batch_first(f[i], B) for f in features], 1) for i in (0, 1))
         grids = [f.grid for f, crops in zip(features, groups) for _ in crops]
         w_geo = torch.cat([w.transpose(0, 1) for w in views.w_geo[:n_groups]], 1)
-        logits = {name: head(read[self.sources[name]]) for name, head in self.heads.items()}
-        return Outputs(read['pooled'], read['tokens'], grids, w_geo, logits)
+        queries = None if features[0].queries is None else batch_first(features[0].queries, B)
+        out = Outputs(pooled, tokens, grids, w_geo, {}, len(groups[0]), queries, asked)
+        for name, source in self.sources.items():
+            out.logits[name] = self.heads[name](source(out, self.heads) if callable(source) else getattr(out, source))
+        return out
