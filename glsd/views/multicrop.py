@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['GLOBAL_1', 'GLOBAL_2', 'LOCAL', 'draw_box', 'cut', 'Views', 'Sample', 'MultiCrop']
 
-# %% ../../nbs/1_views/3_multicrop.ipynb #6ccbd8ff
+# %% ../../nbs/1_views/3_multicrop.ipynb #797f1e38
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 import numpy as np
 import torch
@@ -50,18 +50,21 @@ def _checked(image):
         raise ValueError(f'an image must be uint8 [3,H,W] or grey [1,H,W] and not empty; this is {str(image.dtype)[6:]} {list(image.shape)}')
     return image.expand(3, -1, -1)[None].contiguous(memory_format=torch.channels_last)
 
-# %% ../../nbs/1_views/3_multicrop.ipynb #23659f88
+# %% ../../nbs/1_views/3_multicrop.ipynb #47dc753d
 @dataclass
 class Views:
     """A batch of views, grouped by size, the global group first.
 
     crops: per group [V,B,3,h,w], float32, normalised; w_geo: per group [V,B,7] (see glsd.views.geometry);
-    index [B]: the samples' numbers in their data set; label [B]: -1 = none.
+    index [B]: the samples' numbers in their data set; label [B]: -1 = none. Beside the views, where asked for:
+    queries [Q,B,3,p,p], crops of one patch, and their w_query [Q,B,7].
     """
     crops: list
     w_geo: list
     index: torch.Tensor
     label: torch.Tensor
+    queries: torch.Tensor = None
+    w_query: torch.Tensor = None
 
     @property
     def batch_size(self): return self.crops[0].shape[1]
@@ -71,12 +74,14 @@ class Views:
 
     def to(self, device, **kwargs):
         "The same views on `device`; further arguments as for Tensor.to."
-        crops, w_geo = ([t.to(device, **kwargs) for t in group] for group in (self.crops, self.w_geo))
-        return Views(crops, w_geo, self.index.to(device, **kwargs), self.label.to(device, **kwargs))
+        def move(x):
+            if isinstance(x, list): return [move(t) for t in x]
+            return x if x is None else x.to(device, **kwargs)
+        return Views(*(move(getattr(self, f.name)) for f in fields(self)))
 
-# %% ../../nbs/1_views/3_multicrop.ipynb #b1e86afa
+# %% ../../nbs/1_views/3_multicrop.ipynb #a672e542
 class Sample(NamedTuple):
-    "The views of one image before colour, one entry per size group: crops uint8 [V,3,h,w], w_geo [V,7], w_pho [V,11]."
+    "One image before colour, an entry per size group, queries last: crops uint8 [V,3,h,w], w_geo [V,7], w_pho [V,11]."
     crops: list
     w_geo: list
     w_pho: list
@@ -87,13 +92,14 @@ GLOBAL_1, GLOBAL_2, LOCAL = Photometric(), Photometric(p_blur=.1, p_solarize=.2)
 def _scaled(p, strength):
     return replace(p, **{name: getattr(p, name) * strength for name in ('brightness', 'contrast', 'saturation', 'hue')})
 
-# %% ../../nbs/1_views/3_multicrop.ipynb #5056dcd7
+# %% ../../nbs/1_views/3_multicrop.ipynb #7d668824
 @dataclass
 class MultiCrop:
     """Draws, cuts and colours `n_global` + `n_local` views of every image (GLSD Sec. 3.2; multi-crop is SwAV's and DINO's).
 
     Sizes in pixels, scales as shares of the image's area, `ratio` width/height. `strength` multiplies the amplitudes
-    of the colour jitter; `photometric`, one Photometric per view, replaces the default colours.
+    of the colour jitter; `photometric`, one Photometric per view, replaces the default colours. `n_query` crops of a
+    single patch of `query_size` pixels come with the views, drawn after them, in the colours of local views (ADCLR Sec. 3.2).
     """
     global_size: int = 224
     local_size: int = 96
@@ -104,23 +110,30 @@ class MultiCrop:
     ratio: tuple = (3/4, 4/3)
     strength: float = 1.
     photometric: list = None
+    n_query: int = 0
+    query_size: int = 16
+    query_scale: tuple = (.05, .15)
 
     def __post_init__(self):
-        if self.n_global < 1 or self.n_local < 0:
-            raise ValueError(f'MultiCrop: n_global={self.n_global} must be at least 1 and n_local={self.n_local} at least 0')
+        if self.n_global < 1 or min(self.n_local, self.n_query) < 0:
+            raise ValueError(f'MultiCrop: n_global={self.n_global} must be at least 1, n_local={self.n_local} and n_query={self.n_query} at least 0')
         _check_range('ratio', self.ratio)
-        for name in ('global', 'local'):
+        for name in ('global', 'local', 'query'):
             _check_range(name + '_scale', getattr(self, name + '_scale'), 1)
             if getattr(self, name + '_size') < 1: raise ValueError(f'MultiCrop: {name}_size must be at least 1 pixel')
+        if self.n_query and self.query_size > self.global_size:
+            raise ValueError(f'MultiCrop: a query of {self.query_size} pixels is larger than the image, a global view of {self.global_size}; '
+                             'query_size is one patch of the backbone')
         colours = [GLOBAL_1] + [GLOBAL_2] * (self.n_global - 1) + [LOCAL] * self.n_local
         colours = self.photometric or [_scaled(p, self.strength) for p in colours]
         if len(colours) != self.n_global + self.n_local:
             raise ValueError(f'MultiCrop: photometric has {len(colours)} entries for {self.n_global + self.n_local} views; give one per view')
         self.groups = [(self.global_size, self.global_scale, colours[:self.n_global])]
         if self.n_local: self.groups.append((self.local_size, self.local_scale, colours[self.n_global:]))
+        if self.n_query: self.groups.append((self.query_size, self.query_scale, [_scaled(LOCAL, self.strength)] * self.n_query))
 
     def draw(self, size, rng):
-        "All random numbers for one image of `size` (H, W): lists of w_geo [V,7] and of w_pho [V,11], one entry per group."
+        "All random numbers for one image of `size` (H, W): lists of w_geo [V,7] and of w_pho [V,11], an entry per group, queries last."
         return tuple(map(list, zip(*(self._draw_group(size, rng, *group) for group in self.groups))))
 
     def _draw_group(self, size, rng, out, scale, colours):
@@ -147,7 +160,8 @@ class MultiCrop:
         crops = [apply_photometric(c.flatten(0, 1), w.flatten(0, 1)).view(c.shape) for c, w in zip(crops, w_pho)]
         index = torch.arange(len(samples)) if index is None else torch.as_tensor(index, dtype=torch.long)
         label = torch.full_like(index, -1) if label is None else torch.as_tensor(label, dtype=torch.long)
-        return Views(crops, w_geo, index, label)
+        queries = (crops.pop(), w_geo.pop()) if self.n_query else ()
+        return Views(crops, w_geo, index, label, *queries)
 
     def __call__(self, images, rngs):
         "Views of a list of images uint8 [3,H,W], with one random generator each."
