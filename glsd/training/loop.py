@@ -39,10 +39,11 @@ def build_dataset(recipe: Recipe):
     data = _toyworld(n=r.n_images, size=r.image_size, seed=r.data_seed) if r.data == 'toyworld' else ImageFolder(r.data)
     return balanced_subset(data, r.per_class, seed=r.data_seed) if r.per_class else data
 
-# %% ../../nbs/5_training/5_loop.ipynb #d8ac52ac
-def build_multicrop(recipe: Recipe) -> MultiCrop:
-    names = 'global_size local_size n_global n_local global_scale local_scale strength'.split()
-    return MultiCrop(**{k: getattr(recipe, k) for k in names})
+# %% ../../nbs/5_training/5_loop.ipynb #2d5d5fc1
+def build_multicrop(recipe: Recipe, query_size: int = 0) -> MultiCrop:
+    "The recipe's views; with query crops if they have a size."
+    names = 'global_size local_size n_global n_local global_scale local_scale strength'.split() + ['n_query', 'query_scale'] * bool(query_size)
+    return MultiCrop(**{k: getattr(recipe, k) for k in names}, **({'query_size': query_size} if query_size else {}))
 
 # %% ../../nbs/5_training/5_loop.ipynb #53885371
 def schedules(recipe: Recipe, steps: int) -> dict:
@@ -89,7 +90,7 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError):
         raise ValueError(f"device '{name}' is not there; choose auto, cpu" + (', cuda' if torch.cuda.is_available() else '')) from None
 
-# %% ../../nbs/5_training/5_loop.ipynb #8e022046
+# %% ../../nbs/5_training/5_loop.ipynb #83833993
 class Trainer:
     """Student, teacher, objective and optimiser of one recipe, and the step that moves them on.
 
@@ -98,9 +99,11 @@ class Trainer:
         self.recipe, self.steps, self.done = recipe, steps, 0
         self.device = pick_device(recipe.device)
         seed_step(recipe.seed, 0)
-        self.objective = create_objective(recipe.objective, recipe.out_dim, student_temp=recipe.student_temp,
-                                          center_momentum=recipe.center_momentum, **recipe.objective_options).to(self.device)
-        self.student, self.teacher = self.branch(recipe.drop_path), self.branch(0.).requires_grad_(False)
+        backbone = create_backbone(recipe.backbone, drop_path=recipe.drop_path)
+        given = dict(student_temp=recipe.student_temp, center_momentum=recipe.center_momentum, dim=backbone.dim)
+        self.objective = create_objective(recipe.objective, recipe.out_dim, given, **recipe.objective_options).to(self.device)
+        self.student = self.branch(backbone, self.objective.heads)
+        self.teacher = self.branch(create_backbone(recipe.backbone), self.objective.teacher_heads).requires_grad_(False)
         self.teacher.load_state_dict(self.student.state_dict())
         named = [*self.student.named_parameters(), *self.objective.named_parameters()]
         self.parameters = [p for _, p in named if p.requires_grad]
@@ -108,10 +111,16 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(decay_groups(named), lr=0., fused=self.device.type in ('cpu', 'cuda'))
         self.schedules, self.frozen = schedules(recipe, steps), round(recipe.freeze_last * steps)
 
-    def branch(self, drop_path):
+    def branch(self, backbone, heads):
         r = self.recipe
-        return Branch(create_backbone(r.backbone, drop_path=drop_path), self.objective.heads, out_dim=r.out_dim, hidden_dim=r.head_hidden,
-                      bottleneck_dim=r.head_bottleneck, norm_last_layer=r.norm_last_layer, batch_norm=r.head_batchnorm).to(self.device)
+        head = dict(out_dim=r.out_dim, hidden_dim=r.head_hidden, bottleneck_dim=r.head_bottleneck,
+                    norm_last_layer=r.norm_last_layer, batch_norm=r.head_batchnorm)
+        return Branch(backbone, heads, self.objective.modules_of(backbone, **head), **head).to(self.device)
+
+    @property
+    def query_size(self):
+        "Side of the query crops in pixels, for an objective that reads them; or 0."
+        return self.student.backbone.patch * self.objective.reads_queries
 
     def now(self):
         "The schedules' values for the next step."
@@ -120,8 +129,9 @@ class Trainer:
     def forward(self, views, teacher_temp):
         "-> student Outputs, teacher Outputs, named terms."
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.amp):
-            with torch.no_grad(): teacher = self.teacher(views, n_groups=1)
-            student = self.student(views)
+            ask = self.objective.asks
+            with torch.no_grad(): teacher = self.teacher(views, self.objective.teacher_groups, ask(views, self.teacher, teacher=True))
+            student = self.student(views, asked=ask(views, self.student))
             return student, teacher, self.objective(student, teacher, teacher_temp)
 
     def step(self, views, looks=()) -> dict:
@@ -161,10 +171,10 @@ class Trainer:
         self.optimizer.load_state_dict(state['optimizer'])
         self.done = state['step']
 
-# %% ../../nbs/5_training/5_loop.ipynb #1b9c4496
-def batches(recipe: Recipe, dataset, start: int, steps: int):
+# %% ../../nbs/5_training/5_loop.ipynb #546a70b8
+def batches(recipe: Recipe, dataset, start: int, steps: int, query_size: int = 0):
     "The Views of steps `start` to `steps`, epoch after epoch; the same ones whether a run was cut at `start` or not."
-    multicrop, per_epoch = build_multicrop(recipe), len(dataset) // recipe.batch_size
+    multicrop, per_epoch = build_multicrop(recipe, query_size), len(dataset) // recipe.batch_size
     for epoch in range(start // per_epoch, math.ceil(steps / per_epoch)):
         first = start % per_epoch if epoch == start // per_epoch else 0
         loader = make_loader(dataset, multicrop, recipe.batch_size, seed=recipe.seed, epoch=epoch, workers=recipe.workers, start=first)
@@ -198,7 +208,7 @@ def load_run(path) -> Run:
     load_weights(backbone, {k[len(prefix):]: v for k, v in state['teacher'].items() if k.startswith(prefix)}, f"{path}: 'teacher'")
     return Run(Path(path), recipe, backbone.to(pick_device(recipe.device)).eval(), read_metrics(path))
 
-# %% ../../nbs/5_training/5_loop.ipynb #6fc2dc59
+# %% ../../nbs/5_training/5_loop.ipynb #5bfe9536
 def pretrain(recipe: Recipe, out, monitors=None, resume=True, dataset=None, progress=True) -> Run:
     """Trains `recipe` in the folder `out`, or goes on where it was cut; a finished run is only read.
 
@@ -227,7 +237,7 @@ def restore(trainer, out):
         trainer.load_state_dict(state, where=str(out))
     trainer.recipe.save(out/'recipe.yaml')
 
-# %% ../../nbs/5_training/5_loop.ipynb #ae586460
+# %% ../../nbs/5_training/5_loop.ipynb #e5f2e0ca
 def train(trainer, out, dataset, monitors, progress):
     "The loop itself."
     r = trainer.recipe
@@ -237,7 +247,7 @@ def train(trainer, out, dataset, monitors, progress):
     show = (LivePlot if in_notebook() else Bar)(trainer.steps, trainer.done) if progress else None
     started = time.perf_counter()
     try:
-        for views in batches(r, dataset, trainer.done, trainer.steps):
+        for views in batches(r, dataset, trainer.done, trainer.steps, trainer.query_size):
             loaded = time.perf_counter()
             step = trainer.done + 1
             last = step == trainer.steps

@@ -122,7 +122,7 @@ def _nearest(name, names):
     known = {**{theirs: n for theirs, n in _ELSEWHERE.items() if n in names}, **{n: n for n in names}}  # what other codes call it counts as near
     return known[difflib.get_close_matches(str(name).replace('-', '_').lower(), known, n=1, cutoff=0)[0]]
 
-# %% ../../nbs/5_training/2_recipe.ipynb #a55bb32d
+# %% ../../nbs/5_training/2_recipe.ipynb #82794b8b
 @dataclass(frozen=True)
 class Recipe(BaseRecipe):
     """All that decides what a run computes; the defaults are the paper's (Sec. 4.2; [6] is DINO, whose details it follows).
@@ -142,6 +142,8 @@ class Recipe(BaseRecipe):
     n_local: int = 8
     global_scale: tuple = (.4, 1.)    # share of the image's area
     local_scale: tuple = (.05, .4)
+    n_query: int = 10                 # crops of one patch, for objectives that read them (ADCLR, Sec. 3.2); others get none
+    query_scale: tuple = (.05, .15)
     strength: float = 1.              # of the colour jitter
     # network (Sec. 4.2; heads as in [6])
     backbone: str = 'swin_tiny_w7'
@@ -182,4 +184,4 @@ class Recipe(BaseRecipe):
 
     free = 'workers', 'device', 'monitor_every', 'checkpoint_every'
 
-    def check(self): check_ranges(self, _AT_LEAST, _SHARES, _POSITIVE, ('global_scale', 'local_scale'))
+    def check(self): check_ranges(self, _AT_LEAST, _SHARES, _POSITIVE, ('global_scale', 'local_scale', 'query_scale'))

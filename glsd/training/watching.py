@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['check_finite', 'flat_terms', 'StuckCheck', 'curves', 'points', 'in_notebook', 'LivePlot', 'Bar']
 
-# %% ../../nbs/5_training/4_watching.ipynb #0509aba2
+# %% ../../nbs/5_training/4_watching.ipynb #f23c434c
 import io, math, time, warnings
 from dataclasses import replace
 
 import torch
 
 from ..backbones.heads import Outputs
+from ..objectives import Distillation
 
 # %% ../../nbs/5_training/4_watching.ipynb #b3bbca90
 def check_finite(step: int, named: dict):
@@ -21,7 +22,7 @@ def check_finite(step: int, named: dict):
             raise ValueError(f"step {step}: '{name}' is {value}, and the run stops. Its last checkpoint is from before; "
                              'try a lower lr, a longer warmup, a smaller clip, or amp off')
 
-# %% ../../nbs/5_training/4_watching.ipynb #d404651c
+# %% ../../nbs/5_training/4_watching.ipynb #6163d033
 @torch.no_grad()
 def flat_terms(objective, student: Outputs, teacher: Outputs, terms: dict, teacher_temp: float, tolerance=.01) -> list:
     """Names of the terms that are what a student with uniform outputs would get: ln(out_dim), times the term's weight.
@@ -33,7 +34,8 @@ def flat_terms(objective, student: Outputs, teacher: Outputs, terms: dict, teach
     zero, twice = objective(scaled(0), teacher, teacher_temp), objective(scaled(2), teacher, teacher_temp)
     objective.train()
     def near(a, b): return abs(a - b) < tolerance * abs(b)   # a term of nothing is not flat
-    return [k for k in terms if near(terms[k], zero[k]) and near(twice[k], zero[k])]
+    asked = [k for k in terms if isinstance(objective.terms[k], Distillation)]   # others have no prototypes to be flat on
+    return [k for k in asked if near(terms[k], zero[k]) and near(twice[k], zero[k])]
 
 # %% ../../nbs/5_training/4_watching.ipynb #f9835f41
 class StuckCheck:
@@ -73,7 +75,7 @@ def in_notebook() -> bool:
     try: return type(get_ipython()).__name__ == 'ZMQInteractiveShell'
     except NameError: return False
 
-# %% ../../nbs/5_training/4_watching.ipynb #3b1a2e62
+# %% ../../nbs/5_training/4_watching.ipynb #21b8a9e9
 class LivePlot:
     "The terms of a run, and beside them each of its monitors, in one picture that changes in place as the run goes on; silent outside a notebook."
     def __init__(self, steps, done=0):
