@@ -6,7 +6,7 @@
 __all__ = ['to_windows', 'from_windows', 'shift_mask', 'pad_with', 'window_attention', 'SwinBackbone',
            'swin_mini_patch4_window4_32']
 
-# %% ../../nbs/3_backbones/3_swin.ipynb #e44ccd3d
+# %% ../../nbs/3_backbones/3_swin.ipynb #1185c742
 import functools, math
 
 import torch
@@ -15,7 +15,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
 from .features import Backbone, Features, register_backbone
-from .vit import ConvStem
+from .vit import ConvStem, hide
 
 # %% ../../nbs/3_backbones/3_swin.ipynb #6a68199b
 def to_windows(x: Tensor, window: tuple[int, int]) -> Tensor:
@@ -75,7 +75,7 @@ def window_attention(block: nn.Module, x: Tensor) -> Tensor:
         out = out.roll(block.shift_size, (1, 2))
     return attn.proj(out[:, :H, :W])
 
-# %% ../../nbs/3_backbones/3_swin.ipynb #b4305122
+# %% ../../nbs/3_backbones/3_swin.ipynb #f0920db7
 _any = dict(strict_img_size=False)  # timm's own model takes other sizes as well
 
 @register_backbone(
@@ -89,15 +89,20 @@ class SwinBackbone(Backbone):
 
     pooled: mean over the tokens behind the last LayerNorm. eps: of all LayerNorms (the reference's 1e-6; timm has 1e-5).
     Windows and shifts are chosen for timm's `img_size` (224 by default) and stay the same for other crops.
+    `mask` is given on the grid of the tokens that come out; it hides the patches under each of them.
     """
+    takes = 'mask', 'mask_token'
+
     def __init__(self, timm_name: str, drop_path: float = 0., eps: float = 1e-6, **timm_kwargs):
         super().__init__(timm_name, drop_path, **timm_kwargs)
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = eps
 
-    def features(self, x: Tensor) -> Features:
+    def features(self, x: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Features:
         x = self.model.patch_embed(x)
+        if mask is not None:
+            x = hide(x.flatten(1, 2), self.enlarge(mask, x.shape[1:3]), mask_token).view(x.shape)
         for stage in self.model.layers:
             x = stage.downsample(x)
             for block in stage.blocks:
@@ -106,6 +111,15 @@ class SwinBackbone(Backbone):
         x = self.model.norm(x)
         tokens = x.flatten(1, 2)
         return Features(tokens.mean(1), tokens, tuple(x.shape[1:3]))
+
+    def enlarge(self, mask: Tensor, size: tuple[int, int]) -> Tensor:
+        "A mask [N, H*W] of the tokens that come out -> [N, h*w] of the patches that go in, on a grid of `size`."
+        times = self.stride // self.patch
+        grid = [-(-n // times) for n in size]
+        if mask.shape[1:] != (grid[0] * grid[1],):
+            raise ValueError(f'a mask for {grid[0]} x {grid[1]} tokens must be [N, {grid[0] * grid[1]}]; it is {list(mask.shape)}')
+        mask = mask.unflatten(1, grid).repeat_interleave(times, 1).repeat_interleave(times, 2)
+        return mask[:, :size[0], :size[1]].flatten(1)
 
 # %% ../../nbs/3_backbones/3_swin.ipynb #c8e8c126
 @register_model
