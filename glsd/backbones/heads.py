@@ -72,7 +72,7 @@ def batch_first(x: Tensor, batch: int) -> Tensor:
     """View by view to image by image: [V*B, d] -> [B, V, d], and [V*B, T, d] -> [B, V*T, d]."""
     return x.unflatten(0, (-1, batch)).transpose(0, 1).flatten(1, -2)
 
-# %% ../../nbs/3_backbones/4_heads.ipynb #acb02ba0
+# %% ../../nbs/3_backbones/4_heads.ipynb #afe946dc
 class Branch(nn.Module):
     """Student or teacher: a backbone and its heads. `heads` says what each reads: {'view': 'pooled', 'region': 'tokens'}.
 
@@ -94,14 +94,13 @@ class Branch(nn.Module):
         self.heads.update({name: self.heads[other] for name, other in modules.items() if isinstance(other, str)})
 
     def forward(self, views, n_groups: int | None = None, asked=()) -> Outputs:
-        groups, B = views.crops[:n_groups], views.batch_size
+        groups, B = views.crops[:n_groups], views.crops[0].shape[1]
         asked = [*asked] + [{}] * (len(groups) - len(asked))
         features = [self.backbone(crops.flatten(0, 1), **more) for crops, more in zip(groups, asked)]
         pooled, tokens = (torch.cat([batch_first(f[i], B) for f in features], 1) for i in (0, 1))
         grids = [f.grid for f, crops in zip(features, groups) for _ in crops]
         w_geo = torch.cat([w.transpose(0, 1) for w in views.w_geo[:n_groups]], 1)
-        queries = getattr(features[0], 'queries', None)           # a backbone of one's own need not know of them
-        queries = queries if queries is None else batch_first(queries, B)
+        queries = None if features[0].queries is None else batch_first(features[0].queries, B)
         out = Outputs(pooled, tokens, grids, w_geo, {}, len(groups[0]), queries, asked)
         for name, source in self.sources.items():
             out.logits[name] = self.heads[name](source(out, self.heads) if callable(source) else getattr(out, source))
