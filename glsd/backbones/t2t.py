@@ -36,7 +36,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
     q, k = positive_features(q, w), positive_features(k, w)
     return q @ (k.mT @ v) / (q @ k.sum(1)[..., None] + 1e-8)
 
-# %% ../../nbs/3_backbones/7_t2t.ipynb #7f303a22
+# %% ../../nbs/3_backbones/7_t2t.ipynb #a2ffea6d
 class TokenPerformer(nn.Module):
     """The transformer layer of a tokens-to-token step: [N, T, in_dim] -> [N, T, dim]. One head; the shortcut goes from v.
 
@@ -50,16 +50,16 @@ class TokenPerformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         k, q, v = self.kqv(self.norm1(x)).chunk(3, -1)
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False):
             y = linear_attention(q.float(), k.float(), v.float(), self.w)
         x = v + self.proj(y.to(v.dtype))
         return x + self.mlp(self.norm2(x))
 
-# %% ../../nbs/3_backbones/7_t2t.ipynb #2d27f4d7
+# %% ../../nbs/3_backbones/7_t2t.ipynb #3f2b63d8
 def sinusoid(n: int, dim: int) -> Tensor:
     "Position table [1, n, dim]: sines in the even columns, cosines in the odd ones, wavelengths up to 10000 * 2 pi (Vaswani et al. 2017)."
     angle = np.arange(n)[:, None] / 10000 ** (np.arange(dim) // 2 * 2 / dim)
-    return torch.from_numpy(np.where(np.arange(dim) % 2, np.cos(angle), np.sin(angle))).float()[None]
+    return torch.tensor(np.where(np.arange(dim) % 2, np.cos(angle), np.sin(angle)), dtype=torch.float32)[None]
 
 # %% ../../nbs/3_backbones/7_t2t.ipynb #4cda494b
 class T2TViT(nn.Module):

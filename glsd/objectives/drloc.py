@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['VARIANTS', 'pool_grid', 'draw_pairs', 'offsets', 'check_variant', 'LocalizationMLP', 'regression_error',
-           'class_error', 'cycle_error', 'dense_localization_loss', 'DRLocLoss']
+           'class_error', 'cycle_error', 'dense_localization_loss', 'every_block_loss', 'DRLocLoss']
 
-# %% ../../nbs/4_objectives/9_drloc.ipynb #a339bb4a
+# %% ../../nbs/4_objectives/9_drloc.ipynb #6101a38d
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .dino import DINOLoss, setting
+from .dino import DINOLoss, Term, setting
 
 # %% ../../nbs/4_objectives/9_drloc.ipynb #cb588767
 def pool_grid(tokens: Tensor, grid: tuple[int, int], size: int = 7) -> tuple[Tensor, tuple[int, int]]:
@@ -25,14 +25,14 @@ def pool_grid(tokens: Tensor, grid: tuple[int, int], size: int = 7) -> tuple[Ten
     if small == tuple(grid): return tokens, small
     return F.adaptive_avg_pool2d(tokens.mT.unflatten(2, grid), small).flatten(2).mT, small
 
-# %% ../../nbs/4_objectives/9_drloc.ipynb #f74d4c65
+# %% ../../nbs/4_objectives/9_drloc.ipynb #944a6636
 def draw_pairs(batch: int, grid: tuple[int, int], m: int | None = 64, device=None) -> Tensor:
     """m pairs of tokens of each image, [batch, m, 2] (numbers row by row): uniform, with repetition; m=None: every pair once.
 
-    ValueError for a grid of one token, or m over the number of pairs (k*k)^2. DrLoc Sec. 4, pseudocode in A.
+    From torch's global generator. ValueError for a grid of one token, or m over the number of pairs (k*k)^2. DrLoc Sec. 4.
     """
     n = grid[0] * grid[1]
-    if n < 2: raise ValueError('a grid of one token has no pairs to locate: use larger crops or a smaller stride')
+    if n < 2: raise ValueError('a grid of one token has no pairs to locate: use larger crops, or a backbone of a smaller stride')
     if m is None: return torch.cartesian_prod(*[torch.arange(n, device=device)] * 2).expand(batch, -1, -1)
     if not 1 <= m <= n * n: raise ValueError(f'm={m} pairs of a grid of {grid[0]} x {grid[1]}: it has {n * n}, choose m from 1 to that')
     return torch.randint(n, (batch, m, 2), device=device)
@@ -42,20 +42,27 @@ def offsets(pairs: Tensor, grid: tuple[int, int]) -> Tensor:
     places = torch.stack([pairs // grid[1], pairs % grid[1]], -1)      # [..., which of the two, axis]
     return places[..., 0, :] - places[..., 1, :]
 
-# %% ../../nbs/4_objectives/9_drloc.ipynb #7f57115b
+# %% ../../nbs/4_objectives/9_drloc.ipynb #4557b0ef
 VARIANTS = ('l1', 'signed', 'all', 'ce', 'cycle')
 
 def check_variant(variant: str):
     "ValueError unless `variant` is one of VARIANTS."
     if variant not in VARIANTS: raise ValueError(f'variant {variant!r} of DrLoc is unknown: choose one of {", ".join(VARIANTS)}')
 
-class LocalizationMLP(nn.Sequential):
-    """f of DrLoc: two tokens side by side [..., 2*dim] -> [..., n_out]; two hidden layers with ReLU (Table 15).
+class LocalizationMLP(nn.Module):
+    """f of DrLoc: tokens [B, n, dim] and pairs of them [B, m, 2] -> [B, m, n_out]; two hidden layers with ReLU (Table 15).
 
     n_out: 2 numbers, or for the variants 'ce' and 'cycle' 2k+1 logits for each of two axes; `for_variant` knows which.
     """
     def __init__(self, dim: int, n_out: int = 2, hidden: int = 512):
-        super().__init__(nn.Linear(2 * dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, n_out))
+        super().__init__()
+        self.first = nn.Linear(2 * dim, hidden)
+        self.rest = nn.Sequential(nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, n_out))
+
+    def forward(self, e: Tensor, pairs: Tensor) -> Tensor:
+        W1, W2 = self.first.weight.chunk(2, 1)             # W [a; b] = W1 a + W2 b: multiply each token once, not in each pair
+        image, (a, b) = torch.arange(len(e), device=e.device)[:, None], pairs.unbind(-1)
+        return self.rest(F.linear(e, W1)[image, a] + F.linear(e, W2, self.first.bias)[image, b])
 
     @classmethod
     def for_variant(cls, dim: int, variant: str = 'l1', hidden: int = 512, k: int = 7):
@@ -63,7 +70,7 @@ class LocalizationMLP(nn.Sequential):
         check_variant(variant)
         return cls(dim, 2 * (2 * k + 1) if variant in ('ce', 'cycle') else 2, hidden)
 
-# %% ../../nbs/4_objectives/9_drloc.ipynb #5af83b93
+# %% ../../nbs/4_objectives/9_drloc.ipynb #ae14de20
 def regression_error(d: Tensor, offset: Tensor, grid: tuple[int, int], signed: bool = False, divisor: str = 'k') -> Tensor:
     """|t - d| on each axis, [B, m, 2]: t = |offset| / k (Eq. 1), or offset / k if `signed` (Eq. 3).
 
@@ -76,11 +83,13 @@ def regression_error(d: Tensor, offset: Tensor, grid: tuple[int, int], signed: b
     last = (k - 1).clamp(min=1)
     return ((t + last) / (2 * last) - d if signed else t / last - d).abs()
 
+# %% ../../nbs/4_objectives/9_drloc.ipynb #0194e8c6
 def class_error(logits: Tensor, offset: Tensor) -> Tensor:
     "-log p[c] on each axis, [B, m, 2]: each offset -k...k is a class, logits [B, m, 2, 2k+1]. DrLoc Eq. 5."
     k = logits.shape[-1] // 2
     return F.cross_entropy(logits.movedim(-1, 1), offset + k, reduction='none')
 
+# %% ../../nbs/4_objectives/9_drloc.ipynb #27bddae7
 def cycle_error(logits: Tensor, offset: Tensor, alpha: float = .001) -> Tensor:
     "(c - mu)^2 / sigma^2 + alpha log sigma on each axis: p's mean and variance (at least 1e-6) over -k...k. DrLoc Eq. 6."
     k, p = logits.shape[-1] // 2, logits.softmax(-1)
@@ -89,8 +98,8 @@ def cycle_error(logits: Tensor, offset: Tensor, alpha: float = .001) -> Tensor:
     var = (p * (c - mu[..., None]) ** 2).sum(-1).clamp(min=1e-6)
     return (offset - mu) ** 2 / var + alpha * .5 * var.log()
 
-# %% ../../nbs/4_objectives/9_drloc.ipynb #8f6e809d
-def dense_localization_loss(tokens: Tensor, grid: tuple[int, int], mlp: nn.Module, m: int = 64, variant: str = 'l1',
+# %% ../../nbs/4_objectives/9_drloc.ipynb #d6da0a42
+def dense_localization_loss(tokens: Tensor, grid: tuple[int, int], mlp: LocalizationMLP, m: int = 64, variant: str = 'l1',
                             reduction: str = 'mean', divisor: str = 'k', pairs: Tensor | None = None) -> Tensor:
     """How badly `mlp` tells the offset between two tokens of an image. A scalar; gradient to tokens and mlp. DrLoc Eq. 2.
 
@@ -104,8 +113,7 @@ def dense_localization_loss(tokens: Tensor, grid: tuple[int, int], mlp: nn.Modul
     if reduction not in ('mean', 'sum'): raise ValueError(f"reduction is {reduction!r}: 'mean' (the reference) or 'sum' (the paper)")
     e, grid = pool_grid(tokens, grid)
     if pairs is None: pairs = draw_pairs(len(e), grid, None if variant == 'all' else m, e.device)
-    image = torch.arange(len(e), device=e.device)[:, None, None]
-    out = mlp(e[image, pairs].flatten(2)).float()                     # [B, m, n_out]
+    out = mlp(e, pairs).float()                                       # [B, m, n_out]
     offset, n_out, classes = offsets(pairs, grid), out.shape[-1], variant in ('ce', 'cycle')
     if (n_out % 4 != 2 or n_out // 4 < max(grid) - 1) if classes else n_out != 2:
         raise ValueError(f'variant {variant!r} and an mlp of {n_out} outputs: build it with LocalizationMLP.for_variant')
@@ -113,15 +121,20 @@ def dense_localization_loss(tokens: Tensor, grid: tuple[int, int], mlp: nn.Modul
     else: error = regression_error(out, offset, grid, variant == 'signed', divisor)
     return error.mean() if reduction == 'mean' else error.mean(1).sum()
 
-# %% ../../nbs/4_objectives/9_drloc.ipynb #f8adb5a0
+# %% ../../nbs/4_objectives/9_drloc.ipynb #0f980017
+def every_block_loss(blocks: list, mlps: list, **options) -> Tensor:
+    "The sum of `dense_localization_loss` over blocks: each (tokens [B, H*W, d], grid) with an mlp of its own. DrLoc Eq. 7."
+    return sum(dense_localization_loss(tokens, grid, mlp, **options) for (tokens, grid), mlp in zip(blocks, mlps, strict=True))
+
+# %% ../../nbs/4_objectives/9_drloc.ipynb #2fdba6ce
 @setting('drloc', DINOLoss)
-class DRLocLoss(nn.Module):
+class DRLocLoss(Term):
     """DrLoc as a local term of self-distillation: the student locates its own tokens, in each of its views.
 
-    The mean over views and images; a view with fewer than m pairs takes as many as it has. The MLP belongs to the loss
-    and learns with the student; the teacher is not asked. ValueError as `dense_localization_loss`.
+    The mean over views and images; a view that has fewer than m pairs than the first one takes all of its number. The MLP
+    belongs to the loss and learns with the student; the teacher is not asked. ValueError as `dense_localization_loss`.
     """
-    head, heads = 'drloc', {}
+    head = 'drloc'
 
     def __init__(self, dim: int, m: int = 64, variant: str = 'l1', weight: float = .5, hidden: int = 512):
         super().__init__()
@@ -130,10 +143,8 @@ class DRLocLoss(nn.Module):
 
     def forward(self, student: 'Outputs', teacher: 'Outputs' = None, teacher_temp: float = 0.) -> dict[str, Tensor]:
         views, loss = student.tokens.split([h * w for h, w in student.grids], 1), 0.
-        if not any(min(h, 7) ** 2 * min(w, 7) ** 2 >= self.m for h, w in student.grids):
-            draw_pairs(1, max(student.grids), self.m)
-        for grid in set(student.grids):
-            same = torch.cat([v for v, g in zip(views, student.grids) if g == grid])
-            m = min(self.m, (min(grid[0], 7) * min(grid[1], 7)) ** 2)
-            loss = loss + dense_localization_loss(same, grid, self.mlp, m, self.variant) * (len(same) / len(student.tokens))
-        return {self.head: self.weight * loss / len(views)}
+        for grid in dict.fromkeys(student.grids):                       # views of one size in one go
+            same = torch.cat([tokens for tokens, g in zip(views, student.grids) if g == grid])
+            m = self.m if grid == student.grids[0] else min(self.m, (min(grid[0], 7) * min(grid[1], 7)) ** 2)
+            loss = loss + len(same) * dense_localization_loss(same, grid, self.mlp, m, self.variant)
+        return {self.head: self.weight * loss / (len(views) * len(student.tokens))}
