@@ -72,7 +72,7 @@ def batch_first(x: Tensor, batch: int) -> Tensor:
     """View by view to image by image: [V*B, d] -> [B, V, d], and [V*B, T, d] -> [B, V*T, d]."""
     return x.unflatten(0, (-1, batch)).transpose(0, 1).flatten(1, -2)
 
-# %% ../../nbs/3_backbones/4_heads.ipynb #afe946dc
+# %% ../../nbs/3_backbones/4_heads.ipynb #43d16e03
 class Branch(nn.Module):
     """Student or teacher: a backbone and its heads. `heads` says what each reads: {'view': 'pooled', 'region': 'tokens'}.
 
@@ -100,7 +100,7 @@ class Branch(nn.Module):
         pooled, tokens = (torch.cat([batch_first(f[i], B) for f in features], 1) for i in (0, 1))
         grids = [f.grid for f, crops in zip(features, groups) for _ in crops]
         w_geo = torch.cat([w.transpose(0, 1) for w in views.w_geo[:n_groups]], 1)
-        queries = None if features[0].queries is None else batch_first(features[0].queries, B)
+        queries = batch_first(features[0].queries, B) if hasattr(features[0], 'queries') else None
         out = Outputs(pooled, tokens, grids, w_geo, {}, len(groups[0]), queries, asked)
         for name, source in self.sources.items():
             out.logits[name] = self.heads[name](source(out, self.heads) if callable(source) else getattr(out, source))

@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .features import Backbone, Features, register_backbone
+from .features import Backbone, Features, QueryFeatures, register_backbone
 
 # %% ../../nbs/3_backbones/2_vit.ipynb #dd727aad
 def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int], antialias: bool = True) -> Tensor:
@@ -108,7 +108,8 @@ class ViTBackbone(Backbone):
         x, z = self.attend(x, z, bidirectional)
         x = model.norm(x)
         tokens = x[:, first:]
-        return Features(x[:, 0] if first else tokens.mean(1), tokens, grid, z if z is None else model.norm(z))
+        pooled = x[:, 0] if first else tokens.mean(1)
+        return Features(pooled, tokens, grid) if z is None else QueryFeatures(pooled, tokens, grid, model.norm(z))
 
     def attend(self, x: Tensor, z: Tensor | None, bidirectional: bool = False) -> tuple[Tensor, Tensor | None]:
         "Raw tokens x and queries z through all blocks; `bidirectional`: as one plain sequence, the ablation of ADCLR."

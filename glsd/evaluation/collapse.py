@@ -71,12 +71,12 @@ def head_figures(term, student, teacher, teacher_temp) -> dict:
     teacher_entropy, student_entropy; kl(teacher, student) and gap = ln(out_dim) - cross-entropy, left out if nothing matched;
     in_use: prototypes that are some answer's first, as a share of those that could be;
     information: 0 = the same answer to everything, 1 = all there is. Beside them what it takes to read them:
-    out_dim, local (a head on tokens), teacher_temp, student_temp."""
+    out_dim, local (not the head of whole views), teacher_temp, student_temp."""
     s, t = student.logits[term.head], teacher.logits[term.head]
     W, K, n = term.matching(student, teacher).float(), t.shape[-1], t.shape[:-1].numel()
     (h, mean, won), (h_s, *_) = answers(t, teacher_temp, term.center), answers(s, term.student_temp)
     information = float(torch.special.entr(mean).sum() - h.mean()) / max(1e-9, math.log(min(K, n)))
-    found = dict(out_dim=K, local=term.level == 'tokens', teacher_temp=teacher_temp, student_temp=term.student_temp,
+    found = dict(out_dim=K, local=term.head != 'view', teacher_temp=teacher_temp, student_temp=term.student_temp,
                  teacher_entropy=float(h.mean()), student_entropy=float(h_s.mean()), in_use=won / min(K, n), information=information)
     if W.any():
         W = W * len(W) / W.sum()
