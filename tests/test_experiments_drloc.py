@@ -1,0 +1,36 @@
+"The DrLoc notebook from end to end, in miniature, and what it says to wrong parameters."
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+NOTEBOOK = Path(__file__).parents[1] / 'nbs/7_experiments/drloc.ipynb'
+
+
+@pytest.mark.parametrize('parameters, message', [
+    ({'scale': 'huge'}, "no scale 'huge'; there are: ci, gpu, paper"),
+    ({'scale': 'paper'}, 'scale=paper needs images: data=["FOLDER", ...] with train/ and val/ in each'),
+    ({'backbones': ['swin_tiny_w7']}, "no backbone 'swin_tiny_w7' at scale=ci; there are: swin_mini, cvt_mini, t2t_mini, vit_mini, resnet_mini"),
+    ({'data': ['/no/such']}, 'data=/no/such has no folder train/'),
+    ({'tables': ['3']}, "no table '3' here; there are: 2, 4 (with 9), 5, 14, 16")])
+def test_wrong_parameters_are_one_line(tmp_path, run_notebook, parameters, message):
+    with pytest.raises(ValueError) as e: run_notebook(NOTEBOOK, {'out': str(tmp_path), **parameters})
+    assert str(e.value) == message
+
+
+def test_miniature(tmp_path, run_notebook):
+    small = dict(steps=2, batch_size=8, n_images=32, n_test=24, drop_path=0.)
+    run_notebook(NOTEBOOK, dict(out=str(tmp_path), backbones=['swin_mini', 'vit_mini'], seeds=2, turns=1, jobs=1, recipe=small))
+    record = json.loads((tmp_path / 'results.json').read_text())
+    top1 = {r['name']: r['metrics']['top1'] for r in record['runs']}
+    # tables share cells: with and without, from scratch and tuned; three more m, two more lambda, two more sizes of f
+    assert len(top1) == 2 * (2 + 2 + 2 + 3 + 2 + 2) and all(0 <= a <= 100 for a in top1.values())
+    # the differences in the record are those of its pairs
+    pairs = [top1[f'swin_mini toyworld lam=0.5 m=64 h=512 s{s}'] - top1[f'swin_mini toyworld lam=0 s{s}'] for s in range(2)]
+    assert record['differences']['swin_mini toyworld'][0] == pytest.approx(np.mean(pairs), abs=1e-3)
+    # the share of products at the paper's scale
+    assert 0 < record['products']['vit_base_p16'] < record['products']['swin_tiny_w7'] < 3
+    table = (tmp_path / 'table.md').read_text()
+    assert all(number in table for number in ('53.28', '+1.96 to +45.33', '2.36', '64.33'))
+    assert (tmp_path / 'figure.png').read_bytes()[:4] == b'\x89PNG' and not list(tmp_path.glob('*.part'))
