@@ -2,7 +2,6 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 NOTEBOOK = Path(__file__).parents[1] / 'nbs/7_experiments/drloc.ipynb'
@@ -20,17 +19,17 @@ def test_wrong_parameters_are_one_line(tmp_path, run_notebook, parameters, messa
 
 
 def test_miniature(tmp_path, run_notebook):
-    small = dict(steps=2, batch_size=8, n_images=32, n_test=24, drop_path=0.)
-    run_notebook(NOTEBOOK, dict(out=str(tmp_path), backbones=['swin_mini', 'vit_mini'], seeds=2, turns=1, jobs=1, recipe=small))
+    small = dict(steps=2, batch_size=8, n_images=24, n_test=24)
+    run_notebook(NOTEBOOK, dict(out=str(tmp_path), backbones=['swin_mini'], seeds=1, turns=1, jobs=1, recipe=small))
     record = json.loads((tmp_path / 'results.json').read_text())
     top1 = {r['name']: r['metrics']['top1'] for r in record['runs']}
     # tables share cells: with and without, from scratch and tuned; three more m, two more lambda, two more sizes of f
-    assert len(top1) == 2 * (2 + 2 + 2 + 3 + 2 + 2) and all(0 <= a <= 100 for a in top1.values())
-    # the differences in the record are those of its pairs
-    pairs = [top1[f'swin_mini toyworld lam=0.5 m=64 h=512 s{s}'] - top1[f'swin_mini toyworld lam=0 s{s}'] for s in range(2)]
-    assert record['differences']['swin_mini toyworld'][0] == pytest.approx(np.mean(pairs), abs=1e-3)
+    assert len(top1) == 2 + 2 + 3 + 2 + 2 and all(0 <= a <= 100 for a in top1.values())
+    # a difference in the record is that of its pair; of one pair there is no interval
+    pair = top1['swin_mini toyworld lam=0.5 m=64 h=512 s0'] - top1['swin_mini toyworld lam=0 s0']
+    assert record['differences']['swin_mini toyworld'] == [pytest.approx(pair, abs=1e-3), None]
     # the share of products at the paper's scale
-    assert 0 < record['products']['vit_base_p16'] < record['products']['swin_tiny_w7'] < 3
+    assert .5 < record['products']['swin_tiny_w7'] < 3
     table = (tmp_path / 'table.md').read_text()
     assert all(number in table for number in ('53.28', '+1.96 to +45.33', '2.36', '64.33'))
     assert (tmp_path / 'figure.png').read_bytes()[:4] == b'\x89PNG' and not list(tmp_path.glob('*.part'))
