@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .dino import DINOLoss, Distillation, setting
 
-# %% ../../nbs/4_objectives/7_ibot.ipynb #de02d691
+# %% ../../nbs/4_objectives/7_ibot.ipynb #f03b2587
 def block_mask(grid: tuple[int, int], n: float, rng: np.random.Generator, aspect: float = .3) -> np.ndarray:
     """Hides at most n patches of a grid (H, W) in blocks: bool [H, W], True = hidden.
 
@@ -22,16 +22,16 @@ def block_mask(grid: tuple[int, int], n: float, rng: np.random.Generator, aspect
     BEiT (Bao et al. 2021), Algorithm 1, in the form of iBOT's code.
     """
     (H, W), mask, low = grid, np.zeros(grid, bool), (min(grid) // 3) ** 2
-    def block(most):
-        area, shape = rng.uniform(*sorted((low, most))), math.exp(rng.uniform(math.log(aspect), -math.log(aspect)))
+    missing, tries = n, 0
+    while missing > 0 and tries < 10:
+        tries += 1
+        area, shape = rng.uniform(*sorted((low, missing))), math.exp(rng.uniform(math.log(aspect), -math.log(aspect)))
         h, w = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
-        if not (0 < h < max(2, H) and 0 < w < max(2, W)): return False    # a grid of a single row has blocks all the same
-        top, left = rng.integers(H - h, endpoint=True), rng.integers(W - w, endpoint=True)
+        if not (0 < h < max(2, H) and 0 < w < max(2, W)): continue      # a grid of a single row has blocks all the same
+        top, left = (int(u * (m + 1)) for u, m in zip(rng.random(2), (H - h, W - w)))
         there = mask[top:top + h, left:left + w]
-        if not 0 < h * w - there.sum() <= most: return False
-        there[:] = True
-        return True
-    while any(block(n - mask.sum()) for _ in range(10) if mask.sum() < n): pass
+        new = h * w - int(there.sum())
+        if 0 < new <= missing: there[:], missing, tries = True, missing - new, 0
     return mask
 
 # %% ../../nbs/4_objectives/7_ibot.ipynb #ce786c83
