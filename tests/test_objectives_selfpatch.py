@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from glsd.backbones import create_backbone
 from glsd.backbones.heads import Branch, Outputs
+from glsd.evaluation.collapse import collapse_figures
 from glsd.objectives import MoBYLoss, SelfPatchLoss, create_objective, soft_cross_entropy
 from glsd.objectives.selfpatch import Aggregation, neighbours, patch_contrast, positives
 from glsd.training import Recipe
@@ -15,7 +16,7 @@ from glsd.training.loop import Trainer, batches, build_dataset
 TINY = dict(queue=24, hidden=16, width=8)
 RECIPE = Recipe(backbone='vit_mini', n_images=32, image_size=32, global_size=32, local_size=16, n_local=1, out_dim=16, head_hidden=16, head_bottleneck=8,
                 batch_size=8, steps=3, freeze_last=0.)
-SETTINGS = {'moby': TINY, 'selfpatch': dict(k=2), 'selfpatch_moby': dict(TINY, negatives=True)}
+SETTINGS = {'moby': TINY, 'selfpatch': dict(k=2), 'selfpatch_moby_negatives': TINY}
 
 
 @pytest.mark.parametrize('name', SETTINGS)
@@ -69,11 +70,19 @@ def pair(objective, name='vit_mini'):
     return branch(objective.heads), branch(objective.teacher_heads)         # the teacher with gradient on: it must get none all the same
 
 
+@pytest.mark.parametrize('name, options', [('moby', TINY), ('selfpatch', {}), ('selfpatch_moby', TINY), ('selfpatch_moby_negatives', TINY)])
+def test_collapse_figures_look_at_prototypes_only(name, options):
+    objective, views = create_objective(name, 16, **options), views_of()
+    student, teacher = pair(objective)
+    with torch.no_grad(): figures = collapse_figures(student(views), teacher(views, objective.teacher_groups), objective, .07)
+    assert set(figures['heads']) == {'moby': set(), 'selfpatch': {'view', 'patch'}, 'selfpatch_moby': {'patch'}}.get(name, set())
+
+
 def grads(module): return any(p.grad is not None and p.grad.any() for p in module.parameters())
 
 
 @pytest.mark.parametrize('backbone', ['vit_mini', 'swin_mini'])
-@pytest.mark.parametrize('name, options', [('selfpatch', {}), ('selfpatch_moby', dict(TINY)), ('selfpatch_moby', dict(TINY, negatives=True))])
+@pytest.mark.parametrize('name, options', [('selfpatch', {}), ('selfpatch_moby', TINY), ('selfpatch_moby_negatives', TINY)])
 def test_gradient_flows_only_where_the_paper_lets_it(name, options, backbone):
     objective, views = create_objective(name, 16, **options), views_of()
     student, teacher = pair(objective, backbone)
@@ -86,7 +95,7 @@ def test_gradient_flows_only_where_the_paper_lets_it(name, options, backbone):
     assert reached == {'view': {'backbone', 'aggregate', 'view'}, 'patch': {'backbone', 'patch'}}
 
 
-@pytest.mark.parametrize('name, options', [('moby', TINY), ('selfpatch', {}), ('selfpatch_moby', dict(TINY, negatives=True))])
+@pytest.mark.parametrize('name, options', [('moby', TINY), ('selfpatch', {}), ('selfpatch_moby_negatives', TINY)])
 def test_order_of_the_batch(name, options):
     objective, views, order = create_objective(name, 16, **options).eval(), views_of(), torch.tensor([2, 0, 3, 1])
     student, teacher = pair(objective)
@@ -152,7 +161,7 @@ def test_contrast_in_bfloat16_is_computed_in_float32():
     ('selfpatch', dict(neighbours=4), "neighbours=4: 3 (the 3x3 around a patch), 5 (5x5), or 'all'"),
     ('selfpatch', dict(aggregate='max'), "aggregate='max': 'attention' or 'mean'"),
     ('moby', dict(queue=0), 'queue=0: MoBY needs at least one key of another image'),
-    ('selfpatch', dict(negatives=True), "no option of 'selfpatch' 'negatives'; did you mean ")])
+    ('selfpatch', dict(neighbors=5), "no option of 'selfpatch' 'neighbors'; did you mean neighbours")])
 def test_wrong_options_are_one_line(name, options, message):
     with pytest.raises(ValueError) as e: create_objective(name, 16, **options)
     assert str(e.value).startswith(message) and '\n' not in str(e.value)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['NEIGHBOURS', 'AGGREGATES', 'check_positives', 'neighbours', 'positives', 'pick', 'ClassAttention', 'Aggregation',
            'Mean', 'each_view', 'summaries', 'global_summaries', 'SummaryDINOLoss', 'SummaryMoBYLoss', 'patch_weights',
-           'SelfPatchLoss', 'SelfPatchMoBYLoss', 'patch_contrast']
+           'PatchTargets', 'SelfPatchLoss', 'ContrastivePatchLoss', 'patch_contrast']
 
-# %% ../../nbs/4_objectives/6_selfpatch.ipynb #cb2a826b
+# %% ../../nbs/4_objectives/6_selfpatch.ipynb #c6ea869c
 import itertools
 
 import torch
@@ -16,7 +16,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from ..backbones.heads import DINOHead
-from .dino import DINOLoss, Distillation, setting, soft_cross_entropy
+from .dino import DINOLoss, Distillation, Term, setting, soft_cross_entropy
 from .moby import MoBYHead, MoBYLoss
 
 # %% ../../nbs/4_objectives/6_selfpatch.ipynb #5811bd82
@@ -144,26 +144,28 @@ class SummaryMoBYLoss(MoBYLoss):
     "MoBY between aggregated representations of the global views. SelfPatch Eq. 6, Table 5."
     source = staticmethod(global_summaries)
 
-# %% ../../nbs/4_objectives/6_selfpatch.ipynb #f7c0c393
+# %% ../../nbs/4_objectives/6_selfpatch.ipynb #c09e4668
 def patch_weights(grids: list, device=None) -> Tensor:
     "Weights [S] of the tokens of all views: mean over the patches of a view, then over views; sum 1."
     n = torch.tensor([h * w for h, w in grids], device=device)
     return (1 / (len(n) * n)).repeat_interleave(n)
 
-@setting('selfpatch', SummaryDINOLoss)
-class SelfPatchLoss(Distillation):
-    """Each patch of the student answers to the teacher's summary of its most similar neighbours, in every view. SelfPatch Eq. 7.
+class PatchTargets(Term):
+    """What all patch losses of SelfPatch share: patches of the student, and the teacher's summaries of their positives, in every view.
 
-    k positives out of neighbours 3 (3x3), 5 (5x5) or 'all'; aggregate: 'attention' or 'mean'; `weight` is lambda of Eq. 8.
-    The head has min(out_dim, 4096) prototypes. ValueError for a k over the neighbours or an unknown option.
+    k positives out of neighbours 3 (3x3), 5 (5x5) or 'all'; aggregate: 'attention' or 'mean'. ValueError for a k over the
+    neighbours or an unknown option.
     """
-    head, level, teacher_sees_all = 'patch', 'tokens', True
+    head, teacher_sees_all = 'patch', True
 
-    def __init__(self, out_dim: int, k: int = 4, neighbours: int | str = 3, aggregate: str = 'attention', weight: float = .1, **kwargs):
-        super().__init__(min(out_dim, 4096), weight=weight, **kwargs)
+    def __init__(self, k: int = 4, neighbours: int | str = 3, aggregate: str = 'attention', **kwargs):
+        super().__init__(**kwargs)
         check_positives(k, neighbours)
         if aggregate not in AGGREGATES: raise ValueError(f"aggregate={aggregate!r}: 'attention' or 'mean'")
         self.k, self.neighbours, self.aggregate = k, neighbours, aggregate
+
+    @property
+    def heads(self) -> dict: return {self.head: 'tokens'}
 
     @property
     def teacher_heads(self) -> dict: return {self.head: self.targets}
@@ -172,9 +174,23 @@ class SelfPatchLoss(Distillation):
         "What the patches of all views shall answer to [B, S, d]. Eq. 5."
         return each_view(lambda x, grid: modules['aggregate'](x, *positives(x, grid, self.k, self.neighbours)), outputs.tokens, outputs.grids)
 
+    def modules_of(self, backbone, **head_kwargs) -> dict: return {'aggregate': AGGREGATES[self.aggregate](backbone.dim)}
+
+# %% ../../nbs/4_objectives/6_selfpatch.ipynb #8eedabc1
+@setting('selfpatch', SummaryDINOLoss)
+class SelfPatchLoss(PatchTargets, Distillation):
+    """Each patch of the student answers to the teacher's summary of its most similar neighbours, in every view. SelfPatch Eq. 7.
+
+    `weight` is lambda of Eq. 8; the head has min(out_dim, 4096) prototypes; k, neighbours, aggregate: see `PatchTargets`.
+    """
+    level = 'tokens'
+
+    def __init__(self, out_dim: int, weight: float = .1, **kwargs):
+        super().__init__(out_dim=min(out_dim, 4096), weight=weight, **kwargs)
+
     def modules_of(self, backbone, **head_kwargs) -> dict:
-        return {'aggregate': AGGREGATES[self.aggregate](backbone.dim),
-                self.head: DINOHead(backbone.dim, **{**head_kwargs, 'out_dim': len(self.center)})}
+        head = DINOHead(backbone.dim, **{**head_kwargs, 'out_dim': len(self.center)})
+        return super().modules_of(backbone) | {self.head: head}
 
     def matching(self, student: 'Outputs', teacher: 'Outputs') -> Tensor:
         "The diagonal, for those who look at the pairs; `forward` does without."
@@ -188,30 +204,30 @@ class SelfPatchLoss(Distillation):
         if self.training: self.update_center(t)
         return {self.head: loss}
 
-# %% ../../nbs/4_objectives/6_selfpatch.ipynb #508f9c0c
-@setting('selfpatch_moby', SummaryMoBYLoss)
-class SelfPatchMoBYLoss(SelfPatchLoss):
-    """SelfPatch beside MoBY. negatives=True: patches find their target among the summaries of other images. SelfPatch, Table 5.
+# %% ../../nbs/4_objectives/6_selfpatch.ipynb #26791d06
+setting('selfpatch_moby', SummaryMoBYLoss)(SelfPatchLoss)
 
-    temperature, hidden and width are then those of MoBY's heads; without negatives all is as in `SelfPatchLoss`.
+@setting('selfpatch_moby_negatives', SummaryMoBYLoss)
+class ContrastivePatchLoss(PatchTargets):
+    """SelfPatch in MoBY's form: patches find their target among the summaries of other images. SelfPatch, Table 5 ("Negative").
+
+    `weight` is lambda; temperature, hidden, width: of the head and the predictor, as MoBY's.
     """
-    def __init__(self, out_dim: int, negatives: bool = False, temperature: float = .2, hidden: int = 4096, width: int = 256, **kwargs):
-        super().__init__(out_dim, **kwargs)
-        self.temperature, self.hidden, self.width = temperature, hidden, width
-        self.predictor = MoBYHead(width, hidden, width) if negatives else None
+    def __init__(self, temperature: float = .2, hidden: int = 4096, width: int = 256, weight: float = .1, **kwargs):
+        super().__init__(**kwargs)
+        self.temperature, self.hidden, self.width, self.weight = temperature, hidden, width, weight
+        self.predictor = MoBYHead(width, hidden, width)
 
     def modules_of(self, backbone, **head_kwargs) -> dict:
-        own = {self.head: MoBYHead(backbone.dim, self.hidden, self.width)} if self.predictor else {}
-        return super().modules_of(backbone, **head_kwargs) | own
+        return super().modules_of(backbone) | {self.head: MoBYHead(backbone.dim, self.hidden, self.width)}
 
     def targets(self, outputs: 'Outputs', modules) -> Tensor:
-        own = super().targets(outputs, modules)
-        return torch.cat([own, global_summaries(outputs, modules)], 1) if self.predictor else own
+        "Positives of all patches, and behind them the global views as wholes [B, S + n_global, d]."
+        return torch.cat([super().targets(outputs, modules), global_summaries(outputs, modules)], 1)
 
     def forward(self, student: 'Outputs', teacher: 'Outputs', teacher_temp: float) -> dict[str, Tensor]:
-        if not self.predictor: return super().forward(student, teacher, teacher_temp)
         q = F.normalize(self.predictor(student.logits[self.head]).float(), dim=-1)                    # [B, S, c]
-        keys = F.normalize(teacher.logits[self.head].detach().float(), dim=-1).to(q.dtype)            # [B, S + n_global, c]
+        keys = F.normalize(teacher.logits[self.head].detach().float(), dim=-1)                        # [B, S + n_global, c]
         loss = patch_contrast(q, keys[:, :q.shape[1]], keys[:, q.shape[1]:], self.temperature)        # [B, S]
         return {self.head: self.weight * (loss.mean(0) @ patch_weights(student.grids, q.device))}
 
