@@ -25,7 +25,7 @@ from .evaluation import attention, dense, frozen, knn, linear, report
 from .evaluation.correspondence import correspondence, correspondence_picture
 from .evaluation.retrieval import RetrievalFolder, RetrievalSet, copy_detection, copy_set, retrieval, retrieval_picture, toy_retrieval
 from .training import Recipe
-from .training.checkpoint import written_beside
+from .training.checkpoint import last_checkpoint, saved_recipe, written_beside
 from .training.loop import pick_device
 
 # %% ../nbs/evaluate.ipynb #a362c6e4
@@ -38,9 +38,9 @@ class Net(NamedTuple):
 
 def recipe_of(spec):
     "The `Recipe` of a run folder or an exported file, None for any other spec."
-    if Path(spec).is_dir(): return Recipe.load(Path(spec) / 'recipe.yaml')
+    if Path(spec).is_dir(): return saved_recipe(last_checkpoint(spec), spec)
     if Path(spec).suffix != '.safetensors': return None
-    with safe_open(spec, 'pt') as f: return Recipe.from_dict(json.loads(f.metadata()['recipe']))
+    with safe_open(spec, 'pt') as f: return saved_recipe(f.metadata(), spec)
 
 # %% ../nbs/evaluate.ipynb #0bf919b4
 def open_net(spec):

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'written_beside', 'list_checkpoints', 'save_checkpoint', 'load_checkpoint', 'last_checkpoint', 'load_weights',
-           'check_same_recipe', 'run_lock', 'MetricsLog', 'read_metrics', 'export_backbone']
+           'check_same_recipe', 'saved_recipe', 'run_lock', 'MetricsLog', 'read_metrics', 'export_backbone']
 
-# %% ../../nbs/5_training/3_checkpoint.ipynb #4f194d72
+# %% ../../nbs/5_training/3_checkpoint.ipynb #a9bbae1f
 import errno, json, os, pickle, warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 
 import glsd.backbones  # registers its own models with timm
-from .recipe import Recipe
+from .recipe import BaseRecipe, Recipe
 
 try: import fcntl
 except ImportError: fcntl = None  # Windows has no record locks: two runs in one folder go unnoticed there
@@ -110,6 +110,12 @@ def check_same_recipe(recipe: Recipe, saved: Recipe, where, free=('workers', 'de
     if there: raise ValueError(f'{where} has another recipe: ' + _first([f'{k} is {v!r} there, {getattr(recipe, k)!r} here' for k, v in there.items()], 3)
                                + '; choose another folder, or start it over without resuming')
 
+# %% ../../nbs/5_training/3_checkpoint.ipynb #292e6722
+def saved_recipe(state: dict, where) -> BaseRecipe:
+    "The recipe of a checkpoint, or of the metadata of an exported file. ValueError if it has fields that are not known here."
+    values = state['recipe']
+    return BaseRecipe.kinds[state.get('kind', 'Recipe')].from_dict(json.loads(values) if isinstance(values, str) else values, where=str(where))
+
 # %% ../../nbs/5_training/3_checkpoint.ipynb #c5405230
 @contextmanager
 def run_lock(run_dir):
@@ -176,17 +182,17 @@ def _length_until(path, step):
         length += len(line)
     return length
 
-# %% ../../nbs/5_training/3_checkpoint.ipynb #43ce4844
+# %% ../../nbs/5_training/3_checkpoint.ipynb #56b47ee5
 def export_backbone(run_dir, path) -> str:
     """Writes the teacher's backbone as safetensors that timm loads. Returns the line of code that loads it.
 
-    The file's metadata hold timm_name, timm_kwargs (JSON), that line ('load') and the recipe (JSON)."""
+    The file's metadata hold timm_name, timm_kwargs (JSON), that line ('load') and the recipe (its kind, and JSON)."""
     state = last_checkpoint(run_dir)
     if state is None: raise FileNotFoundError(f'no checkpoint in {run_dir} to export from')
     name, kwargs, prefix = state['backbone']['timm_name'], state['backbone']['timm_kwargs'], 'backbone.model.'
     weights = {k[len(prefix):]: v.contiguous() for k, v in state['teacher'].items() if k.startswith(prefix)}
     line = _loading_line(name, kwargs, Path(path).name)
-    meta = dict(format='pt', timm_name=name, timm_kwargs=json.dumps(kwargs), load=line, recipe=json.dumps(state['recipe']), step=str(state['step']))
+    meta = dict(format='pt', timm_name=name, timm_kwargs=json.dumps(kwargs), load=line, kind=state.get('kind', 'Recipe'), recipe=json.dumps(state['recipe']), step=str(state['step']))
     with written_beside(path) as f: f.write(safetensors_bytes(weights, meta))
     return line
 

@@ -76,6 +76,9 @@ class SupervisedRecipe(BaseRecipe):
 
     free = 'workers', 'device', 'test_every', 'checkpoint_every'
 
+    @property
+    def global_size(self): return self.size        # what evaluations ask every recipe for
+
     def check(self):
         check_ranges(self, _AT_LEAST, ('jitter', 'erase', 'smoothing', 'drop_path', 'warmup'), areas=('scale',))
         check_variant(self.drloc_variant)

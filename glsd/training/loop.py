@@ -24,7 +24,7 @@ from ..data.loading import make_loader
 from ..data.toyworld import ToyWorld
 from ..objectives import create_objective
 from .checkpoint import (MetricsLog, check_same_recipe, last_checkpoint, list_checkpoints, load_weights,
-                                      read_metrics, run_lock, save_checkpoint)
+                                      read_metrics, run_lock, save_checkpoint, saved_recipe)
 from .recipe import Recipe
 from .schedules import cosine_schedule, ema_update, warmup_schedule
 from .watching import Bar, LivePlot, StuckCheck, check_finite, in_notebook
@@ -202,7 +202,7 @@ def load_run(path) -> Run:
     "A run from its folder, with the backbone of its last checkpoint."
     state = last_checkpoint(path)
     if state is None: raise FileNotFoundError(f'no checkpoint in {path}: is it the folder of a run?')
-    recipe = Recipe.from_dict(state['recipe'], where=str(path))
+    recipe = saved_recipe(state, path)
     backbone = create_backbone(recipe.backbone)
     prefix = 'backbone.'
     load_weights(backbone, {k[len(prefix):]: v for k, v in state['teacher'].items() if k.startswith(prefix)}, f"{path}: 'teacher'")
