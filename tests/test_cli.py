@@ -131,3 +131,28 @@ def test_the_installed_command_has_no_traceback():
     done = subprocess.run([sys.executable, '-c', 'import sys; from glsd.cli import main; sys.exit(main())', 'evaluate', 'knn', '/no/run'],
                           capture_output=True, text=True)
     assert done.returncode == 2 and 'Traceback' not in done.stderr and '/no/run' in done.stderr
+
+
+def test_supervise_with_drloc_and_measure_the_run(tmp_path, capsys):
+    tiny = '--n-images 32 --n-test 16 --image-size 32 --size 32 --backbone vit_mini --steps 2 --batch-size 8 --drloc 0.5 --drloc-hidden 16'.split()
+    assert main(['supervise', 'toyworld', '--out', str(tmp_path / 'a'), *tiny]) == 0
+    assert 'of the test images are right' in capsys.readouterr().out
+    assert main(['export', str(tmp_path / 'a')]) == 0
+    both = [str(tmp_path / 'a'), f'b={tmp_path}/a/backbone.safetensors']
+    assert main(['evaluate', 'knn', *both, '--images', '16', '--k', '3', '--out', str(tmp_path / 'knn.json')]) == 0
+    assert 'no folder train/' in wrong(capsys, 'supervise', tmp_path, '--out', tmp_path / 'b', *tiny)
+    assert '--drloc' in wrong(capsys, 'supervise', '--out', tmp_path / 'b', '--drlok', '1')
+
+
+@pytest.mark.parametrize('flags, words', [
+    ('--objective adclr --backbone swin_mini', 'queries'), ('--objective adclr --n-query 0', 'n_query'), ('--objective adclr --query-scale 0.5,2', 'query_scale'),
+    ('--objective selfpatch --objective-options {patch:{k:9}}', '8 neighbours'), ('--objective selfpatch --local-size 8', '1x1'),
+    ('--objective ibot --global-size 8 --n-local 0', 'one token'), ('--objective drloc --objective-options {drloc:{m:1000}}', '256'),
+    ('--objective drloc --objective-options {variant:l3}', 'l1'), ('--objective moby --n-global 1', 'two global views')])
+def test_a_method_that_cannot_be_had_is_one_line(flags, words, capsys, tmp_path):
+    assert main(['pretrain', 'toyworld', '--out', str(tmp_path / 'a'), *TINY, *_words(flags)]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith('glsd: ') and words in last
+
+
+def _words(flags): return [w.replace(':', ': ') for w in flags.split()]
