@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .features import Backbone
 
-# %% ../../nbs/3_backbones/4_heads.ipynb #4843e283
+# %% ../../nbs/3_backbones/4_heads.ipynb #681396ae
 class Prototypes(nn.Module):
     """K directions; the logit is the cosine with each: x [..., d] of length 1 -> [..., K].
 
@@ -25,11 +25,15 @@ class Prototypes(nn.Module):
         self.weight = nn.Parameter(nn.Linear(dim, out_dim, bias=False).weight.detach())
         self.g = None if fixed else nn.Parameter(torch.ones(out_dim, 1))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def directions(self) -> Tensor:
+        "The rows that features are compared with [K, d]."
         weight = F.normalize(self.weight, dim=-1)
-        return F.linear(x, weight if self.g is None else self.g * weight)
+        return weight if self.g is None else self.g * weight
 
-# %% ../../nbs/3_backbones/4_heads.ipynb #fe220f71
+    def forward(self, x: Tensor, directions: Tensor | None = None) -> Tensor:
+        return F.linear(x, self.directions() if directions is None else directions)
+
+# %% ../../nbs/3_backbones/4_heads.ipynb #d38a41fb
 class DINOHead(nn.Module):
     """Projection head of DINO: an MLP, L2 normalisation, prototypes. [..., in_dim] -> logits [..., out_dim].
 
@@ -50,9 +54,9 @@ class DINOHead(nn.Module):
         self.mlp = nn.Sequential(*layers[:-1 - batch_norm])  # the bottleneck has neither BatchNorm nor GELU
         self.last_layer = Prototypes(bottleneck_dim, out_dim, norm_last_layer)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, directions: Tensor | None = None) -> Tensor:
         z = self.mlp(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
-        return self.last_layer(F.normalize(z, dim=-1))
+        return self.last_layer(F.normalize(z, dim=-1), directions)
 
 # %% ../../nbs/3_backbones/4_heads.ipynb #a68cddef
 @dataclass
@@ -72,7 +76,7 @@ def batch_first(x: Tensor, batch: int) -> Tensor:
     """View by view to image by image: [V*B, d] -> [B, V, d], and [V*B, T, d] -> [B, V*T, d]."""
     return x.unflatten(0, (-1, batch)).transpose(0, 1).flatten(1, -2)
 
-# %% ../../nbs/3_backbones/4_heads.ipynb #43d16e03
+# %% ../../nbs/3_backbones/4_heads.ipynb #219fcf16
 class Branch(nn.Module):
     """Student or teacher: a backbone and its heads. `heads` says what each reads: {'view': 'pooled', 'region': 'tokens'}.
 
@@ -102,6 +106,9 @@ class Branch(nn.Module):
         w_geo = torch.cat([w.transpose(0, 1) for w in views.w_geo[:n_groups]], 1)
         queries = batch_first(features[0].queries, B) if hasattr(features[0], 'queries') else None
         out = Outputs(pooled, tokens, grids, w_geo, {}, len(groups[0]), queries, asked)
+        kept = {}                          # a head that several names share normalises its prototypes once
         for name, source in self.sources.items():
-            out.logits[name] = self.heads[name](source(out, self.heads) if callable(source) else getattr(out, source))
+            head, x = self.heads[name], source(out, self.heads) if callable(source) else getattr(out, source)
+            if isinstance(head, DINOHead) and head not in kept: kept[head] = [head.last_layer.directions()]
+            out.logits[name] = head(x, *kept.get(head, []))
         return out
