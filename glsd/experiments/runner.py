@@ -9,7 +9,7 @@ __all__ = ['cell_folder', 'source_of', 'from_source', 'fingerprint', 'train_cell
 # %% ../../nbs/7_experiments/1_runner.ipynb #f3a3567f
 import functools, hashlib, inspect, json, os, queue, re, signal, subprocess, sys, textwrap, threading, traceback, warnings
 from collections import deque
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 import torch
 from tqdm import tqdm
@@ -23,7 +23,8 @@ from ..training.supervised import train_supervised
 def cell_folder(out, name, recipe):
     "out/NAME-HASH, where the hash stands for every field of `recipe` that changes the result."
     settled = recipe.replace(**{f.name: f.default for f in fields(recipe) if f.name in recipe.free})
-    digits = hashlib.sha256(json.dumps(asdict(settled), sort_keys=True).encode()).hexdigest()[:8]
+    told = type(recipe).__name__, settled.differences()       # not all fields: one that a later version adds must not rename what is done
+    digits = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
     return Path(out) / f'{re.sub(r"[^A-Za-z0-9_.=-]+", "_", name)}-{digits}'
 
 # %% ../../nbs/7_experiments/1_runner.ipynb #779bd271
