@@ -18,7 +18,7 @@ SMALL = dict(image_size=32, n_images=8, global_size=32, local_size=16, n_local=1
 def trained(objective, steps=2, **changes):
     recipe = Recipe.from_dict({**SMALL, 'objective': objective, **changes})
     trainer = Trainer(recipe, 2)
-    views = list(batches(recipe, build_dataset(recipe), 0, 2, trainer.query_size))
+    views = list(batches(recipe, build_dataset(recipe), 0, 2, trainer.multicrop))
     return trainer, [trainer.step(v) for v in views[:steps]], views
 
 

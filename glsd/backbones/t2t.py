@@ -17,8 +17,8 @@ from timm.models import register_model
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from .cvt import without_weights
-from .features import Backbone, Features, register_backbone
+from .cvt import CvTBackbone, without_weights
+from .features import register_backbone
 from .vit import resize_positions
 
 # %% ../../nbs/3_backbones/7_t2t.ipynb #c1a5b750
@@ -125,13 +125,5 @@ def t2t_mini_32(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=No
 
 # %% ../../nbs/3_backbones/7_t2t.ipynb #485d152f
 @register_backbone(t2t_vit_14=dict(timm_name='t2t_vit_14'), t2t_mini=dict(timm_name='t2t_mini_32'))
-class T2TBackbone(Backbone):
-    "T2T-ViT: pooled is CLS, tokens are the patches, both behind the last LayerNorm."
-    def __init__(self, timm_name: str, drop_path: float = 0., **timm_kwargs):
-        super().__init__(timm_name, drop_path, **timm_kwargs)
-        self.patch = self.stride
-
-    def features(self, x: Tensor) -> Features:
-        h, w = x.shape[-2:]
-        x = self.model.forward_features(x)
-        return Features(x[:, 0], x[:, 1:], (h // self.stride, w // self.stride))
+class T2TBackbone(CvTBackbone):
+    "T2T-ViT, read like CvT: pooled is CLS, tokens are the patches, both behind the last LayerNorm."

@@ -179,7 +179,7 @@ def collapse_of_run(path, dataset=None) -> dict:
     trainer = Trainer(recipe, max(1, state['step']))
     trainer.load_state_dict(state, where=str(path))
     trainer.objective.eval()
-    views = next(batches(recipe, dataset, 0, 1, trainer.query_size)).to(trainer.device)
+    views = next(batches(recipe, dataset, 0, 1, trainer.multicrop)).to(trainer.device)
     with torch.no_grad(): student, teacher, _ = trainer.forward(views, recipe.teacher_temp)
     return collapse_figures(student, teacher, trainer.objective, recipe.teacher_temp)
 

@@ -118,9 +118,9 @@ class Trainer:
         return Branch(backbone, heads, self.objective.modules_of(backbone, **head), **head).to(self.device)
 
     @property
-    def query_size(self):
-        "Side of the query crops in pixels, for an objective that reads them; or 0."
-        return self.student.backbone.patch * self.objective.reads_queries
+    def multicrop(self):
+        "The recipe's views, with query crops of one patch for an objective that reads them."
+        return build_multicrop(self.recipe, self.student.backbone.patch * self.objective.reads_queries)
 
     def now(self):
         "The schedules' values for the next step."
@@ -172,9 +172,9 @@ class Trainer:
         self.done = state['step']
 
 # %% ../../nbs/5_training/5_loop.ipynb #546a70b8
-def batches(recipe: Recipe, dataset, start: int, steps: int, query_size: int = 0):
+def batches(recipe, dataset, start: int, steps: int, multicrop: MultiCrop | None = None):
     "The Views of steps `start` to `steps`, epoch after epoch; the same ones whether a run was cut at `start` or not."
-    multicrop, per_epoch = build_multicrop(recipe, query_size), len(dataset) // recipe.batch_size
+    multicrop, per_epoch = multicrop or build_multicrop(recipe), len(dataset) // recipe.batch_size
     for epoch in range(start // per_epoch, math.ceil(steps / per_epoch)):
         first = start % per_epoch if epoch == start // per_epoch else 0
         loader = make_loader(dataset, multicrop, recipe.batch_size, seed=recipe.seed, epoch=epoch, workers=recipe.workers, start=first)
@@ -247,7 +247,7 @@ def train(trainer, out, dataset, monitors, progress):
     show = (LivePlot if in_notebook() else Bar)(trainer.steps, trainer.done) if progress else None
     started = time.perf_counter()
     try:
-        for views in batches(r, dataset, trainer.done, trainer.steps, trainer.query_size):
+        for views in batches(r, dataset, trainer.done, trainer.steps, trainer.multicrop):
             loaded = time.perf_counter()
             step = trainer.done + 1
             last = step == trainer.steps

@@ -9,7 +9,6 @@ __all__ = ['Classifier', 'supervised_terms', 'top1', 'SupervisedTrainer', 'load_
 # %% ../../nbs/5_training/7_supervised.ipynb #40f22fb4
 import math, time
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -18,11 +17,11 @@ from timm.loss import SoftTargetCrossEntropy
 from torch import nn
 
 from ..backbones import create_backbone
-from ..data.loading import eval_loader, make_loader
+from ..data.loading import eval_loader
 from ..objectives.drloc import LocalizationMLP, dense_localization_loss
 from .checkpoint import MetricsLog, check_same_recipe, last_checkpoint, load_weights, read_metrics, run_lock, save_checkpoint
 from .labelled import SupervisedRecipe, build_sets, check_sets, mix, one_view, seeded
-from .loop import decay_groups, pick_device, remove_run, seed_step
+from .loop import batches, decay_groups, pick_device, remove_run, seed_step
 from .schedules import cosine_schedule
 from .watching import Bar, LivePlot, check_finite, in_notebook
 
@@ -171,20 +170,13 @@ def train_supervised(recipe: SupervisedRecipe, out, train=None, test=None, resum
         if trainer.done < trainer.steps: _train(trainer, out, train, test, progress)
     return SupervisedRun(out, recipe, trainer.model.eval(), train.classes, read_metrics(out))
 
-def _batches(recipe, dataset, start, steps):
-    multicrop, per_epoch = one_view(recipe), len(dataset) // recipe.batch_size
-    for epoch in range(start // per_epoch, math.ceil(steps / per_epoch)):
-        first = start % per_epoch if epoch == start // per_epoch else 0
-        loader = make_loader(dataset, multicrop, recipe.batch_size, seed=recipe.seed, epoch=epoch, workers=recipe.workers, start=first)
-        yield from islice(loader, steps - epoch * per_epoch - first)
-
 def _train(trainer, out, train, test, progress):
     r, per_epoch = trainer.recipe, len(train) // trainer.recipe.batch_size
     log, every = MetricsLog(out, trainer.done), r.checkpoint_every or per_epoch
     show = (LivePlot if in_notebook() else Bar)(trainer.steps, trainer.done) if progress else None
     started = time.perf_counter()
     try:
-        for views in _batches(r, train, trainer.done, trainer.steps):
+        for views in batches(r, train, trainer.done, trainer.steps, one_view(r)):
             loaded = time.perf_counter()
             line = trainer.step(views)
             stepped, last = time.perf_counter(), trainer.done == trainer.steps
