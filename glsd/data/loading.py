@@ -76,12 +76,13 @@ class Loader:
             reason = str(e).split('. ')[0].rstrip('.')
             raise LoaderError(f'{reason}: memory (or /dev/shm) may have run out; try fewer workers, 0 for none') from None
 
-# %% ../../nbs/2_data/3_loading.ipynb #369d80ce
-def make_loader(dataset, multicrop, batch_size, seed=0, epoch=0, workers=0, drop_last=True, start=0):
+# %% ../../nbs/2_data/3_loading.ipynb #04c96c01
+def make_loader(dataset, multicrop, batch_size, seed=0, epoch=0, workers=0, drop_last=True, start=0, rank=0, world=1):
     """One epoch of `Views`, from batch number `start` on; `len()` is the number of batches still to come.
 
-    The views of an image depend on (seed, epoch, its index) alone: not on `workers`, `start` or `batch_size`.
-    Raises ValueError for fewer images than a batch (with `drop_last`) or a `start` behind the epoch's end,
+    The views of an image depend on (seed, epoch, its index) alone: not on `workers`, `start`, `batch_size` or `world`.
+    Of `world` processes, number `rank` gets its equal part of every batch: together they see what one alone would.
+    Raises ValueError for fewer images than a batch (with `drop_last`), a `start` behind the epoch's end, parts that are not equal,
     the data set's own errors for unreadable images, LoaderError when a worker dies."""
     n = len(dataset)
     if drop_last and n < batch_size:
@@ -89,7 +90,9 @@ def make_loader(dataset, multicrop, batch_size, seed=0, epoch=0, workers=0, drop
     ends = range(batch_size, n + (1 if drop_last else batch_size), batch_size)
     if not 0 <= start <= len(ends): raise ValueError(f'cannot start at batch {start}: the epoch has {len(ends)}')
     order = epoch_order(n, seed, epoch)
-    index = [order[end - batch_size:end] for end in ends[start:]]
+    if batch_size % world or (world > 1 and not drop_last):
+        raise ValueError(f'a batch of {batch_size} cannot be shared equally by {world} processes: choose a multiple of {world}, and drop the last batch')
+    index = [np.split(order[end - batch_size:end], world)[rank] for end in ends[start:]]
     return Loader(_ViewBatches(dataset, multicrop, seed, epoch), index, workers)
 
 # %% ../../nbs/2_data/3_loading.ipynb #52b2c051

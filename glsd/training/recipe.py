@@ -44,10 +44,10 @@ def _convert(f, value):
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError, yaml.YAMLError): pass
     raise ValueError(f'recipe: {f.name} must be {_WANTED[kind]}, not {value!r}')
 
-# %% ../../nbs/5_training/2_recipe.ipynb #291d9c4d
+# %% ../../nbs/5_training/2_recipe.ipynb #8bd3c5ea
 _AT_LEAST = dict(n_images=1, image_size=1, per_class=0, data_seed=0, global_size=1, local_size=1, n_global=1, n_local=0, strength=0,
                  out_dim=2, head_hidden=1, head_bottleneck=1, batch_size=1, epochs=0, steps=0, lr=0, lr_final=0, weight_decay=0,
-                 weight_decay_final=0, clip=0, seed=0, workers=0, monitor_every=0, checkpoint_every=0)
+                 weight_decay_final=0, clip=0, seed=0, workers=0, monitor_every=0, checkpoint_every=0, checkpoint_minutes=0)
 _SHARES = 'warmup', 'freeze_last', 'teacher_temp_warmup', 'momentum', 'momentum_final', 'drop_path', 'center_momentum'
 _POSITIVE = 'student_temp', 'teacher_temp', 'teacher_temp_start'
 
@@ -122,7 +122,7 @@ def _nearest(name, names):
     known = {**{theirs: n for theirs, n in _ELSEWHERE.items() if n in names}, **{n: n for n in names}}  # what other codes call it counts as near
     return known[difflib.get_close_matches(str(name).replace('-', '_').lower(), known, n=1, cutoff=0)[0]]
 
-# %% ../../nbs/5_training/2_recipe.ipynb #82794b8b
+# %% ../../nbs/5_training/2_recipe.ipynb #a0111f33
 @dataclass(frozen=True)
 class Recipe(BaseRecipe):
     """All that decides what a run computes; the defaults are the paper's (Sec. 4.2; [6] is DINO, whose details it follows).
@@ -181,7 +181,11 @@ class Recipe(BaseRecipe):
     device: str = 'auto'              # CUDA where there is one, or the CPU
     monitor_every: int = 0            # steps between monitors (k-NN, ...); 0: at the end only
     checkpoint_every: int = 0         # steps between checkpoints; 0: once an epoch
+    checkpoint_minutes: float = 0.    # and at least every so many minutes; 0: not by the clock
+    on_nan: str = 'stop'              # a term or gradient that is not finite: 'stop' the run, or 'skip' that step
 
-    free = 'workers', 'device', 'monitor_every', 'checkpoint_every'
+    free = 'workers', 'device', 'monitor_every', 'checkpoint_every', 'checkpoint_minutes', 'on_nan'
 
-    def check(self): check_ranges(self, _AT_LEAST, _SHARES, _POSITIVE, ('global_scale', 'local_scale', 'query_scale'))
+    def check(self):
+        check_ranges(self, _AT_LEAST, _SHARES, _POSITIVE, ('global_scale', 'local_scale', 'query_scale'))
+        if self.on_nan not in ('stop', 'skip'): raise ValueError(f"recipe: on_nan must be 'stop' or 'skip', not {self.on_nan!r}")
