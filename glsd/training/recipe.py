@@ -122,7 +122,7 @@ def _nearest(name, names):
     known = {**{theirs: n for theirs, n in _ELSEWHERE.items() if n in names}, **{n: n for n in names}}  # what other codes call it counts as near
     return known[difflib.get_close_matches(str(name).replace('-', '_').lower(), known, n=1, cutoff=0)[0]]
 
-# %% ../../nbs/5_training/2_recipe.ipynb #a0111f33
+# %% ../../nbs/5_training/2_recipe.ipynb #a0555b97
 @dataclass(frozen=True)
 class Recipe(BaseRecipe):
     """All that decides what a run computes; the defaults are the paper's (Sec. 4.2; [6] is DINO, whose details it follows).
@@ -153,6 +153,7 @@ class Recipe(BaseRecipe):
     head_bottleneck: int = 256
     head_batchnorm: bool = False
     norm_last_layer: bool = True
+    fused: bool = False               # logits are never stored: the loss takes the product with the prototypes a few rows at a time
     # objective (Sec. 3.4)
     objective: str = 'geometric'      # vanilla, similarity, geometric (Table 1), or a control
     objective_options: dict = field(default_factory=dict)  # for that objective alone, e.g. {'search': 'teacher'}
