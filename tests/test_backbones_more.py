@@ -77,6 +77,19 @@ def test_a_supervised_step_lowers_the_loss(name):
     assert losses[-1] < .6 * losses[0]
 
 
+def test_cvt_equals_an_independent_implementation():
+    "The numbers are those of CvtForImageClassification of transformers 5.23 with the same weights and, as published, the quick GELU."
+    model = timm.create_model('cvt_mini_32', num_classes=3, depths=(1, 2, 3))
+    with torch.no_grad():
+        for i, (name, p) in enumerate(model.named_parameters()):             # weights that need no random generator
+            t = torch.arange(p.numel(), dtype=torch.float64)
+            p.copy_((torch.sin(t * (.7 + .01 * i)) * (.2 if p.ndim > 1 else .1) + (p.ndim == 1 and name.endswith('weight'))).view(p.shape))
+        x = torch.sin(torch.arange(2 * 3 * 24 * 32, dtype=torch.float64) * .37).view(2, 3, 24, 32).float()
+        training, evaluating = model.train()(x), model.eval()(x)
+    assert torch.allclose(training, torch.tensor([[-2.4560, -2.1147, -1.2640], [-2.4729, -2.3767, -1.6812]]), atol=5e-4)
+    assert torch.allclose(evaluating, torch.tensor([[-2.9540, -2.4194, -1.2708], [-2.9384, -2.5433, -1.4917]]), atol=5e-4)
+
+
 @pytest.mark.parametrize('name', MINI)
 def test_they_stand_in_a_branch(name):
     from types import SimpleNamespace
