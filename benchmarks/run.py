@@ -27,7 +27,7 @@ def same(what, a, b, tolerance):
 def measure_all(quick):
     with ThreadPoolExecutor(2 if quick else 1) as pool:      # one after the other, but where figures mean little
         jobs = {c: pool.submit(measure, 'loss', quick, CONTESTANT=c) for c in ('glsd', 'plain')}
-        jobs |= {name: pool.submit(measure, name, quick) for name in ('views', 'step', 'knn')}
+        jobs |= {name: pool.submit(measure, name, quick) for name in ('views', 'step', 'knn', 'local')}
         results = {name: job.result() for name, job in jobs.items()}
     results['loss'] = {c: results.pop(c) for c in ('glsd', 'plain')}
     ours, plain = results['loss']['glsd'], results['loss']['plain']
@@ -48,6 +48,10 @@ def rows(r):
     yield f"- one matrix product of that size (k-NN is {k['glsd'] / k['product']:.2f} times it)", 's', k['product'], None, None
     yield f"training step, {s['recipe']['backbone']}, batch {s['recipe']['batch_size']}", 's', s['seconds'], None, None
     for part, t in s['split'].items(): yield f'- {part}', 's', t, None, None
+    for what, local in ("ADCLR's queries", r['local']['adclr']), ('DrLoc', r['local']['drloc']):
+        n, more = local['recipe'], f"{local['more_seconds']:+.1%} of the time, {local['more_operations']:+.1%} of the operations"
+        yield f"step without {what}, {n['backbone']}, batch {n['batch_size']}", 's', local['seconds'][local['without']], None, None
+        yield f'- with {"them" if what.endswith("s") else "it"} ({more})', 's', local['seconds'][local['with_']], None, None
 
 def table(r):
     cell = lambda x: '' if x is None else f'{x:,.0f}' if x >= 100 else f'{x:.3g}'

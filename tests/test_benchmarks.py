@@ -12,9 +12,10 @@ def test_quick_run_prints_and_writes(tmp_path):
     found = json.loads((tmp_path / 'new/benchmarks.json').read_text())
     assert found['quick'] and found['machine']['torch']
     assert found['views']['glsd'] > 0 and found['loss']['glsd']['seconds'] > 0 and found['knn']['product'] > 0
+    for extra in found['local'].values(): assert extra['seconds'][extra['with_']] > 0 and extra['more_operations'] > 0
     assert set(found['step']['split']) == {'views', 'student', 'teacher', 'loss', 'backward', 'optimiser'}
     report = (tmp_path / 'new/benchmarks.md').read_text()
-    assert 'dual loss' in report and 'dual loss' in done.stdout
+    assert 'dual loss' in report and "ADCLR's queries" in report and 'dual loss' in done.stdout
     assert sorted(p.name for p in (tmp_path / 'new').iterdir()) == ['benchmarks.json', 'benchmarks.md']
 
 def test_contestants_that_disagree_are_refused():
