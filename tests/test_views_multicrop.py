@@ -118,3 +118,12 @@ def test_strength_scales_the_jitter_and_nothing_else():
 def test_wrong_settings_are_one_clear_line(wrong):
     with pytest.raises(ValueError, match='MultiCrop: .*' + next(iter(wrong))) as e: MultiCrop(**wrong)
     assert '\n' not in str(e.value)
+
+@pytest.mark.parametrize('more', [{}, dict(n_query=3, query_size=8)])
+def test_colours_on_the_device_are_the_same_bits(more):
+    images = [noise_image(50, 60, i) for i in range(5)]
+    now, later = (MultiCrop(32, 16, colour_on_device=c, **more)(images, generators(5)) for c in (False, True))
+    assert all(c.dtype == torch.uint8 for c in later.crops) and now.w_pho is None and len(later.w_pho) == 2 + bool(more)
+    done = later.to('cpu')
+    assert done.w_pho is None and all(torch.equal(a, b) for a, b in zip(done.crops + done.w_geo, now.crops + now.w_geo))
+    if more: assert torch.equal(done.queries, now.queries) and torch.equal(done.w_query, now.w_query)

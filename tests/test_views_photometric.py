@@ -5,7 +5,7 @@ import torch
 import torchvision.transforms.functional as TF
 from PIL import ImageFilter
 from torchvision.transforms import ColorJitter
-from glsd.views.photometric import OPS, W_PHO, Photometric, apply_photometric, denormalize, normalize, photometric_vector
+from glsd.views.photometric import OPS, W_PHO, Photometric, _transform, apply_photometric, denormalize, normalize, photometric_vector
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -89,6 +89,7 @@ def test_every_drawn_number_is_distributed_like_torchvisions():
     for column, width in zip(range(4), (.8, .8, .4, .2)):
         a, b = ours[:, 4 + column], np.array([t[1 + column] for t in theirs])
         np.testing.assert_allclose(np.quantile(a, quantiles), np.quantile(b, quantiles), atol=.035 * width)
+        np.testing.assert_allclose([a.mean(), a.std()], [b.mean(), b.std()], atol=.01 * width)
     assert abs(np.corrcoef(ours[:, 4:8].T) - np.eye(4)).max() < .05       # and they are independent
     jittered = ours[ours[:, 0] >= 0, :4]
     orders, counts = np.unique(jittered, axis=0, return_counts=True)
@@ -129,3 +130,10 @@ def test_normalize_takes_bytes_and_floats():
 def test_wrong_shapes_are_one_clear_line(crops, w):
     with pytest.raises(ValueError, match=r'crops must be \[N,3,h,w\]') as e: apply_photometric(torch.zeros(crops, dtype=torch.uint8), np.zeros(w))
     assert '\n' not in str(e.value) and len(W_PHO) == 11
+
+@pytest.mark.parametrize('size, n', [(31, 40), (100, 5)])
+def test_what_a_gpu_runs_is_what_numpy_runs(size, n):
+    "The same lines on torch tensors, the whole batch as one piece."
+    crops = torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(4))
+    w = draws(n, seed=3, p_blur=.6, p_solarize=.3)
+    torch.testing.assert_close(_transform(crops, w, torch.empty(crops.shape), n), apply_photometric(crops, w), rtol=0, atol=1e-4)

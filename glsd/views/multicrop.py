@@ -30,7 +30,7 @@ def draw_box(size, scale, ratio, rng):
     w, h = min(W, max(1, round(H * ratio[1]))), min(H, max(1, round(W / ratio[0])))
     return (W - w) // 2, (H - h) // 2, w, h
 
-# %% ../../nbs/1_views/3_multicrop.ipynb #05f767d4
+# %% ../../nbs/1_views/3_multicrop.ipynb #a8bd1c6d
 def cut(image, w_geo):
     """G of Eq. 1: cuts the boxes of `w_geo` [V,7] out of `image` uint8 [3,H,W], resizes and flips -> uint8 [V,3,h,w].
 
@@ -38,11 +38,12 @@ def cut(image, w_geo):
     """
     image, boxes = _checked(image), w_geo.int().tolist()
     size = boxes[0][4:6]
-    crops = []
-    for x0, y0, x1, y1, _, _, flipped in boxes:
-        crop = F.interpolate(image[..., y0:y1, x0:x1], size, mode='bicubic', antialias=True)
-        crops.append(crop.flip(-1) if flipped else crop)
-    return torch.cat(crops).contiguous()
+    crops = np.empty((len(boxes), 3, *size), dtype=np.uint8)
+    for out, (x0, y0, x1, y1, _, _, flipped) in zip(crops, boxes):
+        box = image[..., y0:y1, x0:x1].contiguous(memory_format=torch.channels_last)
+        crop = F.interpolate(box, size, mode='bicubic', antialias=True)[0].numpy()
+        out[:] = crop[..., ::-1] if flipped else crop
+    return torch.from_numpy(crops)
 
 def _checked(image):
     "The image as [1,3,H,W] with channels last in memory, or one line about what is wrong with it."
@@ -50,14 +51,15 @@ def _checked(image):
         raise ValueError(f'an image must be uint8 [3,H,W] or grey [1,H,W] and not empty; this is {str(image.dtype)[6:]} {list(image.shape)}')
     return image.expand(3, -1, -1)[None].contiguous(memory_format=torch.channels_last)
 
-# %% ../../nbs/1_views/3_multicrop.ipynb #47dc753d
+# %% ../../nbs/1_views/3_multicrop.ipynb #ee83ab48
 @dataclass
 class Views:
     """A batch of views, grouped by size, the global group first.
 
     crops: per group [V,B,3,h,w], float32, normalised; w_geo: per group [V,B,7] (see glsd.views.geometry);
     index [B]: the samples' numbers in their data set; label [B]: -1 = none. Beside the views, where asked for:
-    queries [Q,B,3,p,p], crops of one patch, and their w_query [Q,B,7].
+    queries [Q,B,3,p,p], crops of one patch, and their w_query [Q,B,7]. With w_pho (per group [V,B,11], the queries' last)
+    all crops are uint8 still, and have their colours to come: `finish`.
     """
     crops: list
     w_geo: list
@@ -65,6 +67,7 @@ class Views:
     label: torch.Tensor
     queries: torch.Tensor = None
     w_query: torch.Tensor = None
+    w_pho: list = None
 
     @property
     def batch_size(self): return self.crops[0].shape[1]
@@ -73,11 +76,19 @@ class Views:
     def n_views(self): return sum(len(c) for c in self.crops)
 
     def to(self, device, **kwargs):
-        "The same views on `device`; further arguments as for Tensor.to."
+        "The same views on `device`, where those that wait for it get their colours; further arguments as for Tensor.to."
         def move(x):
             if isinstance(x, list): return [move(t) for t in x]
             return x if x is None else x.to(device, **kwargs)
-        return Views(*(move(getattr(self, f.name)) for f in fields(self)))
+        return Views(*(move(getattr(self, f.name)) for f in fields(self))).finish()
+
+    def finish(self):
+        "Colours and normalises crops that are uint8 still, where they are; others are finished."
+        if self.w_pho is None: return self
+        crops = self.crops if self.queries is None else [*self.crops, self.queries]
+        crops = [apply_photometric(c.flatten(0, 1), w.flatten(0, 1)).view(c.shape) for c, w in zip(crops, self.w_pho)]
+        queries = None if self.queries is None else crops.pop()
+        return replace(self, crops=crops, queries=queries, w_pho=None)
 
 # %% ../../nbs/1_views/3_multicrop.ipynb #a672e542
 class Sample(NamedTuple):
@@ -92,7 +103,7 @@ GLOBAL_1, GLOBAL_2, LOCAL = Photometric(), Photometric(p_blur=.1, p_solarize=.2)
 def _scaled(p, strength):
     return replace(p, **{name: getattr(p, name) * strength for name in ('brightness', 'contrast', 'saturation', 'hue')})
 
-# %% ../../nbs/1_views/3_multicrop.ipynb #7d668824
+# %% ../../nbs/1_views/3_multicrop.ipynb #f1574628
 @dataclass
 class MultiCrop:
     """Draws, cuts and colours `n_global` + `n_local` views of every image (GLSD Sec. 3.2; multi-crop is SwAV's and DINO's).
@@ -100,6 +111,7 @@ class MultiCrop:
     Sizes in pixels, scales as shares of the image's area, `ratio` width/height. `strength` multiplies the amplitudes
     of the colour jitter; `photometric`, one Photometric per view, replaces the default colours. `n_query` crops of a
     single patch of `query_size` pixels come with the views, drawn after them, in the colours of local views (ADCLR Sec. 3.2).
+    `colour_on_device` leaves batches uint8, a quarter of the bytes to send, and the colours to `Views.to(device)`.
     """
     global_size: int = 224
     local_size: int = 96
@@ -113,6 +125,7 @@ class MultiCrop:
     n_query: int = 0
     query_size: int = 16
     query_scale: tuple = (.05, .15)
+    colour_on_device: bool = False
 
     def __post_init__(self):
         if self.n_global < 1 or min(self.n_local, self.n_query) < 0:
@@ -155,13 +168,13 @@ class MultiCrop:
         return Sample([cut(image, w) for w in w_geo], w_geo, w_pho)
 
     def collate(self, samples, index=None, label=None):
-        "Samples -> Views: colours and normalises all crops of one size in one call. `index` and `label` [B], or None."
+        "Samples -> Views: colours and normalises all crops of one size in one call, or leaves that. `index` and `label` [B], or None."
         crops, w_geo, w_pho = ([torch.stack(group, 1) for group in zip(*part)] for part in zip(*samples))
-        crops = [apply_photometric(c.flatten(0, 1), w.flatten(0, 1)).view(c.shape) for c, w in zip(crops, w_pho)]
         index = torch.arange(len(samples)) if index is None else torch.as_tensor(index, dtype=torch.long)
         label = torch.full_like(index, -1) if label is None else torch.as_tensor(label, dtype=torch.long)
-        queries = (crops.pop(), w_geo.pop()) if self.n_query else ()
-        return Views(crops, w_geo, index, label, *queries)
+        queries = (crops.pop(), w_geo.pop()) if self.n_query else (None, None)
+        views = Views(crops, w_geo, index, label, *queries, w_pho)
+        return views if self.colour_on_device else views.finish()
 
     def __call__(self, images, rngs):
         "Views of a list of images uint8 [3,H,W], with one random generator each."

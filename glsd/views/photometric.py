@@ -212,7 +212,7 @@ def _finish(x, keys, sigma, affine, out):
         place += affine[1]
         if rows != slice(None): out[rows] = place
 
-# %% ../../nbs/1_views/2_photometric.ipynb #072d94f5
+# %% ../../nbs/1_views/2_photometric.ipynb #f206231b
 def apply_photometric(crops, w_pho):
     """P of Eq. 1, then `normalize`: uint8 crops [N,3,h,w] and w_pho [N,11] -> float32 [N,3,h,w], on the device of `crops`.
 
@@ -223,13 +223,14 @@ def apply_photometric(crops, w_pho):
         raise ValueError(f'apply_photometric: crops must be [N,3,h,w] and w_pho [N,{len(W_PHO)}], not {list(crops.shape)} and {list(w.shape)}')
     if crops.device.type != 'cpu': return _transform(crops, w, torch.empty_like(crops, dtype=torch.float32), len(w))
     out = np.empty(crops.shape, dtype=np.float32)
-    return torch.from_numpy(_transform(crops.numpy(), w, out, 96**2 // max(1, crops.shape[2] * crops.shape[3])))
+    pixels = crops.shape[2] * crops.shape[3]
+    return torch.from_numpy(_transform(crops.numpy(), w, out, 1 if pixels >= 96**2 else 2**18 // max(1, pixels)))
 
 def _transform(crops, w, out, piece):
     "All pieces of a batch, numpy's or torch's, into `out`."
     (keys, factor), affine = _plan(w), [_there(a.numpy(), out) for a in _affine(torch.empty(0))]
-    for i in range(0, len(w), max(1, piece)):
-        here = slice(i, i + max(1, piece))
+    for i in range(0, len(w), piece or 1):
+        here = slice(i, i + piece)
         x = _lib(out).empty_like(out[here]).reshape(-1, 3, out.shape[2] * out.shape[3])
         x[:] = crops[here].reshape(x.shape)
         *slots, rest = zip(*keys[here])
