@@ -1,4 +1,7 @@
-"""Seconds and peak megabytes of the dual loss, forward and backward, from logits to their gradient. One contestant a process."""
+"""Seconds and peak megabytes of the dual loss, forward and backward. One contestant a process.
+
+CONTESTANT=glsd and plain go from logits to their gradient; fused, stored and plain_z from the bottleneck through the last
+layer to the gradients of both factors: without stored logits, glsd's loss with them, and the plain loss with them."""
 import os
 from types import SimpleNamespace
 import common
@@ -10,8 +13,26 @@ def outputs(w_geo, grids, K, grad):
     "What a loss reads of a branch's `Outputs`, with random logits. Drawn in place: the inputs themselves must not set the peak."
     B, V = w_geo.shape[:2]
     S = sum(H * W for H, W in grids)
-    logits = {k: torch.empty(B, n, K).uniform_(-.5, .5).requires_grad_(grad) for k, n in (('view', V), ('region', S))}
+    logits = {k: torch.empty(B, n, K).uniform_(-.5, .5).requires_grad_(grad) for k, n in (('view', V), ('region', S))} if K else {}
     return SimpleNamespace(pooled=torch.zeros(B, V, 1), tokens=torch.zeros(B, S, 1), grids=grids, w_geo=w_geo, logits=logits)
+
+def factors(student, teacher, K, b=256):
+    "z of the student and the directions of its prototypes, by head; both branches get logits that are not multiplied out yet."
+    from glsd.backbones.heads import Factored
+    leaves = {}
+    for branch in student, teacher:
+        for head, tokens in (('view', branch.pooled), ('region', branch.tokens)):
+            pair = [torch.empty(*n, b).uniform_(-1, 1) for n in (tokens.shape[:2], (K,))]
+            for x in pair: x.div_(x.norm(dim=-1, keepdim=True))
+            if branch is student: leaves[head] = [x.requires_grad_() for x in pair]
+            branch.logits[head] = Factored(*pair)
+    return leaves
+
+def stored(loss):
+    "The same loss of logits that are multiplied out first."
+    def with_logits(student, teacher, temp):
+        return loss(*(SimpleNamespace(**{**vars(x), 'logits': {k: v.dense() for k, v in x.logits.items()}}) for x in (student, teacher)), temp)
+    return with_logits
 
 def views(B):
     "w_geo [B, 10, 7] of B images of 500 x 375."
@@ -20,6 +41,7 @@ def views(B):
 
 def contestant(name, K):
     "A function (student, teacher, teacher_temp) -> terms."
+    if name in ('stored', 'plain_z'): return stored(contestant(dict(stored='glsd', plain_z='plain')[name], K))
     if name == 'plain':
         from plain_loss import plain_dual_loss
         return lambda s, t, temp: plain_dual_loss(s, t, .1, temp, torch.zeros(K), torch.zeros(K))
@@ -30,17 +52,21 @@ def main():
     quick = common.start(__doc__)
     B, K, rounds = (2, 1024, 1) if quick else (8, 65536, 5)
     w_geo, grids = views(B), [(7, 7)] * 2 + [(3, 3)] * 8
-    student, teacher = outputs(w_geo, grids, K, True), outputs(w_geo[:, :2], grids[:2], K, False)
-    loss = contestant(os.environ.get('CONTESTANT', 'glsd'), K)
+    name = os.environ.get('CONTESTANT', 'glsd')
+    width = 0 if name in ('fused', 'stored', 'plain_z') else K
+    student, teacher = outputs(w_geo, grids, width, True), outputs(w_geo[:, :2], grids[:2], width, False)
+    leaves = {k: [x] for k, x in student.logits.items()} if width else factors(student, teacher, K)
+    loss = contestant(name, K)
     found = {}
     def step():
-        for x in student.logits.values(): x.grad = None
+        for xs in leaves.values():
+            for x in xs: x.grad = None
         terms = loss(student, teacher, .04)
         sum(terms.values()).backward()
         found.update({k: v.item() for k, v in terms.items()})
     before = common.peak_memory()
     t = common.interleaved(dict(step=step), rounds)
     common.emit(seconds=t['step'], megabytes=(common.peak_memory() - before) / 1e6, inputs_mb=before / 1e6,
-                gradient=student.logits['region'].grad.norm().item(), batch=B, prototypes=K, **found)
+                gradient=leaves['region'][-1].grad.norm().item(), batch=B, prototypes=K, **found)
 
 if __name__ == '__main__': main()

@@ -20,18 +20,20 @@ def measure(name, quick, **env):
     if done.returncode: raise SystemExit(f'bench_{name}.py failed:\n{done.stderr[-2000:]}')
     return json.loads(done.stdout.splitlines()[-1])
 
+LOSSES = 'glsd', 'plain', 'fused', 'stored', 'plain_z'       # the last three begin before the last layer
+
 def same(what, a, b, tolerance):
     "A benchmark of two things that compute something else would be worthless."
     if abs(a - b) > tolerance * max(abs(a), abs(b)): sys.exit(f'{what}: glsd gives {a}, the plain way {b}; they should agree')
 
 def measure_all(quick):
     with ThreadPoolExecutor(2 if quick else 1) as pool:      # one after the other, but where figures mean little
-        jobs = {c: pool.submit(measure, 'loss', quick, CONTESTANT=c) for c in ('glsd', 'plain')}
+        jobs = {c: pool.submit(measure, 'loss', quick, CONTESTANT=c) for c in LOSSES}
         jobs |= {name: pool.submit(measure, name, quick) for name in ('views', 'step', 'knn', 'local')}
         results = {name: job.result() for name, job in jobs.items()}
-    results['loss'] = {c: results.pop(c) for c in ('glsd', 'plain')}
-    ours, plain = results['loss']['glsd'], results['loss']['plain']
-    for k in 'view', 'region', 'gradient': same(f'loss, {k}', ours[k], plain[k], 1e-4)
+    results['loss'] = {c: results.pop(c) for c in LOSSES}
+    for a, b in ('glsd', 'plain'), ('fused', 'plain_z'), ('stored', 'plain_z'):
+        for k in 'view', 'region', 'gradient': same(f'loss, {a}, {k}', results['loss'][a][k], results['loss'][b][k], 1e-5)
     for a, b in zip(results['knn']['accuracy'], results['knn']['accuracy_plain']): same('k-NN accuracy', a, b, 2e-3)
     return results
 
@@ -44,6 +46,11 @@ def rows(r):
     size = f"batch {l['batch']}, {l['prototypes']:,} prototypes"
     yield f'dual loss, {size}', 's', l['seconds'], p['seconds'], p['seconds'] / l['seconds']
     yield '- its peak beyond the inputs', 'MB', l['megabytes'], p['megabytes'], p['megabytes'] / l['megabytes']
+    z = r['loss']['plain_z']
+    for c, what in (('fused', 'dual loss and last layer, logits not stored'), ('stored', '- with stored logits')):
+        x = r['loss'][c]
+        yield what, 's', x['seconds'], z['seconds'], z['seconds'] / x['seconds']
+        yield '- its peak beyond the inputs, gradients included', 'MB', x['megabytes'], z['megabytes'], z['megabytes'] / x['megabytes']
     yield f"k-NN {k['queries']:,} x {k['bank']:,} x {k['dim']}, 4 k's", 's', k['glsd'], k['plain'], k['plain'] / k['glsd']
     yield f"- one matrix product of that size (k-NN is {k['glsd'] / k['product']:.2f} times it)", 's', k['product'], None, None
     yield f"training step, {s['recipe']['backbone']}, batch {s['recipe']['batch_size']}", 's', s['seconds'], None, None
