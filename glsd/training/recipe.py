@@ -179,6 +179,8 @@ class Recipe(BaseRecipe):
     seed: int = 0
     workers: int = 0                  # processes that make views, beside this one
     amp: bool = False                 # bfloat16 autocast
+    compile: bool = False             # torch.compile of both backbones; needs a C++ compiler, pays off after minutes
+    colour_on_device: bool = False    # workers send uint8 crops, the trainer's device gives them their colours
     device: str = 'auto'              # CUDA where there is one, or the CPU
     monitor_every: int = 0            # steps between monitors (k-NN, ...); 0: at the end only
     checkpoint_every: int = 0         # steps between checkpoints; 0: once an epoch
