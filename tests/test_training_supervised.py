@@ -11,7 +11,7 @@ from glsd.data.loading import make_loader
 from glsd.data.toyworld import ToyWorld
 from glsd.training.checkpoint import export_backbone, last_checkpoint, read_metrics
 from glsd.training.labelled import SupervisedRecipe, build_sets, mix, one_view, seeded
-from glsd.training.loop import decay_groups, seed_step
+from glsd.training.loop import batches, decay_groups, seed_step
 from glsd.training.schedules import cosine_schedule
 from glsd.training.supervised import Classifier, SupervisedTrainer, load_start, load_supervised, train_supervised
 
@@ -116,7 +116,7 @@ ONE = Subset(WORLD, [0, 12, 0, 12]); ONE.classes = ['disc bars']
     ({'weights': '/no/such'}, {}, 'weights=/no/such: neither the folder of a run nor a .safetensors file'),
     ({'data': '/no/such'}, {}, 'data=/no/such has no folder train/'),
     ({'drloc_pairs': 1000}, {}, 'm=1000 pairs of a grid of 4 x 4'),
-    ({'lr': 1e30, 'clip': 0, 'warmup': 0}, {}, 'is nan, and the run stops')])
+    ({'lr': 1e30, 'clip': 0, 'warmup': 0}, {}, "step 2: 'ce' is nan; the weights are those from before it")])
 def test_faults_are_one_line(tmp_path, changes, sets, error):
     with pytest.raises((ValueError, FileNotFoundError)) as e: train_supervised(SMALL.replace(**changes), tmp_path, progress=False, **sets)
     assert error in str(e.value) and '\n' not in str(e.value)
@@ -134,3 +134,12 @@ def test_the_file_holds_the_weights_once(straight):
     assert state['teacher'].keys() < state['student'].keys()
     assert all(v.data_ptr() == state['student'][k].data_ptr() for k, v in state['teacher'].items())
     json.dumps(state['recipe'])
+
+
+def test_a_step_that_is_not_finite_leaves_the_weights():
+    trainer = SupervisedTrainer(SMALL, 2, WORLD.classes)
+    before = [p.clone() for p in trainer.model.parameters()]
+    views = next(batches(SMALL, WORLD, 0, 1, one_view(SMALL)))
+    views.crops[0][0][0] = float('nan')
+    with pytest.raises(ValueError, match='those from before it'): trainer.step(views)
+    assert trainer.done == 0 and all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters()))

@@ -80,13 +80,13 @@ class SupervisedTrainer:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=r.amp): terms = supervised_terms(self.model, x, target, r)
         sum(terms.values()).backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), r.clip or math.inf)
+        values = torch.stack([t.detach().float() for t in (*terms.values(), norm)]).tolist()
+        named = dict(zip([*terms, 'grad_norm'], values))
+        check_finite(self.done + 1, named)                   # before the weights move
         for group in self.optimizer.param_groups: group['lr'] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.done += 1
-        values = torch.stack([t.detach().float() for t in (*terms.values(), norm)]).tolist()
-        named = dict(zip([*terms, 'grad_norm'], values))
-        check_finite(self.done, named)
         return dict(step=self.done, loss=sum(values[:-1]), **named, lr=lr)
 
     def state_dict(self) -> dict:
