@@ -24,7 +24,7 @@ from .recipe import BaseRecipe, check_ranges
 from ..views.multicrop import MultiCrop
 from ..views.photometric import Photometric
 
-# %% ../../nbs/5_training/6_labelled.ipynb #97056a0a
+# %% ../../nbs/5_training/6_labelled.ipynb #7912a4e9
 _AT_LEAST = dict(n_images=1, n_test=1, image_size=1, per_class=0, data_seed=0, size=1, mixup=0, cutmix=0, drloc=0, drloc_pairs=1, drloc_hidden=1,
                  batch_size=1, epochs=0, steps=0, lr=0, lr_final=0, weight_decay=0, clip=0, seed=0, workers=0, test_every=0, checkpoint_every=0)
 
