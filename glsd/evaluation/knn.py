@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['vote', 'top', 'nearest', 'check_labels', 'knn_accuracy', 'extract', 'pixels', 'knn_monitor', 'knn_picture', 'framed']
 
-# %% ../../nbs/6_evaluation/1_knn.ipynb #d8c15ffa
+# %% ../../nbs/6_evaluation/1_knn.ipynb #f3920f61
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 from ..data.folders import Subset
 from ..data.loading import eval_crop, eval_loader
+from ..training.processes import everybodys, my_part
 
 # %% ../../nbs/6_evaluation/1_knn.ipynb #8035a369
 def vote(similarity, labels, ks, n_classes, temperature=.07):
@@ -99,7 +100,7 @@ def knn_accuracy(train_feats, train_labels, test_feats, test_labels, k=(10, 20, 
             right[kk] += int((winner == y.to(bank.device)).sum())
     return {kk: 100 * n / len(queries) for kk, n in right.items()}
 
-# %% ../../nbs/6_evaluation/1_knn.ipynb #17e6e83d
+# %% ../../nbs/6_evaluation/1_knn.ipynb #f39e999f
 @torch.no_grad()                        # not inference_mode: a probe may train on these features
 def extract(backbone, dataset, size, batch_size=256, workers=0, device=None, progress=False):
     """Features float32 [n, d] and labels [n] of a whole `dataset`, on the CPU, in its order.
@@ -124,17 +125,20 @@ def pixels(dataset, size, batch_size=256, workers=0):
     "The normalised pixels themselves as features [n, 3 * size * size], and labels [n]: the control every result should pass."
     return extract(torch.nn.Flatten(), dataset, size, batch_size, workers)
 
-# %% ../../nbs/6_evaluation/1_knn.ipynb #1b5d6c8d
+# %% ../../nbs/6_evaluation/1_knn.ipynb #78eb69ce
 def knn_monitor(train_ds, test_ds, size, k=20, **options):
     """A monitor for `pretrain`: (backbone, step) -> {'knn': top-1 in per cent at `k`}; `options` go to `extract`.
 
-    Labels that allow no k-NN are refused here, not after the first hour."""
+    Labels that allow no k-NN are refused here, not after the first hour. In a run of several processes each takes a part of the images."""
     check_labels(train_ds.labels, test_ds.labels, [k])
-    def monitor(backbone, step):
-        return {'knn': knn_accuracy(*extract(backbone, train_ds, size, **options), *extract(backbone, test_ds, size, **options), k=k)[k]}
+    def features(backbone, ds):
+        part = list(my_part(len(ds)))
+        found = extract(backbone, Subset(ds, part), size, **options)[0] if part else torch.zeros(0, backbone.dim)
+        return everybodys(found, len(ds)), torch.as_tensor(ds.labels)
+    def monitor(backbone, step): return {'knn': knn_accuracy(*features(backbone, train_ds), *features(backbone, test_ds), k=k)[k]}
     return monitor
 
-# %% ../../nbs/6_evaluation/1_knn.ipynb #8fb0084a
+# %% ../../nbs/6_evaluation/1_knn.ipynb #e2abf284
 def knn_picture(backbones, train_ds, test_ds, size, queries=4, k=6):
     """Test images, evenly spread (or those numbered in a list `queries`), and their `k` nearest training images: a matplotlib Figure.
 

@@ -6,7 +6,7 @@
 __all__ = ['LIMITS', 'STUCK', 'collapse_monitor', 'ANSWERS', 'FEATURES', 'Finding', 'CollapseReport', 'collapse_report',
            'CollapseMonitor', 'collapse_picture', 'collapse_of_run', 'collapse_of_backbone']
 
-# %% ../../nbs/6_evaluation/9_report.ipynb #588af4cd
+# %% ../../nbs/6_evaluation/9_report.ipynb #de8cba59
 import math, warnings
 from collections import namedtuple
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from .collapse import collapse_figures, feature_figures, shares
 from ..training import Recipe
 from ..training.checkpoint import last_checkpoint
 from ..training.loop import Trainer, batches, build_dataset
+from ..training.processes import everybodys_outputs
 
 # %% ../../nbs/6_evaluation/9_report.ipynb #094ab686
 LIMITS = dict(flat=.01, information=.05, spread=.01,    # of ln(out_dim), of what is possible, of 1
@@ -102,7 +103,7 @@ def collapse_report(figures: dict) -> CollapseReport:
     order = ['full collapse', 'stuck'] + ['local collapse', 'dimensional collapse'] * (not full)
     return CollapseReport(sorted((f for f in found if f.kind in order), key=lambda f: order.index(f.kind)), looked_at)
 
-# %% ../../nbs/6_evaluation/9_report.ipynb #e3af1cf5
+# %% ../../nbs/6_evaluation/9_report.ipynb #346e9149
 class CollapseMonitor:
     """A monitor for `pretrain` that is shown the steps it is due at; `figures` and `report` are those of the last one.
 
@@ -111,7 +112,7 @@ class CollapseMonitor:
     def __init__(self, warn=True): self.warn, self.before, self.told, self.figures, self.report = warn, set(), {'stuck'}, None, None
 
     def look(self, step, objective, student, teacher, terms, teacher_temp):
-        self.figures = collapse_figures(student, teacher, objective, teacher_temp)
+        self.figures = collapse_figures(everybodys_outputs(student), everybodys_outputs(teacher), objective, teacher_temp)
         self.report = collapse_report(self.figures)
         kinds = {f.kind for f in self.report.findings}
         new, self.before = (kinds & self.before) - self.told, kinds
@@ -165,7 +166,7 @@ def collapse_picture(found: dict) -> Figure:
     if len(kinds) != 1: raise ValueError('collapse_picture needs the metrics of runs or the figures of backbones, and not both')
     return _spectra(found) if kinds.pop() else _histories(found)
 
-# %% ../../nbs/6_evaluation/9_report.ipynb #c06ecadf
+# %% ../../nbs/6_evaluation/9_report.ipynb #9ef20bf9
 def collapse_of_run(path, dataset=None) -> dict:
     """`collapse_figures` of a run's last checkpoint, on the first batch of its data (or of `dataset`).
 
@@ -183,7 +184,7 @@ def collapse_of_run(path, dataset=None) -> dict:
     with torch.no_grad(): student, teacher, _ = trainer.forward(views, recipe.teacher_temp)
     return collapse_figures(student, teacher, trainer.objective, recipe.teacher_temp)
 
-# %% ../../nbs/6_evaluation/9_report.ipynb #318f6157
+# %% ../../nbs/6_evaluation/9_report.ipynb #61e96e5e
 @torch.no_grad()
 def collapse_of_backbone(backbone, dataset, size, n=256) -> dict:
     """`feature_figures` of a backbone in eval mode on `n` images, evenly spaced in `dataset`, in the evaluation view of `size`.

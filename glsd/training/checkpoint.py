@@ -175,7 +175,7 @@ def _lock(f):
     # a record lock belongs to this process alone: loader workers that outlive a kill for a second do not hold it
     if fcntl: fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
-# %% ../../nbs/5_training/3_checkpoint.ipynb #aefc6386
+# %% ../../nbs/5_training/3_checkpoint.ipynb #9cdb25e5
 class MetricsLog:
     """run_dir/metrics.jsonl, one line a step, and the same for TensorBoard where it is installed.
 
@@ -196,7 +196,7 @@ class MetricsLog:
         if self.file.write(text) < len(text): raise OSError(errno.ENOSPC, f'no space left to write {self.path}; free some and start again')
         if self.board:
             for name, value in line.items():
-                if name != 'step': self.board.add_scalar(name, value, line['step'])
+                if name != 'step' and not isinstance(value, str): self.board.add_scalar(name, value, line['step'])
 
     def sync(self):
         "Sees to it that the lines are on the disk: a checkpoint must not be ahead of its log."

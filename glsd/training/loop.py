@@ -315,9 +315,10 @@ class Journal:
             self.log.close()
             if self.show: self.show.close()
 
-# %% ../../nbs/5_training/5_loop.ipynb #6de9aebc
+# %% ../../nbs/5_training/5_loop.ipynb #4817225f
 class Stopped(RuntimeError):
     "A run was asked to end, and wrote a checkpoint first."
+    exit_code = 128 + signal.SIGTERM
 
 @contextmanager
 def sigterm():
@@ -340,7 +341,7 @@ def keep_for_replay(trainer, out, n_images: int, error: NotFinite) -> Path:
     for old in sorted(path.parent.glob('step_*.pt'))[:-3]: old.unlink()
     return path
 
-# %% ../../nbs/5_training/5_loop.ipynb #6e8bc588
+# %% ../../nbs/5_training/5_loop.ipynb #dd803f96
 def train(trainer, out, dataset, monitors, progress):
     "The loop itself."
     r, world = trainer.recipe, trainer.world
@@ -354,7 +355,7 @@ def train(trainer, out, dataset, monitors, progress):
                 if journal: journal.loaded = time.perf_counter()
                 step = trainer.done + 1
                 shown = monitors if step == trainer.steps or (r.monitor_every and step % r.monitor_every == 0) else {}
-                looks = [m.look for m in shown.values() if hasattr(m, 'look')] + [stuck] * stuck.due(step)
+                looks = [m.look for m in shown.values() if hasattr(m, 'look')] + [stuck] * (journal is not None and stuck.due(step))
                 try: line, skipped = trainer.step(views, looks), 0
                 except NotFinite as e:
                     path, skipped = keep_for_replay(trainer, out, len(dataset), e) if journal else None, skipped + 1

@@ -1,0 +1,171 @@
+"Several processes compute what one does; and what happens to them costs minutes, not the run."
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+import torch
+
+from glsd.training import Recipe
+from glsd.training.checkpoint import last_checkpoint, list_checkpoints, read_metrics
+
+RECIPE = Recipe(n_images=48, image_size=32, global_size=32, local_size=16, n_local=2, local_scale=(.3, .6), backbone='vit_mini', drop_path=0.,
+                out_dim=32, head_hidden=32, head_bottleneck=16, head_batchnorm=True, batch_size=16, steps=20, lr=.016, momentum=.9,
+                teacher_temp=.04, freeze_last=.1, checkpoint_every=4, device='cpu')
+SETTINGS = 'vanilla', 'similarity', 'geometric'
+GLSD = [sys.executable, '-c', 'import sys; from glsd.cli import main; sys.exit(main())']
+ENV = dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
+
+# each process trains the three settings in double precision, so that what is left of a difference is no rounding;
+# process 0 writes losses and weights; the second half of the run starts from the first half of another number of processes
+TRAIN = '''
+import sys, torch
+from pathlib import Path
+from glsd.training.loop import Trainer, batches, build_dataset
+from glsd.training.processes import joined
+from glsd.training import Recipe
+from test_training_processes import RECIPE, SETTINGS
+
+def double(views):
+    views.crops = [c.double() for c in views.crops]
+    return views
+
+def follow(out, world, start=None):
+    torch.set_default_dtype(torch.float64); torch.set_num_threads(1)
+    for setting in SETTINGS:
+        recipe, losses = RECIPE.replace(objective=setting), []
+        dataset, trainer = build_dataset(recipe), Trainer(recipe, 20, world)
+        if start:
+            trainer.load_state_dict(torch.load(Path(start)/f'{setting}_10.pt'))
+        for views in batches(recipe, dataset, trainer.done, 20, world=world):
+            losses.append(trainer.step(double(views))['loss'])
+            if world.rank == 0 and trainer.done in (10, 20): torch.save(trainer.state_dict(), Path(out)/f'{setting}_{trainer.done}.pt')
+        if world.rank == 0: torch.save(losses, Path(out)/f'{setting}_losses.pt')
+
+if __name__ == '__main__':
+    with joined() as world: follow(sys.argv[1], world, *sys.argv[2:])
+'''
+
+
+def torchrun(n, script, *args):
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(n), str(script), *map(str, args)],
+                          env=dict(ENV, PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), ENV['PYTHONPATH']])), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def apart(a, b):
+    "The largest difference between two nested states."
+    if isinstance(a, torch.Tensor): return float((a.double() - b.double()).abs().max()) if a.numel() else 0.
+    if isinstance(a, dict): return max([apart(a[k], b[k]) for k in a], default=0.)
+    if isinstance(a, (list, tuple)): return max([apart(x, y) for x, y in zip(a, b, strict=True)], default=0.)
+    return 0. if a == b else float(abs(a - b)) if isinstance(a, float) else float('inf')
+
+
+def test_n_processes_follow_one_and_go_on_as_m(tmp_path):
+    script = tmp_path/'train.py'; script.write_text(TRAIN)
+    folders = {n: tmp_path/str(n) for n in (1, 2, 4)}
+    for f in folders.values(): f.mkdir()
+    torchrun(1, script, folders[1])
+    torchrun(2, script, folders[2])
+    torchrun(4, script, folders[4], folders[2])                 # from the checkpoint of two, after ten steps
+    read = lambda n, name: torch.load(folders[n]/f'{name}.pt')
+    for setting in SETTINGS:
+        alone = read(1, f'{setting}_losses')
+        assert len(alone) == 20 and apart(alone, read(2, f'{setting}_losses')) < 1e-6
+        assert apart(alone[10:], read(4, f'{setting}_losses')) < 1e-6
+        for n in 2, 4:
+            for part in 'student', 'teacher', 'objective': assert apart(read(1, f'{setting}_20')[part], read(n, f'{setting}_20')[part]) < 1e-6, (n, part)
+        moved = apart(read(1, f'{setting}_20')['student'], read(1, f'{setting}_10')['student'])
+        assert moved > 1e-3                                     # or the comparison would prove nothing
+
+
+def words(out, recipe=RECIPE, **flags):
+    out.mkdir(parents=True, exist_ok=True); recipe.save(out/'asked.yaml')
+    return ['pretrain', '--recipe', str(out/'asked.yaml'), '--out', str(out)] + [w for k, v in flags.items() for w in (f'--{k}', str(v))]
+
+def start(out, **flags): return subprocess.Popen(GLSD + words(out, **flags), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL)
+
+def wait_for(what, seconds=120):
+    end = time.time() + seconds
+    while not (found := what()):
+        assert time.time() < end, 'it did not happen'
+        time.sleep(.02)
+    return found
+
+def processes_of(out, rank=None):
+    "Processes whose environment names the folder: those of a run, not its agent."
+    found = []
+    for p in Path('/proc').glob('[0-9]*'):
+        try: env = (p/'environ').read_text(errors='replace').split('\0')
+        except OSError: continue
+        if any(w.startswith('GLSD_ARGV=') and str(out) in w for w in env) and (rank is None or f'RANK={rank}' in env): found.append(int(p.name))
+    return found
+
+
+linux = pytest.mark.skipif(not Path('/proc/self/environ').exists(), reason='finds processes in /proc')
+LONG = RECIPE.replace(steps=48, objective='geometric')
+
+
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory):
+    out = tmp_path_factory.mktemp('runs')/'undisturbed'
+    run = start(out, recipe=LONG, nproc=2)
+    _, errors = run.communicate()
+    assert run.returncode == 0, errors
+    return last_checkpoint(out)
+
+
+@linux
+def test_one_process_is_killed_and_the_weights_are_the_same(tmp_path, undisturbed):
+    run = start(tmp_path/'run', recipe=LONG, nproc=2)
+    wait_for(lambda: list_checkpoints(tmp_path/'run'))
+    os.kill(processes_of(tmp_path/'run', rank=1)[0], signal.SIGKILL)
+    _, errors = run.communicate()
+    assert run.returncode == 0, errors
+    assert apart(undisturbed, last_checkpoint(tmp_path/'run')) == 0 and [l['step'] for l in read_metrics(tmp_path/'run')] == list(range(1, 49))
+
+
+@linux
+def test_sigterm_is_a_checkpoint_and_an_exit(tmp_path, undisturbed):
+    out = tmp_path/'run'
+    run = start(out, recipe=LONG.replace(checkpoint_every=1000), nproc=2)
+    wait_for(lambda: len(read_metrics(out)) >= 3)
+    run.terminate()
+    _, errors = run.communicate(timeout=60)
+    reached = last_checkpoint(out)['step']
+    assert run.returncode == 143 and f'asked to end after step {reached}' in errors, errors
+    assert 3 <= reached < 48 and not processes_of(out)
+    assert subprocess.run(GLSD + words(out, recipe=LONG), env=ENV, capture_output=True).returncode == 0        # one goes on alone
+    assert last_checkpoint(out)['step'] == 48 and apart(undisturbed['teacher'], last_checkpoint(out)['teacher']) < 1e-2
+
+
+def test_sigterm_alone(tmp_path):
+    run = start(tmp_path/'run', recipe=LONG.replace(checkpoint_every=1000))
+    wait_for(lambda: read_metrics(tmp_path/'run'))
+    run.terminate()
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 143 and 'the same call goes on' in errors and last_checkpoint(tmp_path/'run')['step'] >= 1
+
+
+@linux
+@pytest.mark.parametrize('how', ['SIGKILL', 'SIGINT'])
+def test_a_notebook_that_ends_leaves_no_process(tmp_path, how):
+    out, script = tmp_path/'run', tmp_path/'cell.py'
+    script.write_text(f"""
+import signal; signal.signal(signal.SIGINT, signal.default_int_handler)
+from glsd.training.processes import launch
+from test_training_processes import LONG
+launch(LONG.replace(steps=100000), {str(out)!r}, nproc=2, progress=False)""")
+    cell = subprocess.Popen([sys.executable, str(script)], env=dict(ENV, PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), ENV['PYTHONPATH']])),
+                            stderr=subprocess.DEVNULL)
+    wait_for(lambda: list_checkpoints(out))
+    assert len(processes_of(out)) >= 2
+    cell.send_signal(getattr(signal, how)); cell.wait()
+    wait_for(lambda: not processes_of(out), 60)
+
+
+def test_bad_input_is_one_line_and_not_tried_again(tmp_path):
+    for flags, line in [(dict(nproc=3), 'batch_size=16 cannot be shared equally by 3 processes'), (dict(nproc=0), '--nproc and --nnodes must be 1 or more'),
+                        (dict(nnodes=2), 'several nodes need a place to meet: --rdzv HOST:PORT')]:
+        done = subprocess.run(GLSD + words(tmp_path/'run', **flags), env=ENV, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.count('\n') == 1 and line in done.stderr, done.stderr
+    assert not list_checkpoints(tmp_path/'run')
