@@ -1,5 +1,5 @@
 """What the chapter cannot show about logits that are never stored: every setting, monitors, peak memory, processes."""
-import subprocess, sys
+import os, subprocess, sys, threading
 
 import pytest
 import torch
@@ -89,3 +89,54 @@ def test_extreme_logits_stay_finite():
     loss = soft_cross_entropy(Factored(z, D), Factored(-torch.ones(1, 1, 1), D), torch.ones(1, 1, 1), .1, .04)
     loss.backward()
     assert loss.item() == pytest.approx(2e5) and D.grad.flatten().tolist() == [10, -10, 0]
+
+KERNELS = '''
+import torch, torch.nn.functional as F
+from glsd.backbones.heads import Factored
+from glsd.objectives.fused import kernel_cross_entropy, online_cross_entropy
+from glsd.objectives import soft_cross_entropy
+torch.manual_seed(0)
+def unit(*shape): return F.normalize(torch.randn(*shape), dim=-1)
+for B, S, T, K, b in (2, 18, 7, 90, 16), (1, 3, 40, 64, 16):
+    z, D, teacher = unit(B, S, b).requires_grad_(), unit(K, b).requires_grad_(), Factored(unit(B, T, b), unit(K, b))
+    W, center = torch.rand(B, S, T) * (torch.rand(B, S, T) < .2), .1 * torch.randn(K)
+    found = []
+    for way in soft_cross_entropy, online_cross_entropy, kernel_cross_entropy:
+        loss = way(Factored(z, D), teacher, W, .1, .05, center)
+        found.append((loss.detach(), *torch.autograd.grad(loss, (z, D))))
+    for way in found[1:]: torch.testing.assert_close(way, found[0], rtol=1e-4, atol=1e-6)
+print('same')
+'''
+
+def test_triton_kernels_in_the_interpreter():
+    "Sizes that fill no block, and some that fill two: value and gradients of rows, columns and kernels."
+    pytest.importorskip('triton', reason='Triton is not installed: its kernels are not tested')
+    run = subprocess.run([sys.executable, '-c', KERNELS], capture_output=True, text=True, env={**os.environ, 'TRITON_INTERPRET': '1'})
+    assert run.stdout == 'same\n', run.stderr[-1500:]
+
+def resident():
+    with open('/proc/self/statm') as f: return int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 1e6
+
+def peak_megabytes(f):
+    "The most resident memory during f, beyond what there was before, looked at from a thread."
+    before, seen, done = resident(), [0.], threading.Event()
+    def watch():
+        while not done.wait(.001): seen.append(resident() - before)
+    watcher = threading.Thread(target=watch); watcher.start()
+    try: f()
+    finally: done.set(); watcher.join()
+    return max(seen)
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='resident memory is read from /proc')
+def test_memory_does_not_grow_with_the_batch(capsys):
+    "4 more images of 170 + 98 tokens and 32,768 prototypes need almost nothing, where stored logits of all 6 and their gradient are 345 MB."
+    K, b, S, T = 32768, 64, 170, 98
+    z, D, z_t = (torch.randn(*n, b) / 8 for n in ((6, S), (K,), (6, T)))
+    W = torch.zeros(6, S, T).scatter_(2, torch.randint(T, (6, S, 1)), 1 / S)
+    def way(B, logits):
+        x = z[:B].clone().requires_grad_(), D.clone().requires_grad_()
+        return lambda: soft_cross_entropy(logits(*x), logits(z_t[:B], D), W[:B], .1, .05).backward()
+    way(1, Factored)()                                                       # buffers that products keep
+    few, many, dense = (peak_megabytes(way(*how)) for how in ((2, Factored), (6, Factored), (6, lambda z, D: z @ D.T)))
+    with capsys.disabled(): print(f' [{few:.0f} MB for 2 images, {many:.0f} for 6, with stored logits {dense:.0f}]', end='')
+    assert many < few + 20 and dense > 5 * many
