@@ -10,17 +10,22 @@ def pil_blur():
     "Faster and approximate (a few box blurs); what DINO's code uses."
     return v2.Lambda(lambda image: image.filter(ImageFilter.GaussianBlur(random.uniform(.1, 2.))))
 
-def augmentation(size, scale, blur, p_blur, p_solarize):
-    return v2.Compose([
-        v2.RandomResizedCrop(size, scale=scale, interpolation=InterpolationMode.BICUBIC),
-        v2.RandomHorizontalFlip(),
+def colours(blur, p_blur, p_solarize):
+    "What follows the crop: a list of transforms, from a PIL image to a normalised tensor."
+    return [
         v2.RandomApply([v2.ColorJitter(.4, .4, .2, .1)], p=.8),
         v2.RandomGrayscale(p=.2),
         v2.RandomApply([blur()], p=p_blur),
         v2.RandomSolarize(128, p=p_solarize),
         v2.PILToTensor(),
         v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize((.485, .456, .406), (.229, .224, .225))])
+        v2.Normalize((.485, .456, .406), (.229, .224, .225))]
+
+def augmentation(size, scale, *colour):
+    return v2.Compose([
+        v2.RandomResizedCrop(size, scale=scale, interpolation=InterpolationMode.BICUBIC),
+        v2.RandomHorizontalFlip(),
+        *colours(*colour)])
 
 class PlainViews:
     "Two global views of 224 pixels and eight local ones of 96, of one file."

@@ -29,13 +29,16 @@ def same(what, a, b, tolerance):
 def measure_all(quick):
     with ThreadPoolExecutor(2 if quick else 1) as pool:      # one after the other, but where figures mean little
         jobs = {c: pool.submit(measure, 'loss', quick, CONTESTANT=c) for c in LOSSES}
-        jobs |= {name: pool.submit(measure, name, quick) for name in ('views', 'step', 'knn', 'local')}
+        jobs |= {name: pool.submit(measure, name, quick) for name in ('views', 'step', 'train', 'knn', 'local')}
         results = {name: job.result() for name, job in jobs.items()}
     results['loss'] = {c: results.pop(c) for c in LOSSES}
     for a, b in ('glsd', 'plain'), ('fused', 'plain_z'), ('stored', 'plain_z'):
         for k in 'view', 'region', 'gradient': same(f'loss, {a}, {k}', results['loss'][a][k], results['loss'][b][k], 1e-5)
     for a, b in zip(results['knn']['accuracy'], results['knn']['accuracy_plain']): same('k-NN accuracy', a, b, 2e-3)
+    for name, t in whole_steps(results): same(f'whole step, {name}, loss', t['loss'], t['loss_plain'], 1e-4)
     return results
+
+def whole_steps(results): return [(name, t) for name, t in results['train'].items() if name != 'gpu']
 
 def rows(r):
     "(what, unit, glsd, plain, how many times better)."
@@ -55,6 +58,16 @@ def rows(r):
     yield f"- one matrix product of that size (k-NN is {k['glsd'] / k['product']:.2f} times it)", 's', k['product'], None, None
     yield f"training step, {s['recipe']['backbone']}, batch {s['recipe']['batch_size']}", 's', s['seconds'], None, None
     for part, t in s['split'].items(): yield f'- {part}', 's', t, None, None
+    for _, t in whole_steps(r):
+        n = t['recipe']
+        yield f"whole step from JPEG files, {n['backbone']}, batch {n['batch_size']}, {n['out_dim']:,} prototypes", 's', t['glsd'], t['plain'], t['plain'] / t['glsd']
+    gpu = r['train']['gpu']
+    if isinstance(gpu, str): yield f'whole step on a GPU: {gpu}', '', None, None, None
+    else:
+        for backbone, g in gpu.items():
+            if not isinstance(g, dict): continue
+            more = f"{g['peak_gb']:.0f} GB, {g['share_of_matmul_rate']:.0%} of {gpu['matmul_tflops']:.0f} TFLOP/s"
+            yield f"whole step, {backbone}, batch {g['batch']}, bf16, {gpu['name']} ({more})", 'images/s', g['images_per_second'], None, None
     for what, local in ("ADCLR's queries", r['local']['adclr']), ('DrLoc', r['local']['drloc']):
         n, more = local['recipe'], f"{local['more_seconds']:+.1%} of the time, {local['more_operations']:+.1%} of the operations"
         yield f"step without {what}, {n['backbone']}, batch {n['batch_size']}", 's', local['seconds'][local['without']], None, None
