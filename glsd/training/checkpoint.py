@@ -79,7 +79,7 @@ def _bytes(state):
     parts = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
     return sum(map(_bytes, parts))
 
-# %% ../../nbs/5_training/3_checkpoint.ipynb #fa64548a
+# %% ../../nbs/5_training/3_checkpoint.ipynb #7be43c49
 class CheckpointWriter:
     """`save_checkpoint` in a thread: the caller waits for a copy in memory, not for the disk. An error is raised by the next call.
 
@@ -100,10 +100,14 @@ class CheckpointWriter:
         error, self.thread, self.error = self.error, None, None
         if error: raise error
 
-def _copied(x):
-    if isinstance(x, torch.Tensor): return x.detach().to('cpu', copy=True)
-    if isinstance(x, dict): return {k: _copied(v) for k, v in x.items()}
-    return type(x)(map(_copied, x)) if isinstance(x, (list, tuple)) else x
+def _copied(x, seen=None):
+    "What stands in two places, as the weights of a supervised network do, is copied once."
+    seen = {} if seen is None else seen
+    if isinstance(x, torch.Tensor):
+        if id(x) not in seen: seen[id(x)] = x.detach().to('cpu', copy=True)
+        return seen[id(x)]
+    if isinstance(x, dict): return {k: _copied(v, seen) for k, v in x.items()}
+    return type(x)(_copied(v, seen) for v in x) if isinstance(x, (list, tuple)) else x
 
 # %% ../../nbs/5_training/3_checkpoint.ipynb #21b14065
 PARTS = 'step', 'recipe', 'backbone', 'student', 'teacher', 'objective', 'optimizer'

@@ -315,10 +315,12 @@ class Journal:
             self.log.close()
             if self.show: self.show.close()
 
-# %% ../../nbs/5_training/5_loop.ipynb #4817225f
+# %% ../../nbs/5_training/5_loop.ipynb #6487912d
 class Stopped(RuntimeError):
     "A run was asked to end, and wrote a checkpoint first."
     exit_code = 128 + signal.SIGTERM
+    def __init__(self, out, step):
+        super().__init__(f'{out}: asked to end after step {step}; a checkpoint is written, the same call goes on from there')
 
 @contextmanager
 def sigterm():
@@ -341,7 +343,7 @@ def keep_for_replay(trainer, out, n_images: int, error: NotFinite) -> Path:
     for old in sorted(path.parent.glob('step_*.pt'))[:-3]: old.unlink()
     return path
 
-# %% ../../nbs/5_training/5_loop.ipynb #dd803f96
+# %% ../../nbs/5_training/5_loop.ipynb #d29fca8e
 def train(trainer, out, dataset, monitors, progress):
     "The loop itself."
     r, world = trainer.recipe, trainer.world
@@ -364,8 +366,7 @@ def train(trainer, out, dataset, monitors, progress):
                 if shown: line |= run_monitors(trainer, shown)
                 stop = world.any(asked_to_stop())
                 if journal: journal.write(line, save=stop)
-                if stop and trainer.done < trainer.steps:
-                    raise Stopped(f'{out}: asked to end after step {trainer.done}; a checkpoint is written, the same call goes on from there')
+                if stop and trainer.done < trainer.steps: raise Stopped(out, trainer.done)
     finally:
         if journal: journal.close()
 

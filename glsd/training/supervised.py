@@ -6,7 +6,7 @@
 __all__ = ['Classifier', 'supervised_terms', 'top1', 'SupervisedTrainer', 'load_start', 'SupervisedRun', 'load_supervised',
            'train_supervised']
 
-# %% ../../nbs/5_training/7_supervised.ipynb #40f22fb4
+# %% ../../nbs/5_training/7_supervised.ipynb #5b6ee340
 import math, time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,11 +19,11 @@ from torch import nn
 from ..backbones import create_backbone
 from ..data.loading import eval_loader
 from ..objectives.drloc import LocalizationMLP, dense_localization_loss
-from .checkpoint import MetricsLog, check_same_recipe, last_checkpoint, load_weights, read_metrics, run_lock, save_checkpoint
+from .checkpoint import check_same_recipe, last_checkpoint, load_weights, read_metrics, run_lock
 from .labelled import SupervisedRecipe, build_sets, check_sets, mix, one_view, seeded
-from .loop import batches, decay_groups, pick_device, remove_run, seed_step
+from .loop import Journal, Stopped, batches, decay_groups, pick_device, remove_run, seed_step, sigterm
 from .schedules import cosine_schedule
-from .watching import Bar, LivePlot, check_finite, in_notebook
+from .watching import check_finite
 
 # %% ../../nbs/5_training/7_supervised.ipynb #0ae3ab44
 class Classifier(nn.Module):
@@ -60,7 +60,7 @@ def top1(model: Classifier, dataset, size: int, batch_size=256, workers=0) -> fl
     model.train(training)
     return 100 * right / len(dataset)
 
-# %% ../../nbs/5_training/7_supervised.ipynb #052d1e81
+# %% ../../nbs/5_training/7_supervised.ipynb #4b4c55d8
 class SupervisedTrainer:
     "Classifier and optimiser of one recipe, and the step that moves them on. `done` counts finished steps of `steps`."
     def __init__(self, recipe: SupervisedRecipe, steps: int, classes: list):
@@ -151,7 +151,7 @@ def load_supervised(path) -> SupervisedRun:
     load_weights(model, state['student'], path)
     return SupervisedRun(Path(path), recipe, model.to(pick_device(recipe.device)).eval(), classes, read_metrics(path))
 
-# %% ../../nbs/5_training/7_supervised.ipynb #26442e8c
+# %% ../../nbs/5_training/7_supervised.ipynb #54422561
 def train_supervised(recipe: SupervisedRecipe, out, train=None, test=None, resume=True, progress=True) -> SupervisedRun:
     """Trains `recipe` in the folder `out`, or goes on where it was cut; a finished run is only read.
 
@@ -172,22 +172,15 @@ def train_supervised(recipe: SupervisedRecipe, out, train=None, test=None, resum
 
 def _train(trainer, out, train, test, progress):
     r, per_epoch = trainer.recipe, len(train) // trainer.recipe.batch_size
-    log, every = MetricsLog(out, trainer.done), r.checkpoint_every or per_epoch
-    show = (LivePlot if in_notebook() else Bar)(trainer.steps, trainer.done) if progress else None
-    started = time.perf_counter()
+    journal = Journal(out, trainer, r.checkpoint_every or per_epoch, progress=progress)
     try:
-        for views in batches(r, train, trainer.done, trainer.steps, one_view(r)):
-            loaded = time.perf_counter()
-            line = trainer.step(views)
-            stepped, last = time.perf_counter(), trainer.done == trainer.steps
-            if last or (r.test_every and trainer.done % (r.test_every * per_epoch) == 0):
-                line['test/top1'] = top1(trainer.model, test, r.size, workers=r.workers)
-            log.write({**line, 'seconds': round(stepped - started, 4), 'seconds_waiting': round(loaded - started, 4)})
-            started = time.perf_counter()
-            if last or trainer.done % every == 0:
-                log.sync()
-                save_checkpoint(out, trainer.state_dict())
-            if show: show(log.lines)
-    finally:
-        log.close()
-        if show: show.close()
+        with sigterm() as asked_to_stop:
+            for views in batches(r, train, trainer.done, trainer.steps, one_view(r)):
+                journal.loaded = time.perf_counter()
+                line = trainer.step(views)
+                if trainer.done == trainer.steps or (r.test_every and trainer.done % (r.test_every * per_epoch) == 0):
+                    line['test/top1'] = top1(trainer.model, test, r.size, workers=r.workers)
+                stop = asked_to_stop()
+                journal.write(line, save=stop)
+                if stop and trainer.done < trainer.steps: raise Stopped(out, trainer.done)
+    finally: journal.close()
