@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['FetchError', 'get', 'ImageError', 'ImageFolder', 'Subset', 'balanced_subset', 'read_image', 'save_list',
-           'LoaderError', 'eval_loader', 'make_loader', 'sample_rng', 'ToyWorld']
+           'LoaderError', 'eval_loader', 'make_loader', 'sample_rng', 'ShardError', 'ShardFolder', 'open_images',
+           'write_shards', 'ToyWorld']
 
-# %% ../../nbs/2_data/index.ipynb #b579d9e3
+# %% ../../nbs/2_data/index.ipynb #8ff3c622
 from .archives import FetchError
 from .fetching import get
 from .folders import ImageError, ImageFolder, Subset, balanced_subset, read_image, save_list
 from .loading import LoaderError, eval_loader, make_loader, sample_rng
+from .shards import ShardError, ShardFolder, open_images, write_shards
 from .toyworld import ToyWorld
 
 _all_ = ['FetchError', 'get', 'ImageError', 'ImageFolder', 'Subset', 'balanced_subset', 'read_image', 'save_list',
-         'LoaderError', 'eval_loader', 'make_loader', 'sample_rng', 'ToyWorld']
+         'LoaderError', 'eval_loader', 'make_loader', 'sample_rng', 'ShardError', 'ShardFolder', 'open_images', 'write_shards', 'ToyWorld']
