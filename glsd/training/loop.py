@@ -144,7 +144,7 @@ class Trainer:
         r = self.recipe
         head = dict(out_dim=r.out_dim, hidden_dim=r.head_hidden, bottleneck_dim=r.head_bottleneck,
                     norm_last_layer=r.norm_last_layer, batch_norm=r.head_batchnorm)
-        return self.world.synced(Branch(backbone, heads, self.objective.modules_of(backbone, **head), **head)).to(self.device)
+        return self.world.synced(Branch(backbone, heads, self.objective.modules_of(backbone, **head), fused=r.fused, **head)).to(self.device)
 
     @property
     def multicrop(self):
