@@ -84,7 +84,7 @@ def words(out, recipe=RECIPE, **flags):
 
 def start(out, **flags): return subprocess.Popen(GLSD + words(out, **flags), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL)
 
-def wait_for(what, seconds=120):
+def wait_for(what, seconds=300):
     end = time.time() + seconds
     while not (found := what()):
         assert time.time() < end, 'it did not happen'
@@ -130,7 +130,7 @@ def test_sigterm_is_a_checkpoint_and_an_exit(tmp_path, undisturbed):
     run = start(out, recipe=LONG.replace(checkpoint_every=1000), nproc=2)
     wait_for(lambda: len(read_metrics(out)) >= 3)
     run.terminate()
-    _, errors = run.communicate(timeout=60)
+    _, errors = run.communicate(timeout=200)
     reached = last_checkpoint(out)['step']
     assert run.returncode == 143 and f'asked to end after step {reached}' in errors, errors
     assert 3 <= reached < 48 and not processes_of(out)
@@ -142,7 +142,7 @@ def test_sigterm_alone(tmp_path):
     run = start(tmp_path/'run', recipe=LONG.replace(checkpoint_every=1000))
     wait_for(lambda: read_metrics(tmp_path/'run'))
     run.terminate()
-    _, errors = run.communicate(timeout=60)
+    _, errors = run.communicate(timeout=200)
     assert run.returncode == 143 and 'the same call goes on' in errors and last_checkpoint(tmp_path/'run')['step'] >= 1
 
 
@@ -169,3 +169,14 @@ def test_bad_input_is_one_line_and_not_tried_again(tmp_path):
         done = subprocess.run(GLSD + words(tmp_path/'run', **flags), env=ENV, capture_output=True, text=True)
         assert done.returncode == 2 and done.stderr.count('\n') == 1 and line in done.stderr, done.stderr
     assert not list_checkpoints(tmp_path/'run')
+
+
+@pytest.mark.parametrize('code, requeued', [(143, True), (1, False), (0, False)])
+def test_slurm_script_goes_back_into_the_queue_only_if_asked_to_end(tmp_path, code, requeued):
+    "With stand-ins for Slurm's commands: what the script calls, and when."
+    for name, body in dict(srun=f'echo "srun $@"; exit {code}', scontrol='[ $1 = show ] && echo node7 && echo node8 || echo "scontrol $@"').items():
+        (tmp_path/name).write_text(f'#!/bin/bash\n{body}\n'); (tmp_path/name).chmod(0o755)
+    env = dict(PATH=f'{tmp_path}:{os.environ["PATH"]}', SLURM_JOB_ID='40123', SLURM_JOB_NODELIST='node[7-8]', SLURM_NNODES='2', SLURM_GPUS_ON_NODE='8')
+    done = subprocess.run(['bash', str(Path(__file__).parent.parent/'examples/slurm.sh'), 'pretrain', 'images', '--out', 'a run'], env=env, capture_output=True, text=True)
+    assert 'glsd pretrain images --out a run --nproc 8 --nnodes 2 --rdzv node7:20123' in done.stdout, done.stderr
+    assert ('scontrol requeue 40123' in done.stdout) == requeued and done.returncode == (0 if requeued else code)
