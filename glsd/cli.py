@@ -161,9 +161,13 @@ def run_reproduce(args):
     os.replace(part, executed)
     print(f'executed notebook: {executed}')
 
-# %% ../nbs/cli.ipynb #5e17cdb4
+# %% ../nbs/cli.ipynb #6e60b7f3
 def run_data(args):
-    "Fetches a data set, or lays out archives that the user has."
+    "Fetches a data set or lays out archives that the user has; or packs a folder of images into tar shards."
+    if args.action == 'shard':
+        from glsd.data.shards import write_shards
+        shards = write_shards(args.name, args.root, per_shard=args.per_shard)
+        return print(f'{args.root}: {len(shards)} images in {len(shards.shards)} shards')
     from glsd.data.fetching import get
     print(get(args.name, args.root, source=args.source))
 
@@ -206,7 +210,7 @@ def _unknown(parser, words):
     word = next((w for w in words if w.startswith('-')), words[0]).split('=')[0]
     raise ValueError(f'unknown argument {word!r}{nearest(word, flags) if word.startswith("--") else ""}')
 
-# %% ../nbs/cli.ipynb #1b70fa5f
+# %% ../nbs/cli.ipynb #8be0a84d
 def make_parser(command=None):
     "The parser of the whole command; the flags that a chapter decides are there for `command` only, as importing chapters takes seconds."
     parser = _Parser(prog='glsd', description='Global-local self-distillation for vision transformers.')
@@ -214,7 +218,7 @@ def make_parser(command=None):
     def add(name, run, help):
         p = sub.add_parser(name, help=help, description=help, allow_abbrev=False); p.set_defaults(call=run, parser=p); return p
     p = add('pretrain', run_pretrain, 'train a backbone on a folder of images or on the toy world')
-    p.add_argument('data', nargs='?', help='a folder of images, or toyworld (the default)')
+    p.add_argument('data', nargs='?', help='a folder of images or of tar shards, or toyworld (the default)')
     p.add_argument('--out', required=True, help='the run folder; a second call goes on where the first stopped')
     p.add_argument('--recipe', help='a YAML file of recipe fields; flags override it')
     p.add_argument('--anchors', help='labelled images whose neighbours vote in k-NN'); p.add_argument('--test', help='labelled images to classify by k-NN')
@@ -237,8 +241,9 @@ def make_parser(command=None):
     p = add('export', run_export, 'write the backbone of a run as safetensors for timm')
     p.add_argument('run'); p.add_argument('--out', help='default: RUN/backbone.safetensors')
     p = add('data', run_data, 'fetch a data set, or lay out archives that you have')
-    p.add_argument('action', choices=['get']); p.add_argument('name'); p.add_argument('--root', required=True, help='where data sets live')
+    p.add_argument('action', choices=['get', 'shard']); p.add_argument('name', help='of the data set; for shard, a folder of images'); p.add_argument('--root', required=True, help='where data sets live; for shard, a new folder')
     p.add_argument('--source', help='an archive or a folder that you already have')
+    p.add_argument('--per-shard', type=int, default=1000, metavar='N', help='images a tar; default: 1000')
     add('doctor', run_doctor, 'what is installed, which devices there are, what is missing')
     return parser
 

@@ -117,18 +117,23 @@ def test_evaluation_subsets_and_spawned_readers_work_as_with_a_folder(folder, sh
 
 def test_a_run_on_shards_that_is_cut_goes_on_to_the_same_weights(shards, tmp_path):
     from glsd.training import Recipe, pretrain
-    recipe = Recipe(global_size=32, local_size=16, n_local=1, backbone='vit_mini', out_dim=32, head_hidden=16, head_bottleneck=8,
+    recipe = Recipe(data=str(shards.root), global_size=32, local_size=16, n_local=1, backbone='vit_mini', out_dim=32, head_hidden=16, head_bottleneck=8,
                     batch_size=12, steps=5, checkpoint_every=1, device='cpu')
-    whole = pretrain(recipe, tmp_path / 'whole', dataset=shards, progress=False)
+    whole = pretrain(recipe, tmp_path / 'whole', progress=False)
 
     class Cut(Exception): pass
     def stop(backbone, step):
         if step == 2: raise Cut
         return {}
     cut = recipe.replace(monitor_every=2)
-    with pytest.raises(Cut): pretrain(cut, tmp_path / 'cut', dataset=shards, progress=False, monitors={'stop': stop})
-    rest = pretrain(recipe, tmp_path / 'cut', dataset=ShardFolder(shards.root), progress=False)
+    with pytest.raises(Cut): pretrain(cut, tmp_path / 'cut', progress=False, monitors={'stop': stop})
+    rest = pretrain(recipe, tmp_path / 'cut', progress=False)
     for (name, a), b in zip(whole.backbone.state_dict().items(), rest.backbone.state_dict().values()): assert torch.equal(a, b), name
+
+    from glsd.training.loop import batch_of, batches
+    for step, views in enumerate(batches(recipe, shards, 0, 5), 1):                 # what a replay would be given
+        epoch, index = batch_of(recipe, shards, step)
+        assert epoch == (step - 1) // 3 and index.tolist() == views.index.tolist()
 
 
 def test_tarfile_reads_ours_by_the_convention_of_webdataset(shards):
@@ -250,3 +255,11 @@ def test_a_member_that_is_no_image_and_folders_without_shards(tmp_path, folder):
 def _without_files(ds):
     ds._open.clear()
     return ds
+
+
+def test_the_command_packs_a_folder(folder, tmp_path, capsys):
+    from glsd.cli import main
+    assert main(['data', 'shard', str(folder), '--root', str(tmp_path / 'out'), '--per-shard', '10']) == 0
+    assert '37 images in 4 shards' in capsys.readouterr().out and len(ShardFolder(tmp_path / 'out')) == 37
+    assert main(['data', 'shard', str(folder), '--root', str(folder)]) == 2
+    assert capsys.readouterr().err.count('\n') == 1

@@ -7,7 +7,7 @@ __all__ = ['MOST_SKIPPED', 'build_dataset', 'build_multicrop', 'schedules', 'see
            'pick_device', 'Alone', 'Answers', 'Trainer', 'batches', 'run_monitors', 'Run', 'load_run', 'pretrain',
            'restore', 'Journal', 'Stopped', 'sigterm', 'batch_of', 'keep_for_replay', 'train', 'remove_run']
 
-# %% ../../nbs/5_training/5_loop.ipynb #43ccfd15
+# %% ../../nbs/5_training/5_loop.ipynb #cdde3220
 import math, shutil, signal, threading, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -21,8 +21,9 @@ from torch import nn
 
 from ..backbones import create_backbone
 from ..backbones.heads import Branch
-from ..data.folders import ImageFolder, balanced_subset
-from ..data.loading import epoch_order, make_loader
+from ..data.folders import balanced_subset
+from ..data.loading import make_loader, order_of
+from ..data.shards import open_images
 from ..data.toyworld import ToyWorld
 from ..objectives import create_objective
 from .checkpoint import (CheckpointWriter, MetricsLog, check_same_recipe, last_checkpoint, list_checkpoints, load_weights,
@@ -32,13 +33,13 @@ from .schedules import cosine_schedule, ema_update, warmup_schedule
 from .watching import Bar, LivePlot, NotFinite, StuckCheck, check_finite, in_notebook
 from ..views.multicrop import MultiCrop
 
-# %% ../../nbs/5_training/5_loop.ipynb #92e3b51a
+# %% ../../nbs/5_training/5_loop.ipynb #bcb81193
 _toyworld = lru_cache(1)(ToyWorld)      # what one run has painted, the next run of this process need not paint again
 
 def build_dataset(recipe: Recipe):
-    "The toy world or a folder of images, or a balanced subset of it."
+    "The toy world, a folder of images or one of tar shards, or a balanced subset of it."
     r = recipe
-    data = _toyworld(n=r.n_images, size=r.image_size, seed=r.data_seed) if r.data == 'toyworld' else ImageFolder(r.data)
+    data = _toyworld(n=r.n_images, size=r.image_size, seed=r.data_seed) if r.data == 'toyworld' else open_images(r.data)
     return balanced_subset(data, r.per_class, seed=r.data_seed) if r.per_class else data
 
 # %% ../../nbs/5_training/5_loop.ipynb #2d5d5fc1
@@ -315,7 +316,7 @@ class Journal:
             self.log.close()
             if self.show: self.show.close()
 
-# %% ../../nbs/5_training/5_loop.ipynb #6487912d
+# %% ../../nbs/5_training/5_loop.ipynb #bf9e42c3
 class Stopped(RuntimeError):
     "A run was asked to end, and wrote a checkpoint first."
     exit_code = 128 + signal.SIGTERM
@@ -331,19 +332,19 @@ def sigterm():
     try: yield lambda: bool(came)
     finally: signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
-def batch_of(recipe, n_images: int, step: int) -> tuple:
+def batch_of(recipe, dataset, step: int) -> tuple:
     "Epoch and indices of the images of step `step` (the first is 1), over all processes."
-    epoch, k = divmod(step - 1, n_images // recipe.batch_size)
-    return epoch, epoch_order(n_images, recipe.seed, epoch)[k * recipe.batch_size:][:recipe.batch_size]
+    epoch, k = divmod(step - 1, len(dataset) // recipe.batch_size)
+    return epoch, order_of(dataset, recipe.seed, epoch)[k * recipe.batch_size:][:recipe.batch_size]
 
-def keep_for_replay(trainer, out, n_images: int, error: NotFinite) -> Path:
+def keep_for_replay(trainer, out, dataset, error: NotFinite) -> Path:
     "Writes the state from before a step that failed, its images and its numbers to out/not_finite/step_NNNNNNNN.pt; the last three are kept."
-    path, (epoch, index) = Path(out)/'not_finite'/f'step_{error.step:08d}.pt', batch_of(trainer.recipe, n_images, error.step)
+    path, (epoch, index) = Path(out)/'not_finite'/f'step_{error.step:08d}.pt', batch_of(trainer.recipe, dataset, error.step)
     with written_beside(path) as f: torch.save(dict(trainer.state_dict(), format=1, epoch=epoch, index=index.tolist(), numbers=error.named), f)
     for old in sorted(path.parent.glob('step_*.pt'))[:-3]: old.unlink()
     return path
 
-# %% ../../nbs/5_training/5_loop.ipynb #d29fca8e
+# %% ../../nbs/5_training/5_loop.ipynb #bdc140c9
 def train(trainer, out, dataset, monitors, progress):
     "The loop itself."
     r, world = trainer.recipe, trainer.world
@@ -360,7 +361,7 @@ def train(trainer, out, dataset, monitors, progress):
                 looks = [m.look for m in shown.values() if hasattr(m, 'look')] + [stuck] * (journal is not None and stuck.due(step))
                 try: line, skipped = trainer.step(views, looks), 0
                 except NotFinite as e:
-                    path, skipped = keep_for_replay(trainer, out, len(dataset), e) if journal else None, skipped + 1
+                    path, skipped = keep_for_replay(trainer, out, dataset, e) if journal else None, skipped + 1
                     if r.on_nan == 'stop' or skipped == MOST_SKIPPED: raise ValueError(f'{e}. Look at that step with: glsd replay {path}') from None
                     line, shown = trainer.skip(e.name), {k: m for k, m in shown.items() if not hasattr(m, 'look')}   # there was nothing to look at
                 if shown: line |= run_monitors(trainer, shown)
