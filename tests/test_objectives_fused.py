@@ -11,6 +11,8 @@ from glsd.data.loading import make_loader
 from glsd.data.toyworld import ToyWorld
 from glsd.evaluation.collapse import collapse_figures
 from glsd.objectives import SETTINGS, create_objective, soft_cross_entropy
+from glsd.training.loop import Trainer
+from glsd.training.recipe import Recipe
 from glsd.training.watching import flat_terms
 from glsd.views.multicrop import MultiCrop
 
@@ -89,6 +91,12 @@ def test_extreme_logits_stay_finite():
     loss = soft_cross_entropy(Factored(z, D), Factored(-torch.ones(1, 1, 1), D), torch.ones(1, 1, 1), .1, .04)
     loss.backward()
     assert loss.item() == pytest.approx(2e5) and D.grad.flatten().tolist() == [10, -10, 0]
+
+def test_a_recipe_switches_it_on():
+    small = dict(backbone='vit_mini', out_dim=32, head_hidden=16, head_bottleneck=8, device='cpu')
+    for fused in (True, False):
+        trainer = Trainer(Recipe(**small, fused=fused), 4)
+        assert trainer.student.fused == trainer.teacher.fused == fused
 
 KERNELS = '''
 import torch, torch.nn.functional as F
