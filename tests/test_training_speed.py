@@ -34,3 +34,11 @@ def test_no_compiler_is_one_line(monkeypatch):
 def test_a_step_on_uint8_views_is_the_same_step():
     a, b = (small_trainer().step(small_views(0, colour_on_device=c)) for c in (False, True))
     assert a == b
+
+def test_the_recipe_reaches_views_and_backbones(monkeypatch):
+    from glsd.training import loop
+    seen = []
+    monkeypatch.setattr(loop, 'compile_backbones', lambda *branches: seen.append(branches))
+    recipe = Recipe(backbone='vit_mini', global_size=16, local_size=8, batch_size=2, out_dim=32, steps=10, device='cpu', compile=True, colour_on_device=True)
+    trainer = Trainer(recipe, 10)
+    assert seen == [(trainer.student, trainer.teacher)] and trainer.multicrop.colour_on_device

@@ -29,6 +29,7 @@ from ..objectives import create_objective
 from .checkpoint import (CheckpointWriter, MetricsLog, check_same_recipe, last_checkpoint, list_checkpoints, load_weights,
                                       read_metrics, run_lock, saved_recipe, written_beside)
 from .recipe import Recipe
+from .speed import compile_backbones
 from .schedules import cosine_schedule, ema_update, warmup_schedule
 from .watching import Bar, LivePlot, NotFinite, StuckCheck, check_finite, in_notebook
 from ..views.multicrop import MultiCrop
@@ -45,7 +46,8 @@ def build_dataset(recipe: Recipe):
 # %% ../../nbs/5_training/5_loop.ipynb #2d5d5fc1
 def build_multicrop(recipe: Recipe, query_size: int = 0) -> MultiCrop:
     "The recipe's views; with query crops if they have a size."
-    names = 'global_size local_size n_global n_local global_scale local_scale strength'.split() + ['n_query', 'query_scale'] * bool(query_size)
+    names = 'global_size local_size n_global n_local global_scale local_scale strength colour_on_device'.split()
+    names += ['n_query', 'query_scale'] * bool(query_size)
     return MultiCrop(**{k: getattr(recipe, k) for k in names}, **({'query_size': query_size} if query_size else {}))
 
 # %% ../../nbs/5_training/5_loop.ipynb #53885371
@@ -132,6 +134,7 @@ class Trainer:
         self.objective = world.synced(self.objective)
         self.teacher = self.branch(create_backbone(recipe.backbone), self.objective.teacher_heads).requires_grad_(False)
         self.teacher.load_state_dict(self.student.state_dict())
+        if recipe.compile: compile_backbones(self.student, self.teacher)
         named = [*self.student.named_parameters(), *self.objective.named_parameters()]
         self.parameters = [p for _, p in named if p.requires_grad]
         self.last_layers = [p for name, p in named if '.last_layer.' in name]
