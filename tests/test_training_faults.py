@@ -1,13 +1,17 @@
 "What goes wrong in training is named, in one line, and loses nothing."
-import errno, os, subprocess, sys
+import copy, errno, os, shutil, signal, subprocess, sys
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
-from glsd.training import Recipe, Trainer, load_run, pretrain
+from glsd.data.loading import LoaderError
+from glsd.training import Recipe, Trainer, load_run, pretrain, replay
 from glsd.training import checkpoint
 from glsd.training.checkpoint import last_checkpoint, list_checkpoints, load_checkpoint, read_metrics, save_checkpoint
+from glsd.training.loop import batches, build_dataset
+from glsd.training.watching import NotFinite
 from test_training_resume import SMALL
 
 QUICK = Recipe(**SMALL).replace(steps=6, checkpoint_every=2)
@@ -157,3 +161,81 @@ def test_tensorboard_gets_the_same(tmp_path):
     events = EventAccumulator(str(tmp_path/'tensorboard')); events.Reload()
     found = [e.value for e in events.Scalars('loss')]
     assert found == pytest.approx([l['loss'] for l in read_metrics(tmp_path)])
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_data_folder_that_vanishes_is_named_and_the_checkpoint_stays(tmp_path, workers):
+    images = tmp_path/'images'; images.mkdir()
+    for i in range(48): Image.effect_noise((32, 32), 50).convert('RGB').save(images/f'{i:02d}.jpg')
+    def unmount(backbone, step):
+        if step == 3: shutil.rmtree(images)
+        return {}
+    with pytest.raises((ValueError, OSError), match='images/[0-9]+.jpg') as error:
+        pretrain(QUICK.replace(data=str(images), workers=workers, monitor_every=1), tmp_path/'run', monitors={'m': unmount}, progress=False)
+    assert one_line(error) and last_checkpoint(tmp_path/'run')['step'] == (4 if workers else 2)      # a worker is two batches ahead
+
+
+def test_a_worker_that_dies_is_named_and_the_checkpoint_stays(tmp_path):
+    class Deadly:
+        def __init__(self, data): self.data, self.labels, self.classes, self.asked = data, data.labels, data.classes, 0
+        def __len__(self): return len(self.data)
+        def __getitem__(self, i):
+            self.asked += 1
+            if self.asked > 36 and torch.utils.data.get_worker_info(): os.kill(os.getpid(), signal.SIGKILL)
+            return self.data[i]
+    with pytest.raises(LoaderError, match='worker.*try fewer workers') as error:
+        pretrain(QUICK.replace(workers=1, checkpoint_every=1), tmp_path, dataset=Deadly(build_dataset(QUICK)), progress=False)
+    assert one_line(error) and 1 <= last_checkpoint(tmp_path)['step'] < 6
+
+
+def test_checkpoints_by_the_clock(tmp_path):
+    pretrain(QUICK.replace(checkpoint_every=1000, checkpoint_minutes=1e-9), tmp_path, progress=False)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ['step_00000005.pt', 'step_00000006.pt']
+
+
+def test_a_full_disk_names_the_folder_and_the_bytes(tmp_path, monkeypatch):
+    run = pretrain(QUICK.replace(steps=2), tmp_path, progress=False)
+    def no_space(state, file): raise OSError(errno.ENOSPC, 'No space left on device')
+    monkeypatch.setattr(checkpoint.torch, 'save', no_space)
+    with pytest.raises(OSError, match=r'no space left in .*checkpoints: a checkpoint needs [\d,.]+ MB, [\d,.]+ MB are free') as error:
+        pretrain(QUICK, tmp_path/'other', progress=False)
+    assert one_line(error) and last_checkpoint(run.path)['step'] == 2
+
+
+def broken_at(*steps):
+    def forward(self, views, temp, _forward=Trainer.forward):
+        student, teacher, terms = _forward(self, views, temp)
+        return student, teacher, {k: v * float('nan') if k == 'region' and self.done + 1 in steps else v for k, v in terms.items()}
+    return forward
+
+
+def test_a_step_that_is_not_finite_is_kept_and_can_be_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, 'forward', broken_at(4))
+    run = pretrain(QUICK.replace(on_nan='skip'), tmp_path, progress=False)
+    assert [l.get('skipped') for l in run.metrics] == [None, None, None, 'region', None, None] and run.metrics[-1]['loss'] > 0
+    kept = load_checkpoint(tmp_path/'not_finite/step_00000004.pt')
+    assert kept['step'] == 3 and len(kept['index']) == QUICK.batch_size and kept['numbers']['view'] > 0
+    assert all(v.isfinite().all() for part in ('student', 'teacher', 'objective') for v in last_checkpoint(tmp_path)[part].values() if v.is_floating_point())
+    monkeypatch.undo()
+    found = replay(tmp_path)                                        # without the fault: the same step, and nothing wrong with it
+    assert found['step'] == 4 and found['module'] is None and not found['images'] and found['terms']['view'] == kept['numbers']['view']
+
+
+def test_a_run_that_only_skips_stops(tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, 'forward', broken_at(*range(2, 40)))
+    with pytest.raises(ValueError, match="step 11: 'region' is nan"): pretrain(QUICK.replace(on_nan='skip', steps=40), tmp_path, progress=False)
+    assert len(list((tmp_path/'not_finite').glob('*.pt'))) == 3
+
+
+def test_a_skipped_step_leaves_no_trace(tmp_path, monkeypatch):
+    "Centres, weights and moments after a skipped step are those from before it."
+    trainer = Trainer(QUICK, 6)
+    views = next(batches(QUICK, build_dataset(QUICK), 0, 1, trainer.multicrop))
+    trainer.step(views)
+    before = copy.deepcopy(trainer.state_dict())
+    monkeypatch.setattr(Trainer, 'forward', broken_at(2))
+    with pytest.raises(NotFinite): trainer.step(views)
+    after = trainer.state_dict()
+    for part in 'student', 'teacher', 'objective': assert all(torch.equal(before[part][k], after[part][k]) for k in before[part])
+    moments = zip(before['optimizer']['state'].values(), after['optimizer']['state'].values())
+    assert all(torch.equal(a[k], b[k]) for a, b in moments for k in a)

@@ -7,7 +7,7 @@ __all__ = ['MOST_SKIPPED', 'build_dataset', 'build_multicrop', 'schedules', 'see
            'pick_device', 'Alone', 'Answers', 'Trainer', 'batches', 'run_monitors', 'Run', 'load_run', 'pretrain',
            'restore', 'Journal', 'Stopped', 'sigterm', 'batch_of', 'keep_for_replay', 'train', 'remove_run']
 
-# %% ../../nbs/5_training/5_loop.ipynb #cdde3220
+# %% ../../nbs/5_training/5_loop.ipynb #7d17cbc8
 import math, shutil, signal, threading, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ from torch import nn
 from ..backbones import create_backbone
 from ..backbones.heads import Branch
 from ..data.folders import balanced_subset
-from ..data.loading import make_loader, order_of
+from ..data.loading import make_loader, order_of, worker_deaths
 from ..data.shards import open_images
 from ..data.toyworld import ToyWorld
 from ..objectives import create_objective
@@ -43,7 +43,7 @@ def build_dataset(recipe: Recipe):
     data = _toyworld(n=r.n_images, size=r.image_size, seed=r.data_seed) if r.data == 'toyworld' else open_images(r.data)
     return balanced_subset(data, r.per_class, seed=r.data_seed) if r.per_class else data
 
-# %% ../../nbs/5_training/5_loop.ipynb #2d5d5fc1
+# %% ../../nbs/5_training/5_loop.ipynb #3ac28949
 def build_multicrop(recipe: Recipe, query_size: int = 0) -> MultiCrop:
     "The recipe's views; with query crops if they have a size."
     names = 'global_size local_size n_global n_local global_scale local_scale strength colour_on_device'.split()
@@ -116,7 +116,7 @@ class Answers(nn.Module):
         self.outputs = self.student(views, asked=asked)
         return self.objective(self.outputs, teacher, teacher_temp)
 
-# %% ../../nbs/5_training/5_loop.ipynb #01dc4e0c
+# %% ../../nbs/5_training/5_loop.ipynb #352b0627
 class Trainer:
     """Student, teacher, objective and optimiser of one recipe, and the step that moves them on.
 
@@ -347,7 +347,7 @@ def keep_for_replay(trainer, out, dataset, error: NotFinite) -> Path:
     for old in sorted(path.parent.glob('step_*.pt'))[:-3]: old.unlink()
     return path
 
-# %% ../../nbs/5_training/5_loop.ipynb #bdc140c9
+# %% ../../nbs/5_training/5_loop.ipynb #88f2164e
 def train(trainer, out, dataset, monitors, progress):
     "The loop itself."
     r, world = trainer.recipe, trainer.world
@@ -356,7 +356,7 @@ def train(trainer, out, dataset, monitors, progress):
     journal = Journal(out, trainer, every, r.checkpoint_minutes, progress) if world.rank == 0 else None
     skipped = 0
     try:
-        with sigterm() as asked_to_stop:
+        with sigterm() as asked_to_stop, worker_deaths():
             for views in batches(r, dataset, trainer.done, trainer.steps, trainer.multicrop, world):
                 if journal: journal.loaded = time.perf_counter()
                 step = trainer.done + 1
