@@ -6,8 +6,9 @@
 __all__ = ['GPUS', 'OnMeta', 'empty_views', 'Kept', 'Count', 'count_step', 'Machine', 'calibrate', 'measure_step',
            'seconds_of_views', 'gpu', 'plan', 'plan_lines']
 
-# %% ../../nbs/5_training/11_plan.ipynb #db501552
-import io, itertools, time
+# %% ../../nbs/5_training/11_plan.ipynb #527c8a0f
+import io, itertools, os, time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -110,26 +111,34 @@ def calibrate(measured: list) -> Machine:
     a, b, fixed = best[1]
     return Machine(1 / a if a else float('inf'), 1 / b if b else float('inf'), fixed)
 
-# %% ../../nbs/5_training/11_plan.ipynb #9466229e
-def measure_step(recipe: Recipe, steps: int = 3) -> tuple[float, float]:
-    "-> median processor seconds of a step (without making views), and its peak bytes. On the CPU, in this process."
+# %% ../../nbs/5_training/11_plan.ipynb #c1a2c27b
+def measure_step(recipe: Recipe, steps: int = 3, memory: bool = True) -> tuple[float, float]:
+    "-> median processor seconds of a step (without making views), and its peak bytes (0: not asked for). On the CPU, in this process."
     recipe = recipe.replace(device='cpu')
     trainer, rng = Trainer(recipe, max(10, recipe.steps)), np.random.default_rng(0)
     multicrop = trainer.multicrop
     images = [torch.from_numpy(rng.integers(0, 256, (3, recipe.global_size, recipe.global_size), np.uint8)) for _ in range(recipe.batch_size)]
     views = multicrop.collate([multicrop.sample(x, sample_rng(0, 0, i)) for i, x in enumerate(images)])
-    peak, times = _peak(trainer, views), []             # the first steps, which make AdamW's moments, warm up
+    trainer.step(views)                                 # makes AdamW's moments, and warms up
+    peak, times = _peak(trainer, views) if memory else 0., []
     for _ in range(steps):
         began = time.process_time()
         trainer.step(views)
         times.append(time.process_time() - began)
     return float(np.median(times)), peak
 
+@contextmanager
+def _quiet():
+    "The profiler's library writes its diary to the process's own output, where Python cannot catch it."
+    kept = os.dup(2)
+    with open(os.devnull, 'w') as nowhere: os.dup2(nowhere.fileno(), 2)
+    try: yield
+    finally: os.dup2(kept, 2), os.close(kept)
+
 def _peak(trainer, views) -> float:
-    trainer.step(views)
     there = [*trainer.student.state_dict().values(), *trainer.teacher.state_dict().values(), *views.crops,
              *(x for s in trainer.optimizer.state.values() for x in s.values())]
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p: trainer.step(views)
+    with _quiet(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p: trainer.step(views)
     events = sorted((e.start_ns(), e.nbytes()) for e in p.profiler.kineto_results.events() if e.name() == '[memory]')
     return float(sum(x.nbytes for x in there) + max(0, *np.cumsum([n for _, n in events])))
 
@@ -157,7 +166,7 @@ def gpu(name: str, recipe: Recipe, tflops: float = 0., efficiency: float = 0., m
     said = f'{share:.0%} of {peak:g} TFLOP/s ({name}, {"bf16" if recipe.amp else "float32"}): not measured on this GPU'
     return Machine(peak * 1e12 * share, memory=(memory or GPUS[name][2]) * 1e9, assumed=said)
 
-# %% ../../nbs/5_training/11_plan.ipynb #b5daeaf4
+# %% ../../nbs/5_training/11_plan.ipynb #217038f3
 def plan(recipe: Recipe, machine: Machine, gpus: int = 1, images: int = 0, link: float = 50., views: float | None = None) -> dict:
     """What a run of the recipe on `gpus` devices needs: seconds of a step and its parts, bytes a device, days.
 
@@ -177,10 +186,10 @@ def plan(recipe: Recipe, machine: Machine, gpus: int = 1, images: int = 0, link:
 def plan_lines(p: dict) -> list[str]:
     "A plan as lines for people."
     G, parts = 1e9, p['parts']
-    memory = ', '.join(f'{k} {v / G:.2f}' for k, v in p['bytes'].items())
+    memory = ', '.join(f'{k} {v / G:.3g}' for k, v in p['bytes'].items())
     waits = '' if parts['views'] <= parts['compute'] else f'; views are the limit: {-(-parts["views"] * max(1, p["workers"]) // parts["compute"]):.0f} workers a GPU would keep up'
     return [f'{p["gpus"]} x {p["batch"]} images a step, {p["parameters"] / 1e6:.1f} M parameters, {p["flops"] / 1e12:.3g} TFLOP a GPU and step',
-            f'memory a GPU: {p["peak"] / G:.2f} GB (upper estimate: {memory})' + (f'; {"fits" if p["fits"] else "DOES NOT FIT"} into {p["memory"] / G:g} GB' if p['memory'] else ''),
+            f'memory a GPU: {p["peak"] / G:.3g} GB (upper estimate: {memory})' + (f'; {"fits" if p["fits"] else "DOES NOT FIT"} into {p["memory"] / G:g} GB' if p['memory'] else ''),
             f'a step: {p["seconds"]:.3f} s (compute {parts["compute"]:.3f}, views {parts["views"]:.3f} with {p["workers"]} workers, as one core makes them here, '
             f'communication {parts["communication"]:.3f}){waits}',
-            f'the run: {p["steps"]:,} steps, {p["days"]:.2f} days', f'assumed: {p["assumed"] or "nothing about compute"}; {p["link"]:g} GB/s between GPUs']
+            f'the run: {p["steps"]:,} steps, {p["days"]:.2f} days', 'assumed: ' + (p['assumed'] or 'nothing about compute') + (f'; {p["link"]:g} GB/s between GPUs' if p['gpus'] > 1 else '')]
