@@ -44,7 +44,7 @@ class Kept:
     def __exit__(self, *error): self.hooks.__exit__(*error)
     def keep(self, x): s = x.untyped_storage(); self.kept[s._cdata] = s; return x
 
-# %% ../../nbs/5_training/11_plan.ipynb #5892b747
+# %% ../../nbs/5_training/11_plan.ipynb #8c9ae968
 @dataclass(frozen=True)
 class Count:
     "What a step of `batch` images on one device takes: matrix operations, and bytes by name (see `count_step`)."
@@ -55,11 +55,6 @@ class Count:
 
     @property
     def peak(self) -> float: return sum(self.bytes.values())
-
-    def times(self, n: int):
-        "The same for n times the batch: all but the state and a fused loss's blocks grows with it."
-        grown = {k: v * (n if k in ('activations', 'logits', 'views') else 1) for k, v in self.bytes.items()}
-        return Count(self.batch * n, self.parameters, self.flops * n, grown)
 
 def count_step(recipe: Recipe, batch: int | None = None) -> Count:
     "Counts one step on `batch` images (the recipe's, if not given). ValueError for an objective whose matching needs numbers."
