@@ -47,17 +47,19 @@ def recipe_from(args, kind='Recipe'):
     if given.get('data') is None: given.pop('data', None)
     return base.replace(**given)
 
-# %% ../nbs/cli.ipynb #66b9f454
+# %% ../nbs/cli.ipynb #9ad78f35
 def run_pretrain(args):
     "Trains the recipe into `--out`, in `--nproc` processes; a second call goes on where the first one stopped."
     from glsd.evaluate import labelled_pair
     from glsd.evaluation import collapse_monitor, knn_monitor
     from glsd.training import pretrain
+    from glsd.training.loop import check_parts
     from glsd.training.processes import agent, end_with_stdin, joined
+    recipe = recipe_from(args)
     if os.environ.pop('GLSD_END_WITH_STDIN', ''): end_with_stdin()
     if (args.nproc, args.nnodes) != (1, 1) and 'RANK' not in os.environ:        # each process of a run is this very command
+        check_parts(recipe, max(1, args.nproc * args.nnodes))
         return agent(args.argv, args.nproc, args.nnodes, args.rdzv, args.restarts)
-    recipe = recipe_from(args)
     sets = labelled_pair(recipe, args.anchors, args.test) if recipe.monitor_every or args.test or args.anchors else None
     monitors = {'knn': knn_monitor(*sets, recipe.global_size)} if sets else {}
     if recipe.monitor_every: monitors['collapse'] = collapse_monitor()

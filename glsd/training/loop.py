@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST_SKIPPED', 'build_dataset', 'build_multicrop', 'schedules', 'seed_step', 'decay_groups', 'clip_gradients',
-           'pick_device', 'Alone', 'Answers', 'Trainer', 'batches', 'run_monitors', 'Run', 'load_run', 'pretrain',
-           'restore', 'Journal', 'Stopped', 'sigterm', 'batch_of', 'keep_for_replay', 'train', 'remove_run']
+           'pick_device', 'Alone', 'check_parts', 'Answers', 'Trainer', 'batches', 'run_monitors', 'Run', 'load_run',
+           'pretrain', 'restore', 'Journal', 'Stopped', 'sigterm', 'batch_of', 'keep_for_replay', 'train', 'remove_run']
 
 # %% ../../nbs/5_training/5_loop.ipynb #7d17cbc8
 import math, shutil, signal, threading, time
@@ -95,7 +95,7 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError):
         raise ValueError(f"device '{name}' is not there; choose auto, cpu" + (', cuda' if torch.cuda.is_available() else '')) from None
 
-# %% ../../nbs/5_training/5_loop.ipynb #65b13bc0
+# %% ../../nbs/5_training/5_loop.ipynb #cb05a130
 class Alone:
     "The world of a run that is one process: number `rank` of `size`."
     rank, size = 0, 1
@@ -104,6 +104,11 @@ class Alone:
     def synced(self, module): return module        # BatchNorm that sees the batch of all processes
     def mean(self, numbers): return numbers        # over all processes
     def any(self, flag): return flag               # is it so in one of them?
+
+
+def check_parts(recipe, size):
+    "ValueError unless so many processes can share a batch equally."
+    if recipe.batch_size % size: raise ValueError(f'batch_size={recipe.batch_size} cannot be shared equally by {size} processes: choose a multiple of {size}')
 
 # %% ../../nbs/5_training/5_loop.ipynb #3ac31a5e
 class Answers(nn.Module):
@@ -116,15 +121,14 @@ class Answers(nn.Module):
         self.outputs = self.student(views, asked=asked)
         return self.objective(self.outputs, teacher, teacher_temp)
 
-# %% ../../nbs/5_training/5_loop.ipynb #352b0627
+# %% ../../nbs/5_training/5_loop.ipynb #637a6b31
 class Trainer:
     """Student, teacher, objective and optimiser of one recipe, and the step that moves them on.
 
     `done` counts finished steps; `steps` is the length of the run. ValueError if the processes of `world` cannot share a batch equally."""
     def __init__(self, recipe: Recipe, steps: int, world=Alone()):
         self.recipe, self.steps, self.done, self.world = recipe, steps, 0, world
-        if recipe.batch_size % world.size:
-            raise ValueError(f'batch_size={recipe.batch_size} cannot be shared equally by {world.size} processes: choose a multiple of {world.size}')
+        check_parts(recipe, world.size)
         self.device = world.device(recipe.device)
         seed_step(recipe.seed, 0)
         backbone = create_backbone(recipe.backbone, drop_path=recipe.drop_path)

@@ -6,7 +6,7 @@
 __all__ = ['SyncedBatchNorm', 'Group', 'joined', 'die_with_parent', 'my_part', 'everybodys', 'everybodys_outputs', 'agent',
            'end_with_stdin', 'launch']
 
-# %% ../../nbs/5_training/8_processes.ipynb #7a235082
+# %% ../../nbs/5_training/8_processes.ipynb #3c076cf7
 import ctypes, inspect, json, logging, os, signal, subprocess, sys, tempfile, threading, time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from .checkpoint import read_metrics
-from .loop import Alone, Run, load_run, pick_device
+from .loop import Alone, Run, check_parts, load_run, pick_device
 from .watching import Bar, LivePlot, in_notebook
 
 # %% ../../nbs/5_training/8_processes.ipynb #f34ff015
@@ -128,7 +128,7 @@ def everybodys_outputs(outputs, most=64):
     return replace(outputs, **{k: gather(getattr(outputs, k)) for k in ('pooled', 'tokens', 'w_geo')},
                    logits={k: gather(v) for k, v in outputs.logits.items()}, queries=None)
 
-# %% ../../nbs/5_training/8_processes.ipynb #bd694e68
+# %% ../../nbs/5_training/8_processes.ipynb #d3dc46e8
 def agent(argv: list, nproc: int, nnodes: int = 1, rdzv: str = '', restarts: int = 3) -> int:
     """Runs `glsd ARGV` in `nproc` processes here, of those on `nnodes` machines that meet at `rdzv` (host:port). Returns an exit code.
 
@@ -143,7 +143,8 @@ def agent(argv: list, nproc: int, nnodes: int = 1, rdzv: str = '', restarts: int
     logging.disable(logging.ERROR)                      # the one line at the end says it all
     before = dict(os.environ)
     with tempfile.TemporaryDirectory() as tmp:
-        os.environ |= {'GLSD_ARGV': json.dumps(argv), 'GLSD_REFUSED': f'{tmp}/refused', 'TORCH_ELASTIC_SHUTDOWN_TIMEOUT': '90', 'TORCHELASTIC_ERROR_FILE': f'{tmp}/error.json'}
+        # a store of their own for those who are started again: in the agent's they would find the addresses of the dead
+        os.environ |= {'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1', 'GLSD_ARGV': json.dumps(argv), 'GLSD_REFUSED': f'{tmp}/refused', 'TORCH_ELASTIC_SHUTDOWN_TIMEOUT': '90', 'TORCHELASTIC_ERROR_FILE': f'{tmp}/error.json'}
         os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // nproc)))
         try: torchrun.main(['--nproc-per-node', str(nproc), '--max-restarts', str(restarts), '--monitor-interval', '.2', *meet, '--no-python',
                             sys.executable, '-c', _PROCESS])
@@ -167,11 +168,11 @@ def _told(failure):
     message = failure.message if isinstance(failure.message, str) else failure.message.get('message', '')
     return f'failed: {message.splitlines()[0] if message else f"exit code {failure.exitcode}"}'
 
-# %% ../../nbs/5_training/8_processes.ipynb #e6925242
+# %% ../../nbs/5_training/8_processes.ipynb #75dc532b
 def end_with_stdin():
     "SIGTERM for this process when its standard input closes: whoever started it is gone."
     def listen():
-        sys.stdin.buffer.read()
+        while os.read(0, 4096): pass                    # not sys.stdin: Python would wait for its lock when it ends
         os.kill(os.getpid(), signal.SIGTERM)
     threading.Thread(target=listen, daemon=True).start()
 
@@ -179,6 +180,7 @@ def launch(recipe, out, nproc: int = 2, progress=True, **flags) -> Run:
     """`pretrain(recipe, out)` in `nproc` processes on this machine, from a notebook: its progress in the cell, no process left behind.
 
     `flags`: of `glsd pretrain`, such as anchors='...', restarts=0. What it says goes to out/log.txt. RuntimeError with the last line of that, if it fails."""
+    check_parts(recipe, nproc)
     out = Path(out).resolve(); out.mkdir(parents=True, exist_ok=True)
     recipe.save(out/'asked.yaml')
     words = [w for k, v in dict(flags, recipe=out/'asked.yaml', out=out, nproc=nproc).items() for w in (f'--{k.replace("_", "-")}', str(v))]
