@@ -98,3 +98,12 @@ def test_another_measurement_does_not_train_again(tmp_path):
     runner.run_cell(folder, TINY.differences(), runner.source_of(steps_twice), {})
     assert json.loads((folder / 'result.json').read_text())['metrics'] == {'twice': 6} and result['metrics'] == {'steps': 3}
     assert (folder / 'metrics.jsonl').stat().st_mtime_ns == written
+
+
+def test_a_run_of_a_grid_may_have_several_processes(tmp_path):
+    still = TINY.replace(drop_path=0.)                    # each process would drop other paths
+    shared, refused = run_grid({'shared': still, 'too many': TINY.replace(batch_size=9)}, tmp_path, count, jobs=1, nproc=2, progress=False)
+    assert shared['metrics'] == {'steps': 3} and refused['error'] == 'ValueError: batch_size=9 cannot be shared equally by 2 processes: choose a multiple of 2'
+    alone, = run_grid({'alone': still}, tmp_path/'alone', count, jobs=1, progress=False)
+    first = lambda r: json.loads((Path(r['folder'])/'metrics.jsonl').read_text().splitlines()[0])['loss']
+    assert abs(first(shared) - first(alone)) < 1e-4

@@ -6,7 +6,7 @@
 __all__ = ['cell_folder', 'source_of', 'from_source', 'fingerprint', 'train_cell', 'run_cell', 'read_result', 'work', 'cores',
            'Worker', 'steps_done', 'Grid', 'run_grid']
 
-# %% ../../nbs/7_experiments/1_runner.ipynb #f3a3567f
+# %% ../../nbs/7_experiments/1_runner.ipynb #9fe0cbed
 import functools, hashlib, inspect, json, os, queue, re, signal, subprocess, sys, textwrap, threading, traceback, warnings
 from collections import deque
 from dataclasses import fields
@@ -16,10 +16,11 @@ from tqdm import tqdm
 from ..training.checkpoint import run_lock, written_beside
 from ..training.labelled import SupervisedRecipe, build_sets
 from ..training.loop import build_dataset, pretrain
+from ..training.processes import launch
 from ..training.recipe import BaseRecipe, Recipe
 from ..training.supervised import train_supervised
 
-# %% ../../nbs/7_experiments/1_runner.ipynb #5d28fd8a
+# %% ../../nbs/7_experiments/1_runner.ipynb #1c10a456
 def cell_folder(out, name, recipe):
     "out/NAME-HASH, where the hash stands for every field of `recipe` that changes the result."
     settled = recipe.replace(**{f.name: f.default for f in fields(recipe) if f.name in recipe.free})
@@ -47,31 +48,33 @@ def fingerprint(source, options):
     "Eight digits that change when the measurement does."
     return hashlib.sha256(json.dumps([source, options], sort_keys=True).encode()).hexdigest()[:8]
 
-# %% ../../nbs/7_experiments/1_runner.ipynb #d94c579f
+# %% ../../nbs/7_experiments/1_runner.ipynb #183b867c
 @functools.singledispatch
-def train_cell(recipe, folder, say):
-    "Trains `recipe` in `folder` in the way of its type, and returns the run. `say(steps=n)` tells its length."
+def train_cell(recipe, folder, say, nproc=1):
+    "Trains `recipe` in `folder` in the way of its type, in `nproc` processes, and returns the run. `say(steps=n)` tells its length."
     raise ValueError(f'no training is known for a {type(recipe).__name__}')
 
 @train_cell.register
-def _(recipe: Recipe, folder, say):
+def _(recipe: Recipe, folder, say, nproc=1):
     dataset = build_dataset(recipe)
     say(steps=recipe.total_steps(len(dataset)))
+    if nproc > 1: return launch(recipe, folder, nproc, progress=False)
     return pretrain(recipe, folder, dataset=dataset, progress=False)
 
 @train_cell.register
-def _(recipe: SupervisedRecipe, folder, say):
+def _(recipe: SupervisedRecipe, folder, say, nproc=1):
+    if nproc > 1: raise ValueError(f'training with labels is done by one process, not {nproc}: leave nproc at 1')
     train, test = build_sets(recipe)
     say(steps=recipe.total_steps(len(train)))
     return train_supervised(recipe, folder, train, test, progress=False)
 
-# %% ../../nbs/7_experiments/1_runner.ipynb #03cee21f
-def run_cell(folder, recipe, source, options, say=lambda **_: None, kind='Recipe'):
+# %% ../../nbs/7_experiments/1_runner.ipynb #3253d586
+def run_cell(folder, recipe, source, options, say=lambda **_: None, kind='Recipe', nproc=1):
     "Trains and measures one cell, a recipe of that kind, and writes folder/result.json, whole or not at all; `say` as in `train_cell`."
     recipe = BaseRecipe.kinds[kind].from_dict(recipe)
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter('default')
-        run = train_cell(recipe, folder, say)
+        run = train_cell(recipe, folder, say, nproc)
         metrics = from_source(source)(run, **options)
     result = dict(recipe=recipe.differences(), metrics=metrics, seconds=round(sum(m['seconds'] for m in run.metrics), 1),
                   warnings=sorted({str(w.message) for w in found if w.category is UserWarning}), measured_by=fingerprint(source, options))
@@ -108,15 +111,15 @@ def _answer(cell, say):
         say(error=(f'{type(e).__name__}: {e}'.strip().splitlines() or ['?'])[-1])
     else: say(done=True)
 
-# %% ../../nbs/7_experiments/1_runner.ipynb #26558f00
+# %% ../../nbs/7_experiments/1_runner.ipynb #44264bbd
 def cores(): return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 class Worker:
     "A worker process seen from its parent: `give` it a cell; its answers arrive in `inbox` as (worker, message), and (worker, None) when it is gone."
-    def __init__(self, slot, jobs, inbox, log):
-        gpus = os.environ.get('CUDA_VISIBLE_DEVICES') or ','.join(map(str, range(torch.cuda.device_count())))
-        env = dict(os.environ, OMP_NUM_THREADS=str(max(1, cores() // jobs)), PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
-        if gpus: env['CUDA_VISIBLE_DEVICES'] = gpus.split(',')[slot % len(gpus.split(','))]
+    def __init__(self, slot, jobs, inbox, log, nproc=1):
+        gpus = (os.environ.get('CUDA_VISIBLE_DEVICES') or ','.join(map(str, range(torch.cuda.device_count())))).split(',')
+        env = dict(os.environ, OMP_NUM_THREADS=str(max(1, cores() // (jobs * nproc))), PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
+        if gpus[0]: env['CUDA_VISIBLE_DEVICES'] = ','.join(gpus[(slot * nproc + i) % len(gpus)] for i in range(min(nproc, len(gpus))))
         self.slot, self.name, self.started, self.log = slot, None, False, Path(log)
         with open(log, 'wb') as f:
             self.process = subprocess.Popen([sys.executable, '-c', 'from glsd.experiments.runner import work; work()'], text=True,
@@ -148,11 +151,11 @@ def steps_done(folder):
             return json.loads(f.read().split(b'\n')[-2])['step']
     except (FileNotFoundError, IndexError, ValueError): return 0
 
-# %% ../../nbs/7_experiments/1_runner.ipynb #1ed445c0
+# %% ../../nbs/7_experiments/1_runner.ipynb #69049b3f
 class Grid:
     "Cells on their way through the workers; `results` fills up."
-    def __init__(self, cells, out, evaluate, options, jobs):
-        self.out, self.source, self.options, self.jobs = Path(out), source_of(evaluate), options, jobs
+    def __init__(self, cells, out, evaluate, options, jobs, nproc=1):
+        self.out, self.source, self.options, self.jobs, self.nproc = Path(out), source_of(evaluate), options, jobs, nproc
         self.measured_by = fingerprint(self.source, options)
         self.cells, self.folders = cells, {name: cell_folder(out, name, r) for name, r in cells.items()}
         if len(set(self.folders.values())) < len(cells): raise ValueError('two cells would share a folder: give them names that differ in letters or digits')
@@ -175,7 +178,7 @@ class Grid:
             for w in self.workers: w.end()
 
     def hire(self, slot):
-        self.workers.append(Worker(slot, self.jobs, self.inbox, self.out / f'worker{slot}.log'))
+        self.workers.append(Worker(slot, self.jobs, self.inbox, self.out / f'worker{slot}.log', self.nproc))
 
     def handle(self, worker, message):
         if message is None: return self.bury(worker)
@@ -188,7 +191,7 @@ class Grid:
 
     def order(self, name):
         recipe = self.cells[name]
-        return dict(folder=str(self.folders[name]), kind=type(recipe).__name__, recipe=recipe.differences(), source=self.source, options=self.options)
+        return dict(folder=str(self.folders[name]), kind=type(recipe).__name__, recipe=recipe.differences(), source=self.source, options=self.options, nproc=self.nproc)
 
     def bury(self, worker):
         how = worker.end()
@@ -210,16 +213,18 @@ def _last_line(path):
     lines = Path(path).read_text(errors='replace').strip().splitlines()
     return lines[-1] if lines else 'it said nothing'
 
-# %% ../../nbs/7_experiments/1_runner.ipynb #de0d38dc
-def run_grid(cells, out, evaluate, options=None, jobs=2, progress=True):
+# %% ../../nbs/7_experiments/1_runner.ipynb #63b94d84
+def run_grid(cells, out, evaluate, options=None, jobs=2, progress=True, nproc=1):
     """Runs every cell (name -> Recipe or SupervisedRecipe) in one of `jobs` processes and measures it: a list of dicts in the order of `cells`.
 
     A finished one has name, folder, recipe, metrics (what `evaluate(run, **options)` returned), seconds and warnings; a failed one
     has error (one line) and log. Finished cells are read, cut ones go on, failed ones are tried again.
+    nproc: processes that share each run, for several GPUs; a grid of `jobs` runs has jobs x nproc processes.
     ValueError if another process is at work in `out`."""
-    if jobs < 1: raise ValueError(f'jobs must be 1 or more, not {jobs}')
+    for name, n in dict(jobs=jobs, nproc=nproc).items():
+        if n < 1: raise ValueError(f'{name} must be 1 or more, not {n}')
     with run_lock(out):
-        grid = Grid(cells, out, evaluate, options or {}, jobs)
+        grid = Grid(cells, out, evaluate, options or {}, jobs, nproc)
         done, total = grid.progress()
         bar = tqdm(total=total, initial=done, unit='step', smoothing=0, ncols=100, disable=not progress or not grid.waiting,
                    desc=f'starting {min(jobs, len(grid.waiting))} processes')
