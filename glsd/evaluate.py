@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from .data import ImageFolder, ToyWorld
+from .data import ToyWorld, open_images
 from .data.folders import Subset
 from .data.loading import eval_crop
 from .evaluation import attention, dense, frozen, knn, linear, report
@@ -78,8 +78,8 @@ def toyworld(recipe, n, split):
     return ToyWorld(n, split=split, size=recipe.image_size if recipe else 64, seed=recipe.data_seed if recipe else 0)
 
 def labelled(folder, role):
-    "An `ImageFolder` that must have labels."
-    dataset = ImageFolder(folder)
+    "A folder of images or of shards that must have labels."
+    dataset = open_images(folder)
     if not len(dataset.classes): raise ValueError(f'{folder}: the {role} images need labels; lay them out as one folder a class')
     return dataset
 
@@ -103,7 +103,7 @@ def _source(recipe, where):
 
 def _images(recipe, where):
     source = _source(recipe, where)
-    return (toyworld(recipe, where['images'] or 500, 'val') if source == 'toyworld' else some(ImageFolder(source), where['images']),)
+    return (toyworld(recipe, where['images'] or 500, 'val') if source == 'toyworld' else some(open_images(source), where['images']),)
 
 def _lists(recipe, where):
     source = _source(recipe, where)
