@@ -180,3 +180,24 @@ def test_slurm_script_goes_back_into_the_queue_only_if_asked_to_end(tmp_path, co
     done = subprocess.run(['bash', str(Path(__file__).parent.parent/'examples/slurm.sh'), 'pretrain', 'images', '--out', 'a run'], env=env, capture_output=True, text=True)
     assert 'glsd pretrain images --out a run --nproc 8 --nnodes 2 --rdzv node7:20123' in done.stdout, done.stderr
     assert ('scontrol requeue 40123' in done.stdout) == requeued and done.returncode == (0 if requeued else code)
+
+
+@pytest.mark.parametrize('fused', [False, True])
+def test_what_all_have_said_is_what_one_has_said(fused):
+    "For every setting: collapse figures of gathered outputs, in a group of one process, are those of the outputs themselves."
+    from torch import distributed as dist
+    from glsd.evaluation.collapse import collapse_figures
+    from glsd.objectives.dino import SETTINGS as ALL
+    from glsd.training import Trainer
+    from glsd.training.loop import batches, build_dataset
+    from glsd.training.processes import everybodys_outputs
+    for name in ALL:
+        recipe = RECIPE.replace(objective=name, fused=fused, n_query=3, batch_size=4)
+        trainer = Trainer(recipe, 10)
+        views = next(batches(recipe, build_dataset(recipe), 0, 1, trainer.multicrop))
+        student, teacher, _ = trainer.forward(views, .04)
+        figures = lambda *outputs: torch.manual_seed(0) and collapse_figures(*outputs, trainer.objective, .04)        # shuffled deals at random
+        alone = figures(student, teacher)
+        dist.init_process_group('gloo', rank=0, world_size=1, store=dist.HashStore())
+        try: assert figures(everybodys_outputs(student), everybodys_outputs(teacher)) == alone, name
+        finally: dist.destroy_process_group()

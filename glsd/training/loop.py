@@ -110,18 +110,22 @@ def check_parts(recipe, size):
     "ValueError unless so many processes can share a batch equally."
     if recipe.batch_size % size: raise ValueError(f'batch_size={recipe.batch_size} cannot be shared equally by {size} processes: choose a multiple of {size}')
 
-# %% ../../nbs/5_training/5_loop.ipynb #3ac31a5e
+# %% ../../nbs/5_training/5_loop.ipynb #d7d1b857
 class Answers(nn.Module):
-    "From views to loss terms; keeps what the student said in `outputs`."
+    "From views to loss terms; what the student said on the way is to be taken once: logits of one step must not wait for the next."
     def __init__(self, student, objective):
         super().__init__()
-        self.student, self.objective, self.outputs = student, objective, None
+        self.student, self.objective, self.said = student, objective, None
 
     def forward(self, views, asked, teacher, teacher_temp):
-        self.outputs = self.student(views, asked=asked)
-        return self.objective(self.outputs, teacher, teacher_temp)
+        self.said = self.student(views, asked=asked)
+        return self.objective(self.said, teacher, teacher_temp)
 
-# %% ../../nbs/5_training/5_loop.ipynb #637a6b31
+    def take(self):
+        said, self.said = self.said, None
+        return said
+
+# %% ../../nbs/5_training/5_loop.ipynb #76a1350d
 class Trainer:
     """Student, teacher, objective and optimiser of one recipe, and the step that moves them on.
 
@@ -146,7 +150,7 @@ class Trainer:
         self.schedules, self.frozen = schedules(recipe, steps), round(recipe.freeze_last * steps)
         self.buffers = [b for part in (self.student, self.teacher, self.objective) for b in part.buffers()]
         answers = Answers(self.student, self.objective)
-        self.outputs, self.answers = lambda: answers.outputs, world.spread(answers)
+        self.take, self.answers = answers.take, world.spread(answers)
 
     def branch(self, backbone, heads):
         r = self.recipe
@@ -169,7 +173,7 @@ class Trainer:
             ask = self.objective.asks
             with torch.no_grad(): teacher = self.teacher(views, self.objective.teacher_groups, ask(views, self.teacher, teacher=True))
             terms = self.answers(views, ask(views, self.student), teacher, teacher_temp)
-            return self.outputs(), teacher, terms
+            return self.take(), teacher, terms
 
     def step(self, views, looks=()) -> dict:
         """One step on one batch of Views. Returns what happened as numbers; `NotFinite`, and everything as before, when one of them is not.
@@ -323,7 +327,7 @@ class Journal:
             self.log.close()
             if self.show: self.show.close()
 
-# %% ../../nbs/5_training/5_loop.ipynb #bf9e42c3
+# %% ../../nbs/5_training/5_loop.ipynb #3f6c39a6
 class Stopped(RuntimeError):
     "A run was asked to end, and wrote a checkpoint first."
     exit_code = 128 + signal.SIGTERM
@@ -344,14 +348,13 @@ def batch_of(recipe, dataset, step: int) -> tuple:
     epoch, k = divmod(step - 1, len(dataset) // recipe.batch_size)
     return epoch, order_of(dataset, recipe.seed, epoch)[k * recipe.batch_size:][:recipe.batch_size]
 
-def keep_for_replay(trainer, out, dataset, error: NotFinite) -> Path:
+def keep_for_replay(trainer, out, dataset, error: NotFinite):
     "Writes the state from before a step that failed, its images and its numbers to out/not_finite/step_NNNNNNNN.pt; the last three are kept."
     path, (epoch, index) = Path(out)/'not_finite'/f'step_{error.step:08d}.pt', batch_of(trainer.recipe, dataset, error.step)
     with written_beside(path) as f: torch.save(dict(trainer.state_dict(), format=1, epoch=epoch, index=index.tolist(), numbers=error.named), f)
     for old in sorted(path.parent.glob('step_*.pt'))[:-3]: old.unlink()
-    return path
 
-# %% ../../nbs/5_training/5_loop.ipynb #88f2164e
+# %% ../../nbs/5_training/5_loop.ipynb #e1f9fb1b
 def train(trainer, out, dataset, monitors, progress):
     "The loop itself."
     r, world = trainer.recipe, trainer.world
@@ -368,8 +371,9 @@ def train(trainer, out, dataset, monitors, progress):
                 looks = [m.look for m in shown.values() if hasattr(m, 'look')] + [stuck] * (journal is not None and stuck.due(step))
                 try: line, skipped = trainer.step(views, looks), 0
                 except NotFinite as e:
-                    path, skipped = keep_for_replay(trainer, out, dataset, e) if journal else None, skipped + 1
-                    if r.on_nan == 'stop' or skipped == MOST_SKIPPED: raise ValueError(f'{e}. Look at that step with: glsd replay {path}') from None
+                    if journal: keep_for_replay(trainer, out, dataset, e)
+                    skipped += 1
+                    if r.on_nan == 'stop' or skipped == MOST_SKIPPED: raise ValueError(f'{e}. Look at that step with: glsd replay {out}') from None
                     line, shown = trainer.skip(e.name), {k: m for k, m in shown.items() if not hasattr(m, 'look')}   # there was nothing to look at
                 if shown: line |= run_monitors(trainer, shown)
                 stop = world.any(asked_to_stop())

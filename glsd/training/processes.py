@@ -6,7 +6,7 @@
 __all__ = ['SyncedBatchNorm', 'Group', 'joined', 'die_with_parent', 'my_part', 'everybodys', 'everybodys_outputs', 'agent',
            'end_with_stdin', 'launch']
 
-# %% ../../nbs/5_training/8_processes.ipynb #3c076cf7
+# %% ../../nbs/5_training/8_processes.ipynb #8dd40f9e
 import ctypes, inspect, json, logging, os, signal, subprocess, sys, tempfile, threading, time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..backbones.heads import Factored
 from .checkpoint import read_metrics
-from .loop import Alone, Run, check_parts, load_run, pick_device
+from .loop import Alone, Run, build_dataset, check_parts, load_run, pick_device
 from .watching import Bar, LivePlot, in_notebook
 
 # %% ../../nbs/5_training/8_processes.ipynb #f34ff015
@@ -102,7 +103,7 @@ def die_with_parent():
     "On Linux: the kernel kills this process when the one that started it is gone, however that ended."
     if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
-# %% ../../nbs/5_training/8_processes.ipynb #7aff7d03
+# %% ../../nbs/5_training/8_processes.ipynb #06818c75
 def my_part(n: int) -> range:
     "Which of n things this process takes care of: all of them, or every `size`-th."
     return range(dist.get_rank(), n, dist.get_world_size()) if dist.is_available() and dist.is_initialized() else range(n)
@@ -119,16 +120,20 @@ def everybodys(rows: torch.Tensor, n: int) -> torch.Tensor:
 def everybodys_outputs(outputs, most=64):
     "`Outputs` of the images of all processes, one process after the other; at most so many images, logits are large."
     if not (dist.is_available() and dist.is_initialized()): return outputs
-    n = min(len(outputs.pooled), max(1, most // dist.get_world_size()))
-    def gather(x):
-        x = x.detach()[:n].contiguous()
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    B, size = len(outputs.pooled), dist.get_world_size()
+    def gather(x):                                      # [B, ...]
+        if isinstance(x, Factored): return Factored(gather(x.z), x.directions.detach())
+        if not isinstance(x, torch.Tensor): return x
+        if x.dtype == torch.bool: return gather(x.byte()).bool()
+        x = x.detach()[:max(1, most // size)].contiguous()
+        parts = [torch.empty_like(x) for _ in range(size)]
         dist.all_gather(parts, x)
         return torch.cat(parts)
-    return replace(outputs, **{k: gather(getattr(outputs, k)) for k in ('pooled', 'tokens', 'w_geo')},
-                   logits={k: gather(v) for k, v in outputs.logits.items()}, queries=None)
+    def by_view(x): return gather(x.unflatten(0, (-1, B)).transpose(0, 1)).transpose(0, 1).flatten(0, 1) if isinstance(x, torch.Tensor) else x    # [V*B, ...]
+    return replace(outputs, **{k: gather(getattr(outputs, k)) for k in ('pooled', 'tokens', 'w_geo', 'queries')},
+                   logits={k: gather(v) for k, v in outputs.logits.items()}, asked=[{k: by_view(v) for k, v in more.items()} for more in outputs.asked])
 
-# %% ../../nbs/5_training/8_processes.ipynb #d3dc46e8
+# %% ../../nbs/5_training/8_processes.ipynb #b5b5ca15
 def agent(argv: list, nproc: int, nnodes: int = 1, rdzv: str = '', restarts: int = 3) -> int:
     """Runs `glsd ARGV` in `nproc` processes here, of those on `nnodes` machines that meet at `rdzv` (host:port). Returns an exit code.
 
@@ -144,7 +149,8 @@ def agent(argv: list, nproc: int, nnodes: int = 1, rdzv: str = '', restarts: int
     before = dict(os.environ)
     with tempfile.TemporaryDirectory() as tmp:
         # a store of their own for those who are started again: in the agent's they would find the addresses of the dead
-        os.environ |= {'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1', 'GLSD_ARGV': json.dumps(argv), 'GLSD_REFUSED': f'{tmp}/refused', 'TORCH_ELASTIC_SHUTDOWN_TIMEOUT': '90', 'TORCHELASTIC_ERROR_FILE': f'{tmp}/error.json'}
+        os.environ |= {'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1', 'TORCH_ELASTIC_SHUTDOWN_TIMEOUT': '90',
+                       'GLSD_ARGV': json.dumps(argv), 'GLSD_REFUSED': f'{tmp}/refused'}
         os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // nproc)))
         try: torchrun.main(['--nproc-per-node', str(nproc), '--max-restarts', str(restarts), '--monitor-interval', '.2', *meet, '--no-python',
                             sys.executable, '-c', _PROCESS])
@@ -168,7 +174,7 @@ def _told(failure):
     message = failure.message if isinstance(failure.message, str) else failure.message.get('message', '')
     return f'failed: {message.splitlines()[0] if message else f"exit code {failure.exitcode}"}'
 
-# %% ../../nbs/5_training/8_processes.ipynb #75dc532b
+# %% ../../nbs/5_training/8_processes.ipynb #e357804b
 def end_with_stdin():
     "SIGTERM for this process when its standard input closes: whoever started it is gone."
     def listen():
@@ -202,8 +208,8 @@ def _follow(process, out, recipe, progress):
         time.sleep(.5)
         lines = read_metrics(out)
         if not progress or len(lines) <= seen: continue
-        show = show or (LivePlot if in_notebook() else Bar)(recipe.steps or lines[-1]['step'], seen)
-        for i in range(seen + 1, len(lines) + 1): show(lines[:i])
+        show = show or (LivePlot if in_notebook() else Bar)(recipe.steps or recipe.total_steps(len(build_dataset(recipe))), seen)
+        show(lines)
         seen = len(lines)
     if show: show.close()
 

@@ -119,7 +119,7 @@ class LivePlot:
 
     def close(self): pass
 
-# %% ../../nbs/5_training/4_watching.ipynb #394bf10f
+# %% ../../nbs/5_training/4_watching.ipynb #a54971b1
 class Bar:
     "The same as a line of text with the time left, for a terminal."
     def __init__(self, steps, done=0):
@@ -128,6 +128,6 @@ class Bar:
 
     def __call__(self, lines):
         if 'loss' in lines[-1]: self.bar.set_postfix_str(f"loss {lines[-1]['loss']:.3f}", refresh=False)   # a skipped step has none
-        self.bar.update()
+        self.bar.update(lines[-1]['step'] - self.bar.n)
 
     def close(self): self.bar.close()
