@@ -1,6 +1,6 @@
 """Seconds and peak megabytes of the dual loss, forward and backward. One contestant a process.
 
-CONTESTANT=glsd and plain go from logits to their gradient; fused, stored and plain_z from the bottleneck through the last
+CONTESTANT=glsd and plain go from logits, which nobody reads again, to their gradient; fused, stored and plain_z from the bottleneck through the last
 layer to the gradients of both factors: without stored logits, glsd's loss with them, and the plain loss with them."""
 import os
 from types import SimpleNamespace
@@ -9,12 +9,24 @@ import numpy as np
 import torch
 from glsd.views.multicrop import MultiCrop
 
-def outputs(w_geo, grids, K, grad):
+class Given(torch.autograd.Function):
+    "Logits as a last layer hands them over; of the gradient that comes back, the norm is noted once."
+    @staticmethod
+    def forward(ctx, trigger, logits, name, norms):
+        ctx.name, ctx.norms = name, norms
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx, g):
+        if ctx.name not in ctx.norms: ctx.norms[ctx.name] = g.norm().item()
+        return None, None, None, None
+
+def outputs(w_geo, grids, K):
     "What a loss reads of a branch's `Outputs`, with random logits. Drawn in place: the inputs themselves must not set the peak."
     B, V = w_geo.shape[:2]
     S = sum(H * W for H, W in grids)
-    logits = {k: torch.empty(B, n, K).uniform_(-.5, .5).requires_grad_(grad) for k, n in (('view', V), ('region', S))} if K else {}
-    return SimpleNamespace(pooled=torch.zeros(B, V, 1), tokens=torch.zeros(B, S, 1), grids=grids, w_geo=w_geo, logits=logits)
+    logits = {k: torch.empty(B, n, K).uniform_(-.5, .5) for k, n in (('view', V), ('region', S))} if K else {}
+    return SimpleNamespace(pooled=torch.zeros(B, V, 1), tokens=torch.zeros(B, S, 1), grids=grids, w_geo=w_geo, logits=logits, keep=False)
 
 def factors(student, teacher, K, b=256):
     "z of the student and the directions of its prototypes, by head; both branches get logits that are not multiplied out yet."
@@ -54,19 +66,19 @@ def main():
     w_geo, grids = views(B), [(7, 7)] * 2 + [(3, 3)] * 8
     name = os.environ.get('CONTESTANT', 'glsd')
     width = 0 if name in ('fused', 'stored', 'plain_z') else K
-    student, teacher = outputs(w_geo, grids, width, True), outputs(w_geo[:, :2], grids[:2], width, False)
-    leaves = {k: [x] for k, x in student.logits.items()} if width else factors(student, teacher, K)
-    loss = contestant(name, K)
-    found = {}
+    student, teacher = outputs(w_geo, grids, width), outputs(w_geo[:, :2], grids[:2], width)
+    loss, found, norms, drawn = contestant(name, K), {}, {}, student.logits
+    leaves, trigger = {} if width else factors(student, teacher, K), torch.zeros((), requires_grad=True)
     def step():
         for xs in leaves.values():
             for x in xs: x.grad = None
+        if width: student.logits = {k: Given.apply(trigger, x, k, norms) for k, x in drawn.items()}
         terms = loss(student, teacher, .04)
         sum(terms.values()).backward()
-        found.update({k: v.item() for k, v in terms.items()})
+        for k, v in terms.items(): found.setdefault(k, v.item())          # glsd's later rounds read the gradients of the first
     before = common.peak_memory()
     t = common.interleaved(dict(step=step), rounds)
     common.emit(seconds=t['step'], megabytes=(common.peak_memory() - before) / 1e6, inputs_mb=before / 1e6,
-                gradient=leaves['region'][-1].grad.norm().item(), batch=B, prototypes=K, **found)
+                gradient=norms['region'] if width else leaves['region'][-1].grad.norm().item(), batch=B, prototypes=K, **found)
 
 if __name__ == '__main__': main()

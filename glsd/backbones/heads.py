@@ -96,7 +96,7 @@ class Factored:
         with torch.autocast(self.device.type, enabled=False):
             return F.linear(self.z.mean(dim, dtype=dtype), self.directions.to(dtype))
 
-# %% ../../nbs/3_backbones/4_heads.ipynb #068fa543
+# %% ../../nbs/3_backbones/4_heads.ipynb #611c1326
 @dataclass
 class Outputs:
     """What an objective gets from one branch, batch first: the views of an image follow each other, globals first."""
@@ -108,6 +108,7 @@ class Outputs:
     n_global: int = 2                 # the first views are the global ones
     queries: Tensor | None = None     # [B, n_global * Q, d]  answers to the query crops, view after view (ADCLR)
     asked: list = field(default_factory=list)  # what the backbone was given beside the crops of each group (iBOT: masks)
+    keep: bool = True                 # False: nobody reads the logits after the loss, which may write over them
 
 # %% ../../nbs/3_backbones/4_heads.ipynb #ded38e30
 def batch_first(x: Tensor, batch: int) -> Tensor:

@@ -44,7 +44,7 @@ def partners(W: Tensor, images: int) -> tuple[Tensor, Tensor]:
     weight, partner = W.topk(max(1, int((W > 0).sum(-1).max())), -1)
     return weight, partner + T * (torch.arange(B, device=W.device) % images)[:, None, None]
 
-# %% ../../nbs/4_objectives/1_dino.ipynb #fb8a8f64
+# %% ../../nbs/4_objectives/1_dino.ipynb #18e251ba
 def rows_loss(s: Tensor, P: Tensor, partner: Tensor, weight: Tensor, temp: float, grad: Tensor | None = None) -> Tensor:
     """Loss of rows of logits s [n, K] that answer to blends of the rows of P [m, K]: partner and weight [n, most]. A scalar.
 
@@ -55,23 +55,23 @@ def rows_loss(s: Tensor, P: Tensor, partner: Tensor, weight: Tensor, temp: float
     if grad is not None: torch.sub(log_q.exp_().mul_(weight.sum(-1, keepdim=True)), target, out=grad)
     return loss
 
-# %% ../../nbs/4_objectives/1_dino.ipynb #e8ee5381
+# %% ../../nbs/4_objectives/1_dino.ipynb #9cb43f96
 class _SoftCrossEntropy(torch.autograd.Function):
     "Loss and gradient in one pass over blocks of rows that stay in the cache; see `soft_cross_entropy`."
     @staticmethod
-    def forward(ctx, student, teacher, W, student_temp, teacher_temp, center, needs_grad):
+    def forward(ctx, student, teacher, W, student_temp, teacher_temp, center, grad):
         (B, S, K), T = student.shape, teacher.shape[1]
         rows, images = blocks(S, T, K, student.is_cuda)
         weight, partner = partners(W.div(B * student_temp), images)
         P = W.new_empty(min(B, images) * T, K)
-        grad, loss = torch.empty_like(student) if needs_grad else None, W.new_zeros(())
-        flat = [x.flatten(0, 1) for x in (student, partner, weight) + ((grad,) if needs_grad else ())]
+        loss = W.new_zeros(())
+        flat = [x.flatten(0, 1) for x in (student, partner, weight, grad) if x is not None]
         for i, t in enumerate(x.flatten(0, 1) for x in teacher.split(images)):
             for p, t in zip(P[:len(t)].split(rows), t.split(rows)):
                 torch.softmax((t.to(P.dtype) - center).div_(teacher_temp), -1, out=p)
             for s, j, w, *g in zip(*(x[i * images * S:(i + 1) * images * S].split(rows) for x in flat)):
                 loss += rows_loss(s, P, j, w, student_temp, *g)
-        if needs_grad: ctx.save_for_backward(grad)
+        ctx.save_for_backward(grad)
         return loss * student_temp
 
     @staticmethod
@@ -80,24 +80,27 @@ class _SoftCrossEntropy(torch.autograd.Function):
         grad, = ctx.saved_tensors
         return (grad if g == 1 else grad * g), *[None] * 6           # a weight belongs into W: no second buffer
 
-# %% ../../nbs/4_objectives/1_dino.ipynb #d67c5ad8
+# %% ../../nbs/4_objectives/1_dino.ipynb #597757ce
 @singledispatch
 def soft_cross_entropy(student: Tensor, teacher: Tensor, W: Tensor, student_temp: float, teacher_temp: float,
-                       center: Tensor | float = 0.) -> Tensor:
+                       center: Tensor | float = 0., *, overwrite: bool = False) -> Tensor:
     """Sum over b, s, t of W[b,s,t] H(P[b,t], Q[b,s]), over B: the one core of every objective. A scalar.
 
     `student` logits [B, S, K], `teacher` logits [B, T, K], `W` >= 0 [B, S, T] (who answers to whom, how much),
     P = softmax((teacher - center) / teacher_temp), Q = softmax(student / student_temp), `center` [K].
-    Gradient to `student` only; logits may be `Factored`. Computes in float32 (float64 if given), also under autocast. ValueError if shapes
+    Gradient to `student` only; logits may be `Factored`. `overwrite`: the gradient takes the place of the student's logits, which
+    are gone then (not those of a leaf). Computes in float32 (float64 if given), also under autocast. ValueError if shapes
     disagree or a temperature is not positive. GLSD Eq. 2-7; DINO (Caron et al. 2021), Eq. 1 and 2.
     """
     check_answers(student, teacher, W, student_temp, teacher_temp)
     if not isinstance(teacher, Tensor): teacher = teacher.dense()
     dtype = torch.promote_types(student.dtype, torch.float32)
     center = torch.as_tensor(center, dtype=dtype, device=student.device).detach().flatten()
+    grad = None
+    if student.requires_grad and torch.is_grad_enabled():
+        grad = student.detach() if overwrite and not student.is_leaf else torch.empty_like(student)
     with torch.autocast(student.device.type, enabled=False):
-        return _SoftCrossEntropy.apply(student, teacher.detach(), W.detach().to(dtype), student_temp, teacher_temp,
-                                       center, student.requires_grad and torch.is_grad_enabled())
+        return _SoftCrossEntropy.apply(student, teacher.detach(), W.detach().to(dtype), student_temp, teacher_temp, center, grad)
 
 def check_answers(student, teacher, W, student_temp, teacher_temp):
     "ValueError, in one line, if logits and W do not fit together, or a temperature is not positive."
@@ -135,7 +138,7 @@ class Term(nn.Module):
         "What the backbone gets beside the crops of each size group."
         return []
 
-# %% ../../nbs/4_objectives/1_dino.ipynb #46d61e53
+# %% ../../nbs/4_objectives/1_dino.ipynb #a91926b0
 class Distillation(Term):
     """A loss term around `soft_cross_entropy`: head `head` reads `level`, and `matching(student, teacher) -> W [B, S, T]` says who answers to whom.
 
@@ -157,7 +160,7 @@ class Distillation(Term):
     def forward(self, student: 'Outputs', teacher: 'Outputs', teacher_temp: float) -> dict[str, Tensor]:
         s, t = student.logits[self.head], teacher.logits[self.head].detach()
         W = self.matching(student, teacher) * self.weight
-        loss = soft_cross_entropy(s, t, W, self.student_temp, teacher_temp, self.center)
+        loss = soft_cross_entropy(s, t, W, self.student_temp, teacher_temp, self.center, overwrite=not getattr(student, 'keep', True))
         if self.training: self.update_center(t)
         return {self.head: loss}
 

@@ -52,10 +52,10 @@ class _Fused(torch.autograd.Function):
         grads = [next(grads) if needed else None for needed in ctx.needs]
         return *(x if x is None or g == 1 else x * g for x in grads), *[None] * 9
 
-# %% ../../nbs/4_objectives/10_fused.ipynb #fd6a3cfb
+# %% ../../nbs/4_objectives/10_fused.ipynb #e91f7132
 @soft_cross_entropy.register
 def fused_cross_entropy(student: Factored, teacher, W: Tensor, student_temp: float, teacher_temp: float,
-                        center: Tensor | float = 0., block: int | None = None) -> Tensor:
+                        center: Tensor | float = 0., block: int | None = None, overwrite: bool = False) -> Tensor:
     """`soft_cross_entropy` of logits that are never stored: student and teacher `Factored`. A scalar.
 
     Gradient to the student's z and directions. At most `block` logits (elements) of the student exist at a time, and as
@@ -64,7 +64,7 @@ def fused_cross_entropy(student: Factored, teacher, W: Tensor, student_temp: flo
     """
     check_answers(student, teacher, W, student_temp, teacher_temp)
     if not isinstance(teacher, Factored):
-        return soft_cross_entropy(student.dense(), teacher, W, student_temp, teacher_temp, center)
+        return soft_cross_entropy(student.dense(), teacher, W, student_temp, teacher_temp, center, overwrite=True)
     device, dtype = student.device.type, torch.promote_types(student.z.dtype, torch.float32)
     product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else student.z.dtype
     factors = student.z, student.directions, teacher.z.detach(), teacher.directions.detach()

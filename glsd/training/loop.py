@@ -7,10 +7,10 @@ __all__ = ['MOST_SKIPPED', 'build_dataset', 'build_multicrop', 'schedules', 'see
            'pick_device', 'Alone', 'check_parts', 'Answers', 'Trainer', 'batches', 'run_monitors', 'Run', 'load_run',
            'pretrain', 'restore', 'Journal', 'Stopped', 'sigterm', 'batch_of', 'keep_for_replay', 'train', 'remove_run']
 
-# %% ../../nbs/5_training/5_loop.ipynb #7d17cbc8
+# %% ../../nbs/5_training/5_loop.ipynb #388cf0b8
 import math, shutil, signal, threading, time
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -110,22 +110,22 @@ def check_parts(recipe, size):
     "ValueError unless so many processes can share a batch equally."
     if recipe.batch_size % size: raise ValueError(f'batch_size={recipe.batch_size} cannot be shared equally by {size} processes: choose a multiple of {size}')
 
-# %% ../../nbs/5_training/5_loop.ipynb #d7d1b857
+# %% ../../nbs/5_training/5_loop.ipynb #66ed68fe
 class Answers(nn.Module):
     "From views to loss terms; what the student said on the way is to be taken once: logits of one step must not wait for the next."
     def __init__(self, student, objective):
         super().__init__()
         self.student, self.objective, self.said = student, objective, None
 
-    def forward(self, views, asked, teacher, teacher_temp):
-        self.said = self.student(views, asked=asked)
+    def forward(self, views, asked, teacher, teacher_temp, keep=True):
+        self.said = replace(self.student(views, asked=asked), keep=keep)
         return self.objective(self.said, teacher, teacher_temp)
 
     def take(self):
         said, self.said = self.said, None
         return said
 
-# %% ../../nbs/5_training/5_loop.ipynb #76a1350d
+# %% ../../nbs/5_training/5_loop.ipynb #fef5b6e8
 class Trainer:
     """Student, teacher, objective and optimiser of one recipe, and the step that moves them on.
 
@@ -167,12 +167,12 @@ class Trainer:
         "The schedules' values for the next step."
         return {name: float(values[self.done]) for name, values in self.schedules.items()}
 
-    def forward(self, views, teacher_temp):
-        "-> student Outputs, teacher Outputs, named terms."
+    def forward(self, views, teacher_temp, keep=True):
+        "-> student Outputs, teacher Outputs, named terms. keep: the student's logits outlast the loss."
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.amp):
             ask = self.objective.asks
             with torch.no_grad(): teacher = self.teacher(views, self.objective.teacher_groups, ask(views, self.teacher, teacher=True))
-            terms = self.answers(views, ask(views, self.student), teacher, teacher_temp)
+            terms = self.answers(views, ask(views, self.student), teacher, teacher_temp, keep)
             return self.take(), teacher, terms
 
     def step(self, views, looks=()) -> dict:
@@ -182,7 +182,7 @@ class Trainer:
         now = self.now()
         seed_step(self.recipe.seed, self.done + 1, self.world.rank)
         before = [b.clone() for b in self.buffers]
-        student, teacher, terms = self.forward(views.to(self.device), now['teacher_temp'])
+        student, teacher, terms = self.forward(views.to(self.device), now['teacher_temp'], keep=bool(looks))
         sum(terms.values()).backward()
         if self.done < self.frozen:
             for p in self.last_layers: p.grad = None
