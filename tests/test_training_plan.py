@@ -21,10 +21,10 @@ def test_state_is_student_gradient_moments_and_teacher():
 def test_logits_and_views_by_hand():
     count = count_step(TINY)
     tokens, teachers = 2 * 16 + 2 * 4, 2 * 16                       # patches of 8: 4 x 4 and 2 x 2
-    assert count.bytes['logits'] == 4 * 4 * 512 * (2 * (4 + tokens) + 2 + teachers)
+    assert count.bytes['logits'] == 4 * 4 * 512 * (4 + tokens + 2 + teachers)
     assert count.bytes['views'] == 4 * 3 * 4 * (2 * 32 ** 2 + 2 * 16 ** 2)
     vanilla = count_step(TINY.replace(objective='vanilla'))
-    assert vanilla.bytes['logits'] == 4 * 4 * 512 * (2 * 4 + 2)
+    assert vanilla.bytes['logits'] == 4 * 4 * 512 * (4 + 2)
 
 
 def test_operations_of_the_last_layer_by_hand():

@@ -1,5 +1,5 @@
 "Several processes compute what one does; and what happens to them costs minutes, not the run."
-import json, os, signal, subprocess, sys, time
+import json, os, signal, socket, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -11,11 +11,11 @@ from glsd.training.checkpoint import last_checkpoint, list_checkpoints, read_met
 RECIPE = Recipe(n_images=48, image_size=32, global_size=32, local_size=16, n_local=2, local_scale=(.3, .6), backbone='vit_mini', drop_path=0.,
                 out_dim=32, head_hidden=32, head_bottleneck=16, head_batchnorm=True, batch_size=16, steps=20, lr=.016, momentum=.9,
                 teacher_temp=.04, freeze_last=.1, checkpoint_every=4, device='cpu')
-SETTINGS = 'vanilla', 'similarity', 'geometric'
+SETTINGS = dict(copies=['vanilla', 'similarity', 'geometric'], fsdp=['geometric'])      # the losses know nothing of how weights are kept
 GLSD = [sys.executable, '-c', 'import sys; from glsd.cli import main; sys.exit(main())']
 ENV = dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
 
-# each process trains the three settings in double precision, so that what is left of a difference is no rounding;
+# each process trains the settings in double precision, so that what is left of a difference is no rounding;
 # process 0 writes losses and weights; the second half of the run starts from the first half of another number of processes
 TRAIN = '''
 import sys, torch
@@ -29,16 +29,18 @@ def double(views):
     views.crops = [c.double() for c in views.crops]
     return views
 
-def follow(out, world, start=None):
+def follow(out, world, fsdp, start=None):
     torch.set_default_dtype(torch.float64); torch.set_num_threads(1)
-    for setting in SETTINGS:
-        recipe, losses = RECIPE.replace(objective=setting), []
+    for setting in SETTINGS[fsdp]:
+        recipe, losses = RECIPE.replace(objective=setting, fsdp=fsdp == 'fsdp'), []
         dataset, trainer = build_dataset(recipe), Trainer(recipe, 20, world)
         if start:
             trainer.load_state_dict(torch.load(Path(start)/f'{setting}_10.pt'))
         for views in batches(recipe, dataset, trainer.done, 20, world=world):
             losses.append(trainer.step(double(views))['loss'])
-            if world.rank == 0 and trainer.done in (10, 20): torch.save(trainer.state_dict(), Path(out)/f'{setting}_{trainer.done}.pt')
+            if trainer.done not in (10, 20): continue
+            state = trainer.state_dict()                        # of sharded weights: all must ask
+            if world.rank == 0: torch.save(state, Path(out)/f'{setting}_{trainer.done}.pt')
         if world.rank == 0: torch.save(losses, Path(out)/f'{setting}_losses.pt')
 
 if __name__ == '__main__':
@@ -60,15 +62,23 @@ def apart(a, b):
     return 0. if a == b else float(abs(a - b)) if isinstance(a, float) else float('inf')
 
 
-def test_n_processes_follow_one_and_go_on_as_m(tmp_path):
-    script = tmp_path/'train.py'; script.write_text(TRAIN)
-    folders = {n: tmp_path/str(n) for n in (1, 2, 4)}
-    for f in folders.values(): f.mkdir()
-    torchrun(1, script, folders[1])
-    torchrun(2, script, folders[2])
-    torchrun(4, script, folders[4], folders[2])                 # from the checkpoint of two, after ten steps
+@pytest.fixture(scope='module')
+def one(tmp_path_factory):
+    "The script, and what one process made with it."
+    out = tmp_path_factory.mktemp('one')
+    script = out/'train.py'; script.write_text(TRAIN)
+    torchrun(1, script, out, 'copies')
+    return script, out
+
+
+@pytest.mark.parametrize('how', SETTINGS)
+def test_n_processes_follow_one_and_go_on_as_m(tmp_path, one, how):
+    script, folders = one[0], {1: one[1], 2: tmp_path/'2', 4: tmp_path/'4'}
+    for n in 2, 4: folders[n].mkdir()
+    torchrun(2, script, folders[2], how)
+    torchrun(4, script, folders[4], how, folders[2])                 # from the checkpoint of two, after ten steps
     read = lambda n, name: torch.load(folders[n]/f'{name}.pt')
-    for setting in SETTINGS:
+    for setting in SETTINGS[how]:
         alone = read(1, f'{setting}_losses')
         assert len(alone) == 20 and apart(alone, read(2, f'{setting}_losses')) < 1e-6
         assert apart(alone[10:], read(4, f'{setting}_losses')) < 1e-6
@@ -201,3 +211,16 @@ def test_what_all_have_said_is_what_one_has_said(fused):
         dist.init_process_group('gloo', rank=0, world_size=1, store=dist.HashStore())
         try: assert figures(everybodys_outputs(student), everybodys_outputs(teacher)) == alone, name
         finally: dist.destroy_process_group()
+
+
+@linux
+def test_two_nodes_meet_and_start_again_together(tmp_path, undisturbed):
+    "Two agents with one process each, here on one machine; a process of the second dies, and both begin again from the checkpoint."
+    with socket.socket() as s: s.bind(('localhost', 0)); port = s.getsockname()[1]
+    out = tmp_path/'run'
+    nodes = [start(out, recipe=LONG, nproc=1, nnodes=2, rdzv=f'localhost:{port}') for _ in range(2)]
+    wait_for(lambda: list_checkpoints(out))
+    os.kill(processes_of(out, rank=1)[0], signal.SIGKILL)
+    ended = [(n.communicate(timeout=300)[1], n.returncode) for n in nodes]
+    assert [code for _, code in ended] == [0, 0], ended
+    assert apart(undisturbed, last_checkpoint(out)) == 0 and [l['step'] for l in read_metrics(out)] == list(range(1, 49))

@@ -176,7 +176,7 @@ class PatchTargets(Term):
 
     def modules_of(self, backbone, **head_kwargs) -> dict: return {'aggregate': AGGREGATES[self.aggregate](backbone.dim)}
 
-# %% ../../nbs/4_objectives/6_selfpatch.ipynb #8eedabc1
+# %% ../../nbs/4_objectives/6_selfpatch.ipynb #1d31bd1a
 @setting('selfpatch', SummaryDINOLoss)
 class SelfPatchLoss(PatchTargets, Distillation):
     """Each patch of the student answers to the teacher's summary of its most similar neighbours, in every view. SelfPatch Eq. 7.
@@ -200,7 +200,8 @@ class SelfPatchLoss(PatchTargets, Distillation):
         s, t = student.logits[self.head], teacher.logits[self.head].detach()
         W = self.weight * s.shape[1] * patch_weights(student.grids, s.device)        # the core divides by B S instead of B
         pairs = [x.flatten(0, 1)[:, None] for x in (s, t)]
-        loss = soft_cross_entropy(*pairs, W.repeat(len(s))[:, None, None], self.student_temp, teacher_temp, self.center)
+        loss = soft_cross_entropy(*pairs, W.repeat(len(s))[:, None, None], self.student_temp, teacher_temp, self.center,
+                                  overwrite=not getattr(student, 'keep', True))
         if self.training: self.update_center(t)
         return {self.head: loss}
 

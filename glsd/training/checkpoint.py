@@ -7,7 +7,7 @@ __all__ = ['PARTS', 'written_beside', 'list_checkpoints', 'save_checkpoint', 'Ch
            'last_checkpoint', 'load_weights', 'check_same_recipe', 'saved_recipe', 'run_lock', 'MetricsLog',
            'read_metrics', 'export_backbone']
 
-# %% ../../nbs/5_training/3_checkpoint.ipynb #529881cc
+# %% ../../nbs/5_training/3_checkpoint.ipynb #3fceb7d0
 import errno, json, os, pickle, shutil, threading, warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 
 import glsd.backbones  # registers its own models with timm
+from .sharding import cut_like
 from .recipe import BaseRecipe, Recipe
 
 try: import fcntl
@@ -132,7 +133,7 @@ def last_checkpoint(run_dir) -> dict | None:
         except ValueError as e: warnings.warn(f'{e}; going back to the checkpoint before it')
     if paths: raise ValueError(f'none of the {len(paths)} checkpoints in {paths[0].parent} can be read; to start again, remove that folder')
 
-# %% ../../nbs/5_training/3_checkpoint.ipynb #c6ea2e63
+# %% ../../nbs/5_training/3_checkpoint.ipynb #b524499c
 def load_weights(module, state: dict, where='checkpoint'):
     "module.load_state_dict, but what does not fit is a ValueError of one line with the first keys that differ."
     ours = module.state_dict()
@@ -140,7 +141,7 @@ def load_weights(module, state: dict, where='checkpoint'):
               'of another shape': [f'{k} ({_shape(state[k])}, here {_shape(v)})' for k, v in ours.items() if k in state and state[k].shape != v.shape]}
     lines = [f'{kind}: {_first(keys)}' for kind, keys in unlike.items() if keys]
     if lines: raise ValueError(f'{where} is of another architecture; {"; ".join(lines)}')
-    module.load_state_dict(state)
+    module.load_state_dict({k: cut_like(v, ours[k]) for k, v in state.items()})
 
 def _shape(tensor): return 'x'.join(map(str, tensor.shape)) or 'one number'
 

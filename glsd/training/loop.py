@@ -7,7 +7,7 @@ __all__ = ['MOST_SKIPPED', 'build_dataset', 'build_multicrop', 'schedules', 'see
            'pick_device', 'Alone', 'check_parts', 'Answers', 'Trainer', 'batches', 'run_monitors', 'Run', 'load_run',
            'pretrain', 'restore', 'Journal', 'Stopped', 'sigterm', 'batch_of', 'keep_for_replay', 'train', 'remove_run']
 
-# %% ../../nbs/5_training/5_loop.ipynb #388cf0b8
+# %% ../../nbs/5_training/5_loop.ipynb #163af134
 import math, shutil, signal, threading, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -30,6 +30,7 @@ from .checkpoint import (CheckpointWriter, MetricsLog, check_same_recipe, last_c
                                       read_metrics, run_lock, saved_recipe, written_beside)
 from .recipe import Recipe
 from .speed import compile_backbones
+from .sharding import collected, cut_like, norms, parts
 from .schedules import cosine_schedule, ema_update, warmup_schedule
 from .watching import Bar, LivePlot, NotFinite, StuckCheck, check_finite, in_notebook
 from ..views.multicrop import MultiCrop
@@ -76,16 +77,16 @@ def decay_groups(named_parameters) -> list:
         if p.requires_grad: (rest if p.ndim <= 1 or name.endswith('.bias') else decay).append(p)
     return [dict(params=decay), dict(params=rest, weight_decay=0.)]
 
-# %% ../../nbs/5_training/5_loop.ipynb #96cfbbf0
+# %% ../../nbs/5_training/5_loop.ipynb #c7bf2d71
 @torch.no_grad()
 def clip_gradients(parameters, limit: float):
     """Scales the gradient of each parameter tensor to a norm of at most `limit` (0: leaves them). Returns the norm of all before that.
 
     Tensor by tensor as DINO's code does; torch's clip_grad_norm_ looks at the norm of all together."""
     grads = [p.grad for p in parameters if p.grad is not None]
-    norms = torch.stack(torch._foreach_norm(grads))
-    if limit: torch._foreach_mul_(grads, list((limit / (norms + 1e-6)).clamp(max=1)))
-    return norms.norm()
+    each = norms(grads)
+    if limit: torch._foreach_mul_(parts(grads), list((limit / (each + 1e-6)).clamp(max=1)))
+    return each.norm()
 
 # %% ../../nbs/5_training/5_loop.ipynb #3e0b6cf1
 def pick_device(name: str) -> torch.device:
@@ -95,15 +96,15 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError):
         raise ValueError(f"device '{name}' is not there; choose auto, cpu" + (', cuda' if torch.cuda.is_available() else '')) from None
 
-# %% ../../nbs/5_training/5_loop.ipynb #cb05a130
+# %% ../../nbs/5_training/5_loop.ipynb #81fc2721
 class Alone:
     "The world of a run that is one process: number `rank` of `size`."
     rank, size = 0, 1
     def device(self, name): return pick_device(name)
-    def spread(self, module): return module        # a module whose gradients become means over all processes
+    def spread(self, module, backbone, fsdp): return module   # a module whose gradients become means over all processes
     def synced(self, module): return module        # BatchNorm that sees the batch of all processes
     def mean(self, numbers): return numbers        # over all processes
-    def any(self, flag): return flag               # is it so in one of them?
+    def any(self, *flags): return flags            # each: is it so in one of them?
 
 
 def check_parts(recipe, size):
@@ -125,7 +126,7 @@ class Answers(nn.Module):
         said, self.said = self.said, None
         return said
 
-# %% ../../nbs/5_training/5_loop.ipynb #fef5b6e8
+# %% ../../nbs/5_training/5_loop.ipynb #19f56d94
 class Trainer:
     """Student, teacher, objective and optimiser of one recipe, and the step that moves them on.
 
@@ -143,14 +144,14 @@ class Trainer:
         self.teacher = self.branch(create_backbone(recipe.backbone), self.objective.teacher_heads).requires_grad_(False)
         self.teacher.load_state_dict(self.student.state_dict())
         if recipe.compile: compile_backbones(self.student, self.teacher)
-        named = [*self.student.named_parameters(), *self.objective.named_parameters()]
+        answers = Answers(self.student, self.objective)
+        self.take, self.answers = answers.take, world.spread(answers, self.student.backbone, recipe.fsdp)
+        named = [*self.student.named_parameters(), *self.objective.named_parameters()]     # as they are spread
         self.parameters = [p for _, p in named if p.requires_grad]
         self.last_layers = [p for name, p in named if '.last_layer.' in name]
         self.optimizer = torch.optim.AdamW(decay_groups(named), lr=0., fused=self.device.type in ('cpu', 'cuda'))
         self.schedules, self.frozen = schedules(recipe, steps), round(recipe.freeze_last * steps)
         self.buffers = [b for part in (self.student, self.teacher, self.objective) for b in part.buffers()]
-        answers = Answers(self.student, self.objective)
-        self.take, self.answers = answers.take, world.spread(answers)
 
     def branch(self, backbone, heads):
         r = self.recipe
@@ -217,13 +218,15 @@ class Trainer:
         ema_update(self.teacher, self.student, now['momentum'])
 
     def state_dict(self) -> dict:
+        "With fsdp all processes must ask, and the first gets it whole."
         b = self.teacher.backbone
         return dict(step=self.done, recipe=self.recipe.differences(), backbone=dict(timm_name=b.timm_name, timm_kwargs=b.timm_kwargs),
-                    **{k: getattr(self, k).state_dict() for k in ('student', 'teacher', 'objective', 'optimizer')})
+                    **collected({k: getattr(self, k).state_dict() for k in ('student', 'teacher', 'objective', 'optimizer')}, self.world.rank == 0))
 
     def load_state_dict(self, state: dict, where='checkpoint'):
         for k in 'student', 'teacher', 'objective': load_weights(getattr(self, k), state[k], f"{where}: '{k}'")
         self.optimizer.load_state_dict(state['optimizer'])
+        for p, now in self.optimizer.state.items(): now.update({k: cut_like(v, p) for k, v in now.items()})
         self.done = state['step']
 
 # %% ../../nbs/5_training/5_loop.ipynb #e1527d7e
@@ -295,7 +298,7 @@ def restore(trainer, out):
         trainer.load_state_dict(state, where=str(out))
     if trainer.world.rank == 0: trainer.recipe.save(out/'recipe.yaml')
 
-# %% ../../nbs/5_training/5_loop.ipynb #e6e7f2a9
+# %% ../../nbs/5_training/5_loop.ipynb #69a035ee
 class Journal:
     """Log, checkpoints and display of a run in the folder `out`: every `every` steps, and every `minutes`, a checkpoint."""
     def __init__(self, out, trainer, every, minutes=0., progress=True):
@@ -308,17 +311,17 @@ class Journal:
         done = self.trainer.done
         return done == self.trainer.steps or done % self.every == 0 or 0 < 60 * self.minutes <= time.perf_counter() - self.saved
 
-    def write(self, line: dict, save=False):
-        "A line of numbers for the step that has just been done; `save`: a checkpoint in any case."
+    def write(self, line: dict, state: dict | None = None):
+        "A line of numbers for the step that has just been done, and a `state` to be kept as a checkpoint."
         now = time.perf_counter()
         self.log.write({**line, 'seconds': round(now - self.started, 4), 'seconds_waiting': round(self.loaded - self.started, 4)})
         self.started = now
-        if save or self.due(): self.save()
+        if state: self.save(state)
         if self.show: self.show(self.log.lines)
 
-    def save(self):
+    def save(self, state):
         self.log.sync()                                     # a checkpoint must not be ahead of its log
-        self.writer.save(self.trainer.state_dict())
+        self.writer.save(state)
         self.saved = time.perf_counter()
 
     def close(self):
@@ -327,7 +330,7 @@ class Journal:
             self.log.close()
             if self.show: self.show.close()
 
-# %% ../../nbs/5_training/5_loop.ipynb #3f6c39a6
+# %% ../../nbs/5_training/5_loop.ipynb #60890603
 class Stopped(RuntimeError):
     "A run was asked to end, and wrote a checkpoint first."
     exit_code = 128 + signal.SIGTERM
@@ -350,11 +353,12 @@ def batch_of(recipe, dataset, step: int) -> tuple:
 
 def keep_for_replay(trainer, out, dataset, error: NotFinite):
     "Writes the state from before a step that failed, its images and its numbers to out/not_finite/step_NNNNNNNN.pt; the last three are kept."
-    path, (epoch, index) = Path(out)/'not_finite'/f'step_{error.step:08d}.pt', batch_of(trainer.recipe, dataset, error.step)
-    with written_beside(path) as f: torch.save(dict(trainer.state_dict(), format=1, epoch=epoch, index=index.tolist(), numbers=error.named), f)
+    path, (epoch, index), state = Path(out)/'not_finite'/f'step_{error.step:08d}.pt', batch_of(trainer.recipe, dataset, error.step), trainer.state_dict()
+    if trainer.world.rank: return
+    with written_beside(path) as f: torch.save(dict(state, format=1, epoch=epoch, index=index.tolist(), numbers=error.named), f)
     for old in sorted(path.parent.glob('step_*.pt'))[:-3]: old.unlink()
 
-# %% ../../nbs/5_training/5_loop.ipynb #e1f9fb1b
+# %% ../../nbs/5_training/5_loop.ipynb #2d35b68b
 def train(trainer, out, dataset, monitors, progress):
     "The loop itself."
     r, world = trainer.recipe, trainer.world
@@ -371,13 +375,14 @@ def train(trainer, out, dataset, monitors, progress):
                 looks = [m.look for m in shown.values() if hasattr(m, 'look')] + [stuck] * (journal is not None and stuck.due(step))
                 try: line, skipped = trainer.step(views, looks), 0
                 except NotFinite as e:
-                    if journal: keep_for_replay(trainer, out, dataset, e)
+                    keep_for_replay(trainer, out, dataset, e)
                     skipped += 1
                     if r.on_nan == 'stop' or skipped == MOST_SKIPPED: raise ValueError(f'{e}. Look at that step with: glsd replay {out}') from None
                     line, shown = trainer.skip(e.name), {k: m for k, m in shown.items() if not hasattr(m, 'look')}   # there was nothing to look at
                 if shown: line |= run_monitors(trainer, shown)
-                stop = world.any(asked_to_stop())
-                if journal: journal.write(line, save=stop)
+                stop, due = world.any(asked_to_stop(), journal is not None and journal.due())
+                state = trainer.state_dict() if stop or due else None
+                if journal: journal.write(line, state)
                 if stop and trainer.done < trainer.steps: raise Stopped(out, trainer.done)
     finally:
         if journal: journal.close()

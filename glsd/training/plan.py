@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GPUS', 'OnMeta', 'empty_views', 'Kept', 'Count', 'count_step', 'Machine', 'calibrate', 'measure_step',
-           'seconds_of_views', 'gpu', 'plan', 'plan_lines']
+           'seconds_of_views', 'gpu', 'times_sent', 'plan', 'plan_lines']
 
 # %% ../../nbs/5_training/11_plan.ipynb #527c8a0f
 import io, itertools, os, time
@@ -44,7 +44,7 @@ class Kept:
     def __exit__(self, *error): self.hooks.__exit__(*error)
     def keep(self, x): s = x.untyped_storage(); self.kept[s._cdata] = s; return x
 
-# %% ../../nbs/5_training/11_plan.ipynb #8c9ae968
+# %% ../../nbs/5_training/11_plan.ipynb #2abc8c1e
 @dataclass(frozen=True)
 class Count:
     "What a step of `batch` images on one device takes: matrix operations, and bytes by name (see `count_step`)."
@@ -56,8 +56,8 @@ class Count:
     @property
     def peak(self) -> float: return sum(self.bytes.values())
 
-def count_step(recipe: Recipe, batch: int | None = None) -> Count:
-    "Counts one step on `batch` images (the recipe's, if not given). ValueError for an objective whose matching needs numbers."
+def count_step(recipe: Recipe, batch: int | None = None, processes: int = 1) -> Count:
+    "Counts one step on `batch` images (the recipe's, if not given) in one of so many processes. ValueError for an objective whose matching needs numbers."
     batch = batch or recipe.batch_size
     with torch.device('meta'):
         trainer = Trainer(recipe, 10, OnMeta())
@@ -74,9 +74,9 @@ def count_step(recipe: Recipe, batch: int | None = None) -> Count:
             raise ValueError(f'plan cannot count the objective {recipe.objective!r}, which needs numbers to choose what it compares: plan with geometric') from e
     P, T, half = sum(p.numel() for p in trainer.parameters), sum(p.numel() for p in trainer.teacher.parameters()), 1 / (1 + recipe.amp)
     answers = [sum(np.prod(x.shape) for x in o.logits.values()) for o in (out, teacher)]
-    by_name = dict(state=4 * (4 * P + T), activations=kept.bytes * half, views=sum(c.numel() for c in views.crops) * 4)
+    by_name = dict(state=4 * (4 * P / (processes if recipe.fsdp else 1) + T), activations=kept.bytes * half, views=sum(c.numel() for c in views.crops) * 4)
     block = min(2 ** (22 if recipe.device == 'cpu' else 26), answers[0])
-    by_name |= dict(blocks=8 * block + 8 * recipe.out_dim * recipe.head_bottleneck) if recipe.fused else dict(logits=4 * half * (2 * answers[0] + answers[1]))
+    by_name |= dict(blocks=8 * block + 8 * recipe.out_dim * recipe.head_bottleneck) if recipe.fused else dict(logits=4 * half * sum(answers))
     return Count(batch, P, counter.get_total_flops(), {k: float(v) for k, v in by_name.items()})
 
 # %% ../../nbs/5_training/11_plan.ipynb #e737f72e
@@ -161,17 +161,21 @@ def gpu(name: str, recipe: Recipe, tflops: float = 0., efficiency: float = 0., m
     said = f'{share:.0%} of {peak:g} TFLOP/s ({name}, {"bf16" if recipe.amp else "float32"}): not measured on this GPU'
     return Machine(peak * 1e12 * share, memory=(memory or GPUS[name][2]) * 1e9, assumed=said)
 
-# %% ../../nbs/5_training/11_plan.ipynb #217038f3
+# %% ../../nbs/5_training/11_plan.ipynb #beba0490
+def times_sent(recipe) -> int:
+    "How often the weights' bytes cross a process's link in a step: gradients there and back; with fsdp also weights for each pass of a size group, and for the teacher."
+    return 3 * (1 + bool(recipe.n_local)) + 1 if recipe.fsdp else 2
+
 def plan(recipe: Recipe, machine: Machine, gpus: int = 1, images: int = 0, link: float = 50., views: float | None = None) -> dict:
     """What a run of the recipe on `gpus` devices needs: seconds of a step and its parts, bytes a device, days.
 
     `images` in the data set (0: those of the recipe's); `link` GB/s between devices; `views`: seconds of an image's views on
     one core (None: measured here), made by `recipe.workers` processes a device. ValueError if devices cannot share a batch equally."""
     if gpus < 1 or recipe.batch_size % gpus: raise ValueError(f'batch_size={recipe.batch_size} cannot be shared equally by {gpus} GPUs: choose a multiple of {gpus}')
-    count, views = count_step(recipe, recipe.batch_size // gpus), seconds_of_views(recipe) if views is None else views
+    count, views = count_step(recipe, recipe.batch_size // gpus, gpus), seconds_of_views(recipe) if views is None else views
     steps = recipe.total_steps(images or (recipe.n_images if recipe.data == 'toyworld' else len(build_dataset(recipe))))
     parts = dict(compute=machine.seconds(count), views=views * count.batch / max(1, recipe.workers),
-                 communication=2 * (gpus - 1) / gpus * 4 * count.parameters / (link * 1e9))
+                 communication=times_sent(recipe) * (gpus - 1) / gpus * 4 * count.parameters / (link * 1e9))
     seconds = max(parts['compute'], parts['views']) + parts['communication']
     if not recipe.workers: seconds += min(parts['compute'], parts['views'])           # nobody makes views meanwhile
     return dict(gpus=gpus, batch=count.batch, parameters=count.parameters, flops=count.flops, parts=parts, seconds=seconds, steps=steps,

@@ -6,7 +6,7 @@
 __all__ = ['SyncedBatchNorm', 'Group', 'joined', 'die_with_parent', 'my_part', 'everybodys', 'everybodys_outputs', 'agent',
            'end_with_stdin', 'launch']
 
-# %% ../../nbs/5_training/8_processes.ipynb #8dd40f9e
+# %% ../../nbs/5_training/8_processes.ipynb #07955cd7
 import ctypes, inspect, json, logging, os, signal, subprocess, sys, tempfile, threading, time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +19,7 @@ from torch import nn
 from ..backbones.heads import Factored
 from .checkpoint import read_metrics
 from .loop import Alone, Run, build_dataset, check_parts, load_run, pick_device
+from .sharding import fully_sharded
 from .watching import Bar, LivePlot, in_notebook
 
 # %% ../../nbs/5_training/8_processes.ipynb #f34ff015
@@ -55,7 +56,7 @@ class SyncedBatchNorm(nn.BatchNorm1d):
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
         self.running_var.lerp_((var * n / max(1, n - 1)).to(self.running_var.dtype), self.momentum)
 
-# %% ../../nbs/5_training/8_processes.ipynb #89c90d4c
+# %% ../../nbs/5_training/8_processes.ipynb #e629ed2d
 class Group:
     "The world of a run that several processes share, each with a copy of the networks: `torch.distributed` must be up."
     def __init__(self):
@@ -67,7 +68,8 @@ class Group:
         device = pick_device(name)
         return self.at if device.type == 'cuda' and self.at.type == 'cuda' else device
 
-    def spread(self, module):
+    def spread(self, module, backbone, fsdp):
+        if fsdp: return fully_sharded(module, backbone, self.at)
         DDP = nn.parallel.DistributedDataParallel
         quiet = 'forward_sync_buffers' if 'forward_sync_buffers' in inspect.signature(DDP).parameters else 'broadcast_buffers'   # its older name
         # the graph is the same in every step, and in every step the same parameters (a mask token, say) may have no gradient
@@ -82,9 +84,9 @@ class Group:
         numbers = numbers.clone(); dist.all_reduce(numbers)
         return numbers / self.size
 
-    def any(self, flag):
-        told = torch.tensor(float(flag), device=self.at); dist.all_reduce(told)
-        return bool(told)
+    def any(self, *flags):
+        told = torch.tensor(flags, dtype=torch.float, device=self.at); dist.all_reduce(told)
+        return (told > 0).tolist()
 
 # %% ../../nbs/5_training/8_processes.ipynb #9a4e5219
 @contextmanager

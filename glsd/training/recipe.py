@@ -122,7 +122,7 @@ def _nearest(name, names):
     known = {**{theirs: n for theirs, n in _ELSEWHERE.items() if n in names}, **{n: n for n in names}}  # what other codes call it counts as near
     return known[difflib.get_close_matches(str(name).replace('-', '_').lower(), known, n=1, cutoff=0)[0]]
 
-# %% ../../nbs/5_training/2_recipe.ipynb #a0555b97
+# %% ../../nbs/5_training/2_recipe.ipynb #88ba950c
 @dataclass(frozen=True)
 class Recipe(BaseRecipe):
     """All that decides what a run computes; the defaults are the paper's (Sec. 4.2; [6] is DINO, whose details it follows).
@@ -180,6 +180,7 @@ class Recipe(BaseRecipe):
     workers: int = 0                  # processes that make views, beside this one
     amp: bool = False                 # bfloat16 autocast
     compile: bool = False             # torch.compile of both backbones; needs a C++ compiler, pays off after minutes
+    fsdp: bool = False                # each of several processes keeps a part of the student's weights and of AdamW's means: for large backbones
     colour_on_device: bool = False    # workers send uint8 crops, the trainer's device gives them their colours
     device: str = 'auto'              # CUDA where there is one, or the CPU
     monitor_every: int = 0            # steps between monitors (k-NN, ...); 0: at the end only
@@ -187,8 +188,9 @@ class Recipe(BaseRecipe):
     checkpoint_minutes: float = 0.    # and at least every so many minutes; 0: not by the clock
     on_nan: str = 'stop'              # a term or gradient that is not finite: 'stop' the run, or 'skip' that step
 
-    free = 'workers', 'device', 'monitor_every', 'checkpoint_every', 'checkpoint_minutes', 'on_nan'
+    free = 'workers', 'device', 'monitor_every', 'checkpoint_every', 'checkpoint_minutes', 'on_nan', 'fsdp'
 
     def check(self):
         check_ranges(self, _AT_LEAST, _SHARES, _POSITIVE, ('global_scale', 'local_scale', 'query_scale'))
         if self.on_nan not in ('stop', 'skip'): raise ValueError(f"recipe: on_nan must be 'stop' or 'skip', not {self.on_nan!r}")
+        if self.fsdp and self.compile: raise ValueError('recipe: fsdp and compile do not go together yet: set one of them to False')

@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['cosine_schedule', 'warmup_schedule', 'ema_update']
 
-# %% ../../nbs/5_training/1_schedules.ipynb #a554b080
+# %% ../../nbs/5_training/1_schedules.ipynb #709ff277
 import numpy as np
 import torch
 from torch import nn
+
+from .sharding import is_cut, whole
 
 # %% ../../nbs/5_training/1_schedules.ipynb #284107ce
 def cosine_schedule(base: float, final: float, steps: int, warmup_steps: int = 0, start: float = 0.) -> np.ndarray:
@@ -31,10 +33,13 @@ def warmup_schedule(start: float, final: float, steps: int, warmup_steps: int) -
     warmup_steps = min(warmup_steps, steps)
     return np.concatenate([np.linspace(start, final, warmup_steps), np.full(steps - warmup_steps, float(final))])
 
-# %% ../../nbs/5_training/1_schedules.ipynb #1bf90dca
+# %% ../../nbs/5_training/1_schedules.ipynb #174efd7a
 @torch.no_grad()
 def ema_update(teacher: nn.Module, student: nn.Module, momentum: float):
     """teacher <- momentum * teacher + (1 - momentum) * student, for all parameters at once and in place.
 
     Buffers (running statistics) stay the teacher's own. Source: GLSD, Sec. 3.3."""
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+    pairs = list(zip(teacher.parameters(), student.parameters(), strict=True))
+    if any(is_cut(s) for _, s in pairs):                # of a sharded student one whole tensor at a time
+        for t, s in pairs: t.lerp_(whole(s), 1 - momentum)
+    else: torch._foreach_lerp_(*map(list, zip(*pairs)), 1 - momentum)

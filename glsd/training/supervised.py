@@ -151,7 +151,7 @@ def load_supervised(path) -> SupervisedRun:
     load_weights(model, state['student'], path)
     return SupervisedRun(Path(path), recipe, model.to(pick_device(recipe.device)).eval(), classes, read_metrics(path))
 
-# %% ../../nbs/5_training/7_supervised.ipynb #54422561
+# %% ../../nbs/5_training/7_supervised.ipynb #e07bf5ef
 def train_supervised(recipe: SupervisedRecipe, out, train=None, test=None, resume=True, progress=True) -> SupervisedRun:
     """Trains `recipe` in the folder `out`, or goes on where it was cut; a finished run is only read.
 
@@ -181,6 +181,6 @@ def _train(trainer, out, train, test, progress):
                 if trainer.done == trainer.steps or (r.test_every and trainer.done % (r.test_every * per_epoch) == 0):
                     line['test/top1'] = top1(trainer.model, test, r.size, workers=r.workers)
                 stop = asked_to_stop()
-                journal.write(line, save=stop)
+                journal.write(line, trainer.state_dict() if stop or journal.due() else None)
                 if stop and trainer.done < trainer.steps: raise Stopped(out, trainer.done)
     finally: journal.close()
