@@ -111,14 +111,15 @@ def check_parts(recipe, size):
     "ValueError unless so many processes can share a batch equally."
     if recipe.batch_size % size: raise ValueError(f'batch_size={recipe.batch_size} cannot be shared equally by {size} processes: choose a multiple of {size}')
 
-# %% ../../nbs/5_training/5_loop.ipynb #66ed68fe
+# %% ../../nbs/5_training/5_loop.ipynb #8da8fa97
 class Answers(nn.Module):
     "From views to loss terms; what the student said on the way is to be taken once: logits of one step must not wait for the next."
     def __init__(self, student, objective):
         super().__init__()
         self.student, self.objective, self.said = student, objective, None
 
-    def forward(self, views, asked, teacher, teacher_temp, keep=True):
+    def forward(self, views, teacher, teacher_temp, keep=True):
+        asked = self.objective.asks(views, self.student)    # here, where sharded weights are whole: it may hand out a mask token
         self.said = replace(self.student(views, asked=asked), keep=keep)
         return self.objective(self.said, teacher, teacher_temp)
 
@@ -126,7 +127,7 @@ class Answers(nn.Module):
         said, self.said = self.said, None
         return said
 
-# %% ../../nbs/5_training/5_loop.ipynb #19f56d94
+# %% ../../nbs/5_training/5_loop.ipynb #d839ff55
 class Trainer:
     """Student, teacher, objective and optimiser of one recipe, and the step that moves them on.
 
@@ -171,9 +172,8 @@ class Trainer:
     def forward(self, views, teacher_temp, keep=True):
         "-> student Outputs, teacher Outputs, named terms. keep: the student's logits outlast the loss."
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.amp):
-            ask = self.objective.asks
-            with torch.no_grad(): teacher = self.teacher(views, self.objective.teacher_groups, ask(views, self.teacher, teacher=True))
-            terms = self.answers(views, ask(views, self.student), teacher, teacher_temp, keep)
+            with torch.no_grad(): teacher = self.teacher(views, self.objective.teacher_groups, self.objective.asks(views, self.teacher, teacher=True))
+            terms = self.answers(views, teacher, teacher_temp, keep)
             return self.take(), teacher, terms
 
     def step(self, views, looks=()) -> dict:

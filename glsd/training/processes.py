@@ -56,7 +56,7 @@ class SyncedBatchNorm(nn.BatchNorm1d):
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
         self.running_var.lerp_((var * n / max(1, n - 1)).to(self.running_var.dtype), self.momentum)
 
-# %% ../../nbs/5_training/8_processes.ipynb #e629ed2d
+# %% ../../nbs/5_training/8_processes.ipynb #ed51f2bb
 class Group:
     "The world of a run that several processes share, each with a copy of the networks: `torch.distributed` must be up."
     def __init__(self):
@@ -69,7 +69,7 @@ class Group:
         return self.at if device.type == 'cuda' and self.at.type == 'cuda' else device
 
     def spread(self, module, backbone, fsdp):
-        if fsdp: return fully_sharded(module, backbone, self.at)
+        if fsdp: return fully_sharded(module, backbone)
         DDP = nn.parallel.DistributedDataParallel
         quiet = 'forward_sync_buffers' if 'forward_sync_buffers' in inspect.signature(DDP).parameters else 'broadcast_buffers'   # its older name
         # the graph is the same in every step, and in every step the same parameters (a mask token, say) may have no gradient

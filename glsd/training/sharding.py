@@ -10,23 +10,23 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-# %% ../../nbs/5_training/12_sharding.ipynb #f1cedcc9
+# %% ../../nbs/5_training/12_sharding.ipynb #3d491cb7
 def units(backbone: nn.Module, least: float = 1 / 64) -> list:
     "The blocks of a backbone that are gathered one after the other: items of its lists with at least a share `least` of its weights, inner ones first."
     count = lambda m: sum(p.numel() for p in m.parameters())
     found, taken = [], set()
     for m in reversed([item for m in backbone.modules() if isinstance(m, (nn.Sequential, nn.ModuleList)) for item in m]):
         own = [p for p in m.parameters() if p not in taken]
-        if m not in found and sum(p.numel() for p in own) >= least * count(backbone): found.append(m); taken.update(own)
+        if sum(p.numel() for p in own) >= least * count(backbone): found.append(m); taken.update(own)
     return found
 
-def fully_sharded(module: nn.Module, backbone: nn.Module, device: torch.device) -> nn.Module:
-    """Cuts all parameters of `module` into rows, one part for each process, in place (FSDP2); returns it. `backbone`, within it, is gathered unit by unit.
+def fully_sharded(module: nn.Module, backbone: nn.Module) -> nn.Module:
+    """Cuts all parameters of `module` into rows, one part for each process, in place (FSDP2); returns it. `backbone`, within it, is gathered block by block.
 
     Parameters are DTensors from then on: an optimiser is to be made afterwards."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    mesh = init_device_mesh(next(module.parameters()).device.type, (dist.get_world_size(),))
     for m in (*units(backbone), module): fully_shard(m, mesh=mesh)
     return module
 
