@@ -37,8 +37,8 @@ def test_a_healthy_run_is_not_accused(tmp_path, recwarn):
 
 @pytest.mark.parametrize('term', ['view', 'region'])
 def test_non_finite_term_is_named_and_the_last_checkpoint_stays(tmp_path, monkeypatch, term):
-    def broken(self, views, temp, _forward=Trainer.forward):
-        student, teacher, terms = _forward(self, views, temp)
+    def broken(self, views, temp, keep=True, _forward=Trainer.forward):
+        student, teacher, terms = _forward(self, views, temp, keep)
         return student, teacher, {k: v * float('nan') if k == term and self.done == 3 else v for k, v in terms.items()}
     monkeypatch.setattr(Trainer, 'forward', broken)
     with pytest.raises(ValueError, match=f"step 4: '{term}' is nan") as error: pretrain(QUICK, tmp_path, progress=False)
@@ -203,8 +203,8 @@ def test_a_full_disk_names_the_folder_and_the_bytes(tmp_path, monkeypatch):
 
 
 def broken_at(*steps):
-    def forward(self, views, temp, _forward=Trainer.forward):
-        student, teacher, terms = _forward(self, views, temp)
+    def forward(self, views, temp, keep=True, _forward=Trainer.forward):
+        student, teacher, terms = _forward(self, views, temp, keep)
         return student, teacher, {k: v * float('nan') if k == 'region' and self.done + 1 in steps else v for k, v in terms.items()}
     return forward
 
