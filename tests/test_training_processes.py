@@ -202,7 +202,7 @@ def test_what_all_have_said_is_what_one_has_said(fused):
     from glsd.training.loop import batches, build_dataset
     from glsd.training.processes import everybodys_outputs
     for name in ALL:
-        recipe = RECIPE.replace(objective=name, fused=fused, n_query=3, batch_size=4)
+        recipe = RECIPE.replace(objective=name, fused=fused, n_query=3, batch_size=5)
         trainer = Trainer(recipe, 10)
         views = next(batches(recipe, build_dataset(recipe), 0, 1, trainer.multicrop))
         student, teacher, _ = trainer.forward(views, .04)

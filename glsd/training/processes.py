@@ -131,7 +131,7 @@ def everybodys_outputs(outputs, most=64):
         parts = [torch.empty_like(x) for _ in range(size)]
         dist.all_gather(parts, x)
         return torch.cat(parts)
-    def by_view(x): return gather(x.unflatten(0, (-1, B)).transpose(0, 1)).transpose(0, 1).flatten(0, 1) if isinstance(x, torch.Tensor) else x    # [V*B, ...]
+    def by_view(x): return gather(x.unflatten(0, (-1, B)).transpose(0, 1)).transpose(0, 1).flatten(0, 1) if isinstance(x, torch.Tensor) and x.ndim > 1 else x    # [V*B, n, ...]; a mask token [d] is everybody's
     return replace(outputs, **{k: gather(getattr(outputs, k)) for k in ('pooled', 'tokens', 'w_geo', 'queries')},
                    logits={k: gather(v) for k, v in outputs.logits.items()}, asked=[{k: by_view(v) for k, v in more.items()} for more in outputs.asked])
 
