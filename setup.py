@@ -1,4 +1,5 @@
 """Packaging only: everything it says stands in settings.ini."""
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -10,11 +11,19 @@ ini.read(here / 'settings.ini', encoding='utf-8')
 cfg = ini['DEFAULT']
 
 setup(
-    name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], license='Apache-2.0',
-    author=cfg['author'], keywords=cfg['keywords'], python_requires='>=' + cfg['min_python'],
-    long_description=(here / 'README.md').read_text(encoding='utf-8') if (here / 'README.md').exists() else '',
+    name=cfg['lib_name'],
+    version=cfg['version'],
+    description=cfg['description'],
+    license='Apache-2.0',
+    author=cfg['author'],
+    keywords=cfg['keywords'],
+    python_requires='>=' + cfg['min_python'],
+    long_description=(here / 'README.md').read_text(encoding='utf-8')
+    if (here / 'README.md').exists()
+    else '',
     long_description_content_type='text/markdown',
     packages=find_packages(include=['glsd', 'glsd.*']),
-    install_requires=cfg['requirements'].split(), extras_require={'dev': cfg['dev_requirements'].split()},
+    install_requires=cfg['requirements'].split(),
+    extras_require={'dev': cfg['dev_requirements'].split()},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': ['glsd=glsd._modidx:d']},
 )

@@ -2,15 +2,20 @@
 
 CONTESTANT=glsd and plain go from logits, which nobody reads again, to their gradient; fused, stored and plain_z from the bottleneck through the last
 layer to the gradients of both factors: without stored logits, glsd's loss with them, and the plain loss with them."""
+
 import os
 from types import SimpleNamespace
+
 import common
 import numpy as np
 import torch
+
 from glsd.views.multicrop import MultiCrop
+
 
 class Given(torch.autograd.Function):
     "Logits as a last layer hands them over; of the gradient that comes back, the norm is noted once."
+
     @staticmethod
     def forward(ctx, trigger, logits, name, norms):
         ctx.name, ctx.norms = name, norms
@@ -18,47 +23,79 @@ class Given(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        if ctx.name not in ctx.norms: ctx.norms[ctx.name] = g.norm().item()
+        if ctx.name not in ctx.norms:
+            ctx.norms[ctx.name] = g.norm().item()
         return None, None, None, None
+
 
 def outputs(w_geo, grids, K):
     "What a loss reads of a branch's `Outputs`, with random logits. Drawn in place: the inputs themselves must not set the peak."
     B, V = w_geo.shape[:2]
     S = sum(H * W for H, W in grids)
-    logits = {k: torch.empty(B, n, K).uniform_(-.5, .5) for k, n in (('view', V), ('region', S))} if K else {}
-    return SimpleNamespace(pooled=torch.zeros(B, V, 1), tokens=torch.zeros(B, S, 1), grids=grids, w_geo=w_geo, logits=logits, keep=False)
+    logits = (
+        {k: torch.empty(B, n, K).uniform_(-0.5, 0.5) for k, n in (('view', V), ('region', S))} if K else {}
+    )
+    return SimpleNamespace(
+        pooled=torch.zeros(B, V, 1),
+        tokens=torch.zeros(B, S, 1),
+        grids=grids,
+        w_geo=w_geo,
+        logits=logits,
+        keep=False,
+    )
+
 
 def factors(student, teacher, K, b=256):
     "z of the student and the directions of its prototypes, by head; both branches get logits that are not multiplied out yet."
     from glsd.backbones.heads import Factored
+
     leaves = {}
     for branch in student, teacher:
         for head, tokens in (('view', branch.pooled), ('region', branch.tokens)):
             pair = [torch.empty(*n, b).uniform_(-1, 1) for n in (tokens.shape[:2], (K,))]
-            for x in pair: x.div_(x.norm(dim=-1, keepdim=True))
-            if branch is student: leaves[head] = [x.requires_grad_() for x in pair]
+            for x in pair:
+                x.div_(x.norm(dim=-1, keepdim=True))
+            if branch is student:
+                leaves[head] = [x.requires_grad_() for x in pair]
             branch.logits[head] = Factored(*pair)
     return leaves
 
+
 def stored(loss):
     "The same loss of logits that are multiplied out first."
+
     def with_logits(student, teacher, temp):
-        return loss(*(SimpleNamespace(**{**vars(x), 'logits': {k: v.dense() for k, v in x.logits.items()}}) for x in (student, teacher)), temp)
+        return loss(
+            *(
+                SimpleNamespace(**{**vars(x), 'logits': {k: v.dense() for k, v in x.logits.items()}})
+                for x in (student, teacher)
+            ),
+            temp,
+        )
+
     return with_logits
+
 
 def views(B):
     "w_geo [B, 10, 7] of B images of 500 x 375."
     draws = [MultiCrop().draw((375, 500), np.random.default_rng(i))[0] for i in range(B)]
     return torch.stack([torch.cat(groups) for groups in draws])
 
+
 def contestant(name, K):
     "A function (student, teacher, teacher_temp) -> terms."
-    if name in ('stored', 'plain_z'): return stored(contestant(dict(stored='glsd', plain_z='plain')[name], K))
+    if name in ('stored', 'plain_z'):
+        return stored(contestant(dict(stored='glsd', plain_z='plain')[name], K))
     if name == 'plain':
         from plain_loss import plain_dual_loss
-        return lambda s, t, temp: plain_dual_loss(s, t, .1, temp, torch.zeros(K), torch.zeros(K))
+
+        return lambda s, t, temp: plain_dual_loss(s, t, 0.1, temp, torch.zeros(K), torch.zeros(K))
     from glsd.objectives import create_objective
-    return create_objective('geometric', K).eval()       # eval: the centres stay, so that every round computes the same
+
+    return create_objective(
+        'geometric', K
+    ).eval()  # eval: the centres stay, so that every round computes the same
+
 
 def main():
     quick = common.start(__doc__)
@@ -69,16 +106,30 @@ def main():
     student, teacher = outputs(w_geo, grids, width), outputs(w_geo[:, :2], grids[:2], width)
     loss, found, norms, drawn = contestant(name, K), {}, {}, student.logits
     leaves, trigger = {} if width else factors(student, teacher, K), torch.zeros((), requires_grad=True)
+
     def step():
         for xs in leaves.values():
-            for x in xs: x.grad = None
-        if width: student.logits = {k: Given.apply(trigger, x, k, norms) for k, x in drawn.items()}
-        terms = loss(student, teacher, .04)
+            for x in xs:
+                x.grad = None
+        if width:
+            student.logits = {k: Given.apply(trigger, x, k, norms) for k, x in drawn.items()}
+        terms = loss(student, teacher, 0.04)
         sum(terms.values()).backward()
-        for k, v in terms.items(): found.setdefault(k, v.item())          # glsd's later rounds read the gradients of the first
+        for k, v in terms.items():
+            found.setdefault(k, v.item())  # glsd's later rounds read the gradients of the first
+
     before = common.peak_memory()
     t = common.interleaved(dict(step=step), rounds)
-    common.emit(seconds=t['step'], megabytes=(common.peak_memory() - before) / 1e6, inputs_mb=before / 1e6,
-                gradient=norms['region'] if width else leaves['region'][-1].grad.norm().item(), batch=B, prototypes=K, **found)
+    common.emit(
+        seconds=t['step'],
+        megabytes=(common.peak_memory() - before) / 1e6,
+        inputs_mb=before / 1e6,
+        gradient=norms['region'] if width else leaves['region'][-1].grad.norm().item(),
+        batch=B,
+        prototypes=K,
+        **found,
+    )
 
-if __name__ == '__main__': main()
+
+if __name__ == '__main__':
+    main()

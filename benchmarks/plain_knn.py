@@ -1,9 +1,12 @@
 """Weighted k-NN as most code has it: for each k the whole search again, with a one-hot vote [queries, k, classes]."""
+
 import torch
 
-def plain_knn(bank, labels, queries, truth, ks, temperature=.07, n_classes=100, chunk=100):
+
+def plain_knn(bank, labels, queries, truth, ks, temperature=0.07, n_classes=100, chunk=100):
     "{k: top-1 in per cent}; features are unit vectors."
     return {k: plain_one(bank, labels, queries, truth, k, temperature, n_classes, chunk) for k in ks}
+
 
 def plain_one(bank, labels, queries, truth, k, temperature, n_classes, chunk):
     right = 0

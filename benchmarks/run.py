@@ -4,112 +4,233 @@
 Each measurement has a process of its own. Writes benchmarks.json and benchmarks.md into --out (default results/; with
 --quick nothing is written unless --out says where).
 """
-import argparse, json, os, platform, subprocess, sys, time
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 
+
 def measure(name, quick, **env):
     "Runs bench_<name>.py in its own process -> its figures."
     print(f'measuring {" ".join([name, *env.values()])} ...', file=sys.stderr, flush=True)
     command = [sys.executable, str(HERE / f'bench_{name}.py')] + ['--quick'] * quick
     path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get('PYTHONPATH')]))
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': path, **env})
-    if done.returncode: raise SystemExit(f'bench_{name}.py failed:\n{done.stderr[-2000:]}')
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': path, **env},
+    )
+    if done.returncode:
+        raise SystemExit(f'bench_{name}.py failed:\n{done.stderr[-2000:]}')
     return json.loads(done.stdout.splitlines()[-1])
 
-LOSSES = 'glsd', 'plain', 'fused', 'stored', 'plain_z'       # the last three begin before the last layer
+
+LOSSES = 'glsd', 'plain', 'fused', 'stored', 'plain_z'  # the last three begin before the last layer
+
 
 def same(what, a, b, tolerance):
     "A benchmark of two things that compute something else would be worthless."
-    if abs(a - b) > tolerance * max(abs(a), abs(b)): sys.exit(f'{what}: glsd gives {a}, the plain way {b}; they should agree')
+    if abs(a - b) > tolerance * max(abs(a), abs(b)):
+        sys.exit(f'{what}: glsd gives {a}, the plain way {b}; they should agree')
+
 
 def measure_all(quick):
-    with ThreadPoolExecutor(2 if quick else 1) as pool:      # one after the other, but where figures mean little
+    with ThreadPoolExecutor(2 if quick else 1) as pool:  # one after the other, but where figures mean little
         jobs = {c: pool.submit(measure, 'loss', quick, CONTESTANT=c) for c in LOSSES}
-        jobs |= {name: pool.submit(measure, name, quick) for name in ('views', 'step', 'train', 'knn', 'local')}
+        jobs |= {
+            name: pool.submit(measure, name, quick) for name in ('views', 'step', 'train', 'knn', 'local')
+        }
         results = {name: job.result() for name, job in jobs.items()}
     results['loss'] = {c: results.pop(c) for c in LOSSES}
     for a, b in ('glsd', 'plain'), ('fused', 'plain_z'), ('stored', 'plain_z'):
-        for k in 'view', 'region', 'gradient': same(f'loss, {a}, {k}', results['loss'][a][k], results['loss'][b][k], 1e-5)
-    for a, b in zip(results['knn']['accuracy'], results['knn']['accuracy_plain']): same('k-NN accuracy', a, b, 2e-3)
-    for name, t in whole_steps(results): same(f'whole step, {name}, loss', t['loss'], t['loss_plain'], 1e-4)
+        for k in 'view', 'region', 'gradient':
+            same(f'loss, {a}, {k}', results['loss'][a][k], results['loss'][b][k], 1e-5)
+    for a, b in zip(results['knn']['accuracy'], results['knn']['accuracy_plain']):
+        same('k-NN accuracy', a, b, 2e-3)
+    for name, t in whole_steps(results):
+        same(f'whole step, {name}, loss', t['loss'], t['loss_plain'], 1e-4)
     return results
 
-def whole_steps(results): return [(name, t) for name, t in results['train'].items() if name != 'gpu']
+
+def whole_steps(results):
+    return [(name, t) for name, t in results['train'].items() if name != 'gpu']
+
 
 def rows(r):
     "(what, unit, glsd, plain, how many times better)."
     v, l, p, k, s = r['views'], r['loss']['glsd'], r['loss']['plain'], r['knn'], r['step']
     yield 'decode + views 2 x 224 + 8 x 96', 'images/s', v['glsd'], v['plain'], v['glsd'] / v['plain']
-    yield '- beside plain with Pillow\'s approximate blur', 'images/s', v['glsd'], v['plain_pil_blur'], v['glsd'] / v['plain_pil_blur']
+    yield (
+        "- beside plain with Pillow's approximate blur",
+        'images/s',
+        v['glsd'],
+        v['plain_pil_blur'],
+        v['glsd'] / v['plain_pil_blur'],
+    )
     yield '- decode alone', 'images/s', v['decode'], None, None
-    size = f"batch {l['batch']}, {l['prototypes']:,} prototypes"
+    size = f'batch {l["batch"]}, {l["prototypes"]:,} prototypes'
     yield f'dual loss, {size}', 's', l['seconds'], p['seconds'], p['seconds'] / l['seconds']
-    yield '- its peak beyond the inputs', 'MB', l['megabytes'], p['megabytes'], p['megabytes'] / l['megabytes']
+    yield (
+        '- its peak beyond the inputs',
+        'MB',
+        l['megabytes'],
+        p['megabytes'],
+        p['megabytes'] / l['megabytes'],
+    )
     z = r['loss']['plain_z']
-    for c, what in (('fused', 'dual loss and last layer, logits not stored'), ('stored', '- with stored logits')):
+    for c, what in (
+        ('fused', 'dual loss and last layer, logits not stored'),
+        ('stored', '- with stored logits'),
+    ):
         x = r['loss'][c]
         yield what, 's', x['seconds'], z['seconds'], z['seconds'] / x['seconds']
-        yield '- its peak beyond the inputs, gradients included', 'MB', x['megabytes'], z['megabytes'], z['megabytes'] / x['megabytes']
-    yield f"k-NN {k['queries']:,} x {k['bank']:,} x {k['dim']}, 4 k's", 's', k['glsd'], k['plain'], k['plain'] / k['glsd']
-    yield f"- one matrix product of that size (k-NN is {k['glsd'] / k['product']:.2f} times it)", 's', k['product'], None, None
-    yield f"training step, {s['recipe']['backbone']}, batch {s['recipe']['batch_size']}", 's', s['seconds'], None, None
-    for part, t in s['split'].items(): yield f'- {part}', 's', t, None, None
+        yield (
+            '- its peak beyond the inputs, gradients included',
+            'MB',
+            x['megabytes'],
+            z['megabytes'],
+            z['megabytes'] / x['megabytes'],
+        )
+    yield (
+        f"k-NN {k['queries']:,} x {k['bank']:,} x {k['dim']}, 4 k's",
+        's',
+        k['glsd'],
+        k['plain'],
+        k['plain'] / k['glsd'],
+    )
+    yield (
+        f'- one matrix product of that size (k-NN is {k["glsd"] / k["product"]:.2f} times it)',
+        's',
+        k['product'],
+        None,
+        None,
+    )
+    yield (
+        f'training step, {s["recipe"]["backbone"]}, batch {s["recipe"]["batch_size"]}',
+        's',
+        s['seconds'],
+        None,
+        None,
+    )
+    for part, t in s['split'].items():
+        yield f'- {part}', 's', t, None, None
     for _, t in whole_steps(r):
         n = t['recipe']
-        yield f"whole step from JPEG files, {n['backbone']}, batch {n['batch_size']}, {n['out_dim']:,} prototypes", 's', t['glsd'], t['plain'], t['plain'] / t['glsd']
+        yield (
+            f'whole step from JPEG files, {n["backbone"]}, batch {n["batch_size"]}, {n["out_dim"]:,} prototypes',
+            's',
+            t['glsd'],
+            t['plain'],
+            t['plain'] / t['glsd'],
+        )
     gpu = r['train']['gpu']
-    if isinstance(gpu, str): yield f'whole step on a GPU: {gpu}', '', None, None, None
+    if isinstance(gpu, str):
+        yield f'whole step on a GPU: {gpu}', '', None, None, None
     else:
         for backbone, g in gpu.items():
-            if not isinstance(g, dict): continue
-            more = f"{g['peak_gb']:.0f} GB, {g['share_of_matmul_rate']:.0%} of {gpu['matmul_tflops']:.0f} TFLOP/s"
-            yield f"whole step, {backbone}, batch {g['batch']}, bf16, {gpu['name']} ({more})", 'images/s', g['images_per_second'], None, None
+            if not isinstance(g, dict):
+                continue
+            more = f'{g["peak_gb"]:.0f} GB, {g["share_of_matmul_rate"]:.0%} of {gpu["matmul_tflops"]:.0f} TFLOP/s'
+            yield (
+                f'whole step, {backbone}, batch {g["batch"]}, bf16, {gpu["name"]} ({more})',
+                'images/s',
+                g['images_per_second'],
+                None,
+                None,
+            )
     for what, local in ("ADCLR's queries", r['local']['adclr']), ('DrLoc', r['local']['drloc']):
-        n, more = local['recipe'], f"{local['more_seconds']:+.1%} of the time, {local['more_operations']:+.1%} of the operations"
-        yield f"step without {what}, {n['backbone']}, batch {n['batch_size']}", 's', local['seconds'][local['without']], None, None
-        yield f'- with {"them" if what.endswith("s") else "it"} ({more})', 's', local['seconds'][local['with_']], None, None
+        n, more = (
+            local['recipe'],
+            f'{local["more_seconds"]:+.1%} of the time, {local["more_operations"]:+.1%} of the operations',
+        )
+        yield (
+            f'step without {what}, {n["backbone"]}, batch {n["batch_size"]}',
+            's',
+            local['seconds'][local['without']],
+            None,
+            None,
+        )
+        yield (
+            f'- with {"them" if what.endswith("s") else "it"} ({more})',
+            's',
+            local['seconds'][local['with_']],
+            None,
+            None,
+        )
+
 
 def table(r):
     cell = lambda x: '' if x is None else f'{x:,.0f}' if x >= 100 else f'{x:.3g}'
     lines = ['| what | unit | glsd | plain | ratio |', '|---|---|--:|--:|--:|']
     for what, unit, ours, plain, ratio in rows(r):
-        lines.append(f"| {what} | {unit} | {cell(ours)} | {cell(plain)} | {f'{ratio:.1f}x' if ratio else ''} |")
+        lines.append(
+            f'| {what} | {unit} | {cell(ours)} | {cell(plain)} | {f"{ratio:.1f}x" if ratio else ""} |'
+        )
     return '\n'.join(lines)
 
+
 def cpu_name():
-    try: return next(l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name'))
-    except (OSError, StopIteration): return platform.processor() or platform.machine()
+    try:
+        return next(l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name'))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
 
 def machine():
-    return dict(cpu=cpu_name(), cores=os.cpu_count(), torch=version('torch'),
-                python=platform.python_version(), load=os.getloadavg()[0] if hasattr(os, 'getloadavg') else None)
+    return dict(
+        cpu=cpu_name(),
+        cores=os.cpu_count(),
+        torch=version('torch'),
+        python=platform.python_version(),
+        load=os.getloadavg()[0] if hasattr(os, 'getloadavg') else None,
+    )
+
 
 def write(path, text):
     beside = path.with_name(path.name + '.part')
     beside.write_text(text)
     os.replace(beside, path)
 
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--quick', action='store_true', help='under a minute, to see that it runs; its figures mean little')
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        '--quick', action='store_true', help='under a minute, to see that it runs; its figures mean little'
+    )
     parser.add_argument('--out', type=Path, help='folder for benchmarks.json and benchmarks.md')
     args = parser.parse_args()
     out = args.out or (None if args.quick else HERE.parent / 'results')
     began, here = time.perf_counter(), machine()
     results = measure_all(args.quick)
     here['isa'] = results['views'].pop('isa')
-    busy = f", {here['load']:.1f} other processes running" if here['load'] and here['load'] > .5 else ''
-    header = f"{here['cpu']} ({here['isa']}), one of {here['cores']} cores{busy}; torch {here['torch']}, Python {here['python']}"
+    busy = f', {here["load"]:.1f} other processes running' if here['load'] and here['load'] > 0.5 else ''
+    header = f'{here["cpu"]} ({here["isa"]}), one of {here["cores"]} cores{busy}; torch {here["torch"]}, Python {here["python"]}'
     text = f'{header}\n\n{table(results)}\n'
     print(text + f'\n{time.perf_counter() - began:.0f} s')
     if out:
         out.mkdir(parents=True, exist_ok=True)
-        write(out / 'benchmarks.json', json.dumps(dict(machine=here, quick=args.quick, **results), indent=1) + '\n')
-        write(out / 'benchmarks.md', f'# Benchmarks\n\n{text}\nMade by `python benchmarks/run.py`. "Plain" is the same computation written the usual way (`benchmarks/plain_*.py`). Seconds are processor seconds of one core.\n')
+        write(
+            out / 'benchmarks.json',
+            json.dumps(dict(machine=here, quick=args.quick, **results), indent=1) + '\n',
+        )
+        write(
+            out / 'benchmarks.md',
+            f'# Benchmarks\n\n{text}\nMade by `python benchmarks/run.py`. "Plain" is the same computation written the usual way (`benchmarks/plain_*.py`). Seconds are processor seconds of one core.\n',
+        )
         print(f'written to {out}')
 
-if __name__ == '__main__': main()
+
+if __name__ == '__main__':
+    main()

@@ -1,6 +1,8 @@
 "The 1, 2, 5, 10 and 20 % subsets of ImageNet-1k, from archives that you have: python data_scripts/imagenet_subsets.py --root DIR --source TAR_OR_FOLDER"
+
 import sys
 
 from glsd.data.fetching import command
 
-if __name__ == '__main__': sys.exit(command('imagenet_subsets'))
+if __name__ == '__main__':
+    sys.exit(command('imagenet_subsets'))

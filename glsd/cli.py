@@ -12,7 +12,6 @@ import argparse
 import difflib
 import importlib.metadata
 import importlib.util
-import json
 import os
 import shutil
 import sys
@@ -24,27 +23,39 @@ import yaml
 # %% ../nbs/cli.ipynb #f4179cb4
 def read_value(text: str):
     "A flag's text as a value: YAML, with `0.4,1` read as a list. `2e-3` is a number here, unlike in YAML 1.1."
-    if ',' in text and text[0] not in '[{': return [read_value(t) for t in text.split(',')]
-    try: return float(text) if 'e' in text.lower() else yaml.safe_load(text)
-    except ValueError: return yaml.safe_load(text)
-    except yaml.YAMLError: return text
+    if ',' in text and text[0] not in '[{':
+        return [read_value(t) for t in text.split(',')]
+    try:
+        return float(text) if 'e' in text.lower() else yaml.safe_load(text)
+    except ValueError:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 # %% ../nbs/cli.ipynb #5b6e5ce6
 def add_recipe_flags(parser, kind='Recipe'):
     "One flag for every field of a recipe of that kind; a flag that is not given leaves no trace."
     import glsd.training
-    group = parser.add_argument_group('recipe', f'every field of glsd.training.{kind}; defaults are the paper\'s')
+
+    group = parser.add_argument_group(
+        'recipe', f"every field of glsd.training.{kind}; defaults are the paper's"
+    )
     for f in fields(getattr(glsd.training, kind)):
-        if f.name != 'data':                                  # the positional argument
-            group.add_argument('--' + f.name.replace('_', '-'), type=read_value, default=argparse.SUPPRESS, metavar='VALUE')
+        if f.name != 'data':  # the positional argument
+            group.add_argument(
+                '--' + f.name.replace('_', '-'), type=read_value, default=argparse.SUPPRESS, metavar='VALUE'
+            )
+
 
 def recipe_from(args, kind='Recipe'):
     "The recipe that parsed arguments describe: `--recipe` file first, flags on top."
     import glsd.training
+
     kind = getattr(glsd.training, kind)
     base = kind.load(args.recipe) if args.recipe else kind()
     given = {f.name: getattr(args, f.name) for f in fields(kind) if hasattr(args, f.name)}
-    if given.get('data') is None: given.pop('data', None)
+    if given.get('data') is None:
+        given.pop('data', None)
     return base.replace(**given)
 
 # %% ../nbs/cli.ipynb #9ad78f35
@@ -55,38 +66,74 @@ def run_pretrain(args):
     from glsd.training import pretrain
     from glsd.training.loop import check_parts
     from glsd.training.processes import agent, end_with_stdin, joined
+
     recipe = recipe_from(args)
-    if os.environ.pop('GLSD_END_WITH_STDIN', ''): end_with_stdin()
-    if (args.nproc, args.nnodes) != (1, 1) and 'RANK' not in os.environ:        # each process of a run is this very command
+    if os.environ.pop('GLSD_END_WITH_STDIN', ''):
+        end_with_stdin()
+    if (args.nproc, args.nnodes) != (
+        1,
+        1,
+    ) and 'RANK' not in os.environ:  # each process of a run is this very command
         check_parts(recipe, max(1, args.nproc * args.nnodes))
         return agent(args.argv, args.nproc, args.nnodes, args.rdzv, args.restarts)
-    sets = labelled_pair(recipe, args.anchors, args.test) if recipe.monitor_every or args.test or args.anchors else None
+    sets = (
+        labelled_pair(recipe, args.anchors, args.test)
+        if recipe.monitor_every or args.test or args.anchors
+        else None
+    )
     monitors = {'knn': knn_monitor(*sets, recipe.global_size)} if sets else {}
-    if recipe.monitor_every: monitors['collapse'] = collapse_monitor()
-    with joined() as world: run = pretrain(recipe, args.out, monitors=monitors, world=world)
-    if world.rank == 0: print(f'{args.out}: ' + ', '.join(f'{k} {v:.4g}' for k, v in run.metrics[-1].items() if isinstance(v, (int, float))))
+    if recipe.monitor_every:
+        monitors['collapse'] = collapse_monitor()
+    with joined() as world:
+        run = pretrain(recipe, args.out, monitors=monitors, world=world)
+    if world.rank == 0:
+        print(
+            f'{args.out}: '
+            + ', '.join(f'{k} {v:.4g}' for k, v in run.metrics[-1].items() if isinstance(v, (int, float)))
+        )
 
 # %% ../nbs/cli.ipynb #c84d93a9
 def run_plan(args):
     "Prints what a run of the recipe would need."
     from glsd.training.plan import gpu, plan, plan_lines
+
     recipe = recipe_from(args)
-    print('\n'.join(plan_lines(plan(recipe, gpu(args.gpu, recipe, args.tflops, args.efficiency, args.memory), args.gpus, args.images, args.link))))
+    print(
+        '\n'.join(
+            plan_lines(
+                plan(
+                    recipe,
+                    gpu(args.gpu, recipe, args.tflops, args.efficiency, args.memory),
+                    args.gpus,
+                    args.images,
+                    args.link,
+                )
+            )
+        )
+    )
 
 # %% ../nbs/cli.ipynb #485bd91a
 def run_replay(args):
     "Does a step again that a run has kept because a number was not finite, and says where that came from."
     from glsd.training.replay import replay
+
     found = replay(args.run)
-    print(f"step {found['step']}: " + ', '.join(f'{k} {v:g}' for k, v in found['terms'].items()))
-    print(f"first module whose output is not finite: {found['module'] or 'none'}")
-    print(f"images whose terms are not finite: {len(found['images'])} of {found['of']}" + (f" ({', '.join(map(str, found['images'][:10]))})" if found['images'] else ''))
-    print(f"parameters whose gradient is not finite: {len(found['parameters'])}" + (f", the first {found['parameters'][0]}" if found['parameters'] else ''))
+    print(f'step {found["step"]}: ' + ', '.join(f'{k} {v:g}' for k, v in found['terms'].items()))
+    print(f'first module whose output is not finite: {found["module"] or "none"}')
+    print(
+        f'images whose terms are not finite: {len(found["images"])} of {found["of"]}'
+        + (f' ({", ".join(map(str, found["images"][:10]))})' if found['images'] else '')
+    )
+    print(
+        f'parameters whose gradient is not finite: {len(found["parameters"])}'
+        + (f', the first {found["parameters"][0]}' if found['parameters'] else '')
+    )
 
 # %% ../nbs/cli.ipynb #d0ec040a
 def run_supervise(args):
     "Trains a classifier into `--out`; a second call goes on where the first one stopped."
     from glsd.training import train_supervised
+
     run = train_supervised(recipe_from(args, 'SupervisedRecipe'), args.out)
     print(f'{args.out}: {run.accuracy:.2f} % of the test images are right')
 
@@ -94,55 +141,108 @@ def run_supervise(args):
 def run_evaluate(args):
     "Prints a line for each backbone, and writes JSON and a picture; by default into a run folder, or here."
     from glsd.evaluate import EVALUATIONS, evaluate
-    given = {k: v for k, v in vars(args).items() if k not in ('command', 'call', 'parser', 'argv', 'what', 'backbones', 'out')}
+
+    given = {
+        k: v
+        for k, v in vars(args).items()
+        if k not in ('command', 'call', 'parser', 'argv', 'what', 'backbones', 'out')
+    }
     first = Path(args.backbones[0])
-    out = Path(args.out or (first if first.is_dir() and len(args.backbones) == 1 else Path()) / f'{args.what}.json')
+    out = Path(
+        args.out or (first if first.is_dir() and len(args.backbones) == 1 else Path()) / f'{args.what}.json'
+    )
     answer = evaluate(args.what, args.backbones, out=out, **given)
-    for name, figures in answer['backbones'].items(): print(f'{name}: {EVALUATIONS[args.what].line(figures)}')
+    for name, figures in answer['backbones'].items():
+        print(f'{name}: {EVALUATIONS[args.what].line(figures)}')
     print(f'{out}, {out.with_suffix(".png")}')
+
 
 def add_evaluations(parser, run):
     "A subcommand for each measurement."
     from glsd.evaluate import EVALUATIONS
+
     sub = parser.add_subparsers(dest='what', required=True, metavar='WHAT', parser_class=_Parser)
     for what, e in EVALUATIONS.items():
-        p = sub.add_parser(what, help=e.help, description=e.help, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+        p = sub.add_parser(
+            what, help=e.help, description=e.help, allow_abbrev=False, argument_default=argparse.SUPPRESS
+        )
         p.set_defaults(call=run, parser=p)
-        p.add_argument('backbones', nargs='+', metavar='BACKBONE', help='a run folder, an exported .safetensors, a timm name or random:NAME; NAME=... gives it a name')
-        p.add_argument('--out', default=None, help=f'the JSON file, its picture lies beside it; default: {what}.json in the run folder, or here')
-        for flag, help in _sources.items(): p.add_argument('--' + flag, help=help)
-        for flag, help in dict(size='pixels of a side that backbones see', images='at most so many of each set').items(): p.add_argument('--' + flag, type=int, metavar='N', help=help)
+        p.add_argument(
+            'backbones',
+            nargs='+',
+            metavar='BACKBONE',
+            help='a run folder, an exported .safetensors, a timm name or random:NAME; NAME=... gives it a name',
+        )
+        p.add_argument(
+            '--out',
+            default=None,
+            help=f'the JSON file, its picture lies beside it; default: {what}.json in the run folder, or here',
+        )
+        for flag, help in _sources.items():
+            p.add_argument('--' + flag, help=help)
+        for flag, help in dict(
+            size='pixels of a side that backbones see', images='at most so many of each set'
+        ).items():
+            p.add_argument('--' + flag, type=int, metavar='N', help=help)
         for name, default in e.options().items():
             flag = dict(nargs='?', const=True) if default is False else {}
-            p.add_argument('--' + name.replace('_', '-'), type=read_value, metavar='VALUE', help=f'default: {default}', **flag)
+            p.add_argument(
+                '--' + name.replace('_', '-'),
+                type=read_value,
+                metavar='VALUE',
+                help=f'default: {default}',
+                **flag,
+            )
 
-_sources = dict(anchors='labelled images that answers come from', test='labelled images that are asked about', data="images, or 'toyworld'", device='auto (default), cpu or cuda')
+
+_sources = dict(
+    anchors='labelled images that answers come from',
+    test='labelled images that are asked about',
+    data="images, or 'toyworld'",
+    device='auto (default), cpu or cuda',
+)
 
 # %% ../nbs/cli.ipynb #8e524d3e
 def run_export(args):
     "Writes the teacher backbone of a run folder as safetensors that timm loads."
     from glsd.training import export_backbone
+
     out = Path(args.out or Path(args.run) / 'backbone.safetensors')
     line = export_backbone(args.run, out)
     print(f'{out}: {out.stat().st_size / 2**20:.1f} MB; load it with\n{line}')
-    if 'swin' in line: print('(timm\'s Swin has LayerNorm eps 1e-5, not 1e-6, and rolls before it pads: below 224 px take the network from glsd.backbones)')
+    if 'swin' in line:
+        print(
+            "(timm's Swin has LayerNorm eps 1e-5, not 1e-6, and rolls before it pads: below 224 px take the network from glsd.backbones)"
+        )
 
 # %% ../nbs/cli.ipynb #47078ee6
 def experiment_path(name):
     "The notebook of an experiment: from the clone around this package, or below the working directory."
-    places = [Path(__file__).resolve().parents[1], Path.cwd()] if '__file__' in globals() else [Path.cwd(), *Path.cwd().parents]
-    folders = [p / 'nbs/7_experiments' for p in places if (p / 'nbs/7_experiments').is_dir()]
-    if not folders: raise FileNotFoundError('no nbs/7_experiments here: experiments are notebooks, run this inside a clone of glsd')
+    places = (
+        [Path(__file__).resolve().parents[1], Path.cwd()]
+        if '__file__' in globals()
+        else [Path.cwd(), *Path.cwd().parents]
+    )
+    folders = [p / 'nbs/9_experiments' for p in places if (p / 'nbs/9_experiments').is_dir()]
+    if not folders:
+        raise FileNotFoundError(
+            'no nbs/9_experiments here: experiments are notebooks, run this inside a clone of glsd'
+        )
     found = {p.stem: p for p in sorted(folders[0].glob('[a-z]*.ipynb')) if p.stem != 'index'}
-    if name not in found: raise ValueError(f'no experiment {name!r}; there are: {", ".join(found)}')
+    if name not in found:
+        raise ValueError(f'no experiment {name!r}; there are: {", ".join(found)}')
     return found[name]
+
 
 def check_parameters(notebook, given):
     "A ValueError naming the nearest valid parameter, if `given` has one that the notebook lacks."
     import papermill
+
     known = papermill.inspect_notebook(str(notebook))
     for name in given:
-        if name not in known: raise ValueError(f'{Path(notebook).name} has no parameter {name!r}{nearest(name, known)}')
+        if name not in known:
+            raise ValueError(f'{Path(notebook).name} has no parameter {name!r}{nearest(name, known)}')
+
 
 def nearest(word, words):
     "'; did you mean X?' or a list of all there is."
@@ -153,20 +253,33 @@ def nearest(word, words):
 def run_reproduce(args):
     "Executes an experiment notebook with papermill; its files land in `--out`, the executed notebook among them."
     import papermill
+
     notebook = experiment_path(args.experiment)
     out = Path(args.out or f'runs/{args.experiment}').resolve()
     given = dict(p.split('=', 1) if '=' in p else (p, None) for p in args.parameter)
-    if None in given.values(): raise ValueError(f'-p takes name=value, not {[k for k, v in given.items() if v is None][0]!r}')
+    if None in given.values():
+        raise ValueError(f'-p takes name=value, not {[k for k, v in given.items() if v is None][0]!r}')
     given = {'scale': args.scale, 'out': str(out), **{k: read_value(v) for k, v in given.items()}}
     check_parameters(notebook, given)
     out.mkdir(parents=True, exist_ok=True)
     executed = out / f'{args.experiment}.ipynb'
     part = out / f'.{args.experiment}.part.ipynb'
     try:
-        papermill.execute_notebook(str(notebook), str(part), given, cwd=str(notebook.parent), progress_bar=False,
-                                   kernel_name='python3', stdout_file=sys.stdout, stderr_file=sys.stderr, request_save_on_cell_execute=False)
+        papermill.execute_notebook(
+            str(notebook),
+            str(part),
+            given,
+            cwd=str(notebook.parent),
+            progress_bar=False,
+            kernel_name='python3',
+            stdout_file=sys.stdout,
+            stderr_file=sys.stderr,
+            request_save_on_cell_execute=False,
+        )
     except papermill.PapermillExecutionError as e:
-        raise RuntimeError(f'{executed.name} stopped: {e.ename}: {e.evalue} (the notebook so far: {part})') from None
+        raise RuntimeError(
+            f'{executed.name} stopped: {e.ename}: {e.evalue} (the notebook so far: {part})'
+        ) from None
     os.replace(part, executed)
     print(f'executed notebook: {executed}')
 
@@ -175,44 +288,84 @@ def run_data(args):
     "Fetches a data set or lays out archives that the user has; or packs a folder of images into tar shards."
     if args.action == 'shard':
         from glsd.data.shards import write_shards
+
         shards = write_shards(args.name, args.root, per_shard=args.per_shard)
         return print(f'{args.root}: {len(shards)} images in {len(shards.shards)} shards')
     from glsd.data.fetching import get
+
     print(get(args.name, args.root, source=args.source))
 
 # %% ../nbs/cli.ipynb #0fafd83a
 _packages = 'torch torchvision timm numpy pillow safetensors pyyaml matplotlib ipywidgets papermill jupyterlab tqdm torchmetrics tensorboard'.split()
 
+
 def diagnose() -> list:
     "(ok, what, advice) for each thing that glsd needs or can use; ok is None for what is only nice to have."
     import torch
-    rows = [(True, f'python {sys.version.split()[0]}' + (f', virtual environment {Path(sys.prefix).name}' if sys.prefix != sys.base_prefix else ''), '')]
+
+    rows = [
+        (
+            True,
+            f'python {sys.version.split()[0]}'
+            + (f', virtual environment {Path(sys.prefix).name}' if sys.prefix != sys.base_prefix else ''),
+            '',
+        )
+    ]
     for name in _packages:
-        try: rows.append((True, f'{name} {importlib.metadata.version(name)}', ''))
-        except importlib.metadata.PackageNotFoundError: rows.append((False, name, f'pip install {name}'))
+        try:
+            rows.append((True, f'{name} {importlib.metadata.version(name)}', ''))
+        except importlib.metadata.PackageNotFoundError:
+            rows.append((False, name, f'pip install {name}'))
     cuda = torch.cuda.is_available()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else []
-    rows.append((True if cuda else None, 'CUDA: ' + (', '.join(gpus) or 'no device'), '' if cuda else 'training runs on the CPU; small recipes are made for it'))
-    rows.append((True, f'CPU: {os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {torch.backends.cpu.get_cpu_capability()}', ''))
+    rows.append(
+        (
+            True if cuda else None,
+            'CUDA: ' + (', '.join(gpus) or 'no device'),
+            '' if cuda else 'training runs on the CPU; small recipes are made for it',
+        )
+    )
+    rows.append(
+        (
+            True,
+            f'CPU: {os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {torch.backends.cpu.get_cpu_capability()}',
+            '',
+        )
+    )
     free = shutil.disk_usage('.').free / 2**30
-    rows.append((free > 2, f'{free:.0f} GB free here', '' if free > 2 else 'checkpoints need room: free some, or give --out another disk'))
+    rows.append(
+        (
+            free > 2,
+            f'{free:.0f} GB free here',
+            '' if free > 2 else 'checkpoints need room: free some, or give --out another disk',
+        )
+    )
     return rows + [_quarto()]
+
 
 def _quarto():
     have = shutil.which('quarto')
-    return True if have else None, f'quarto {"at " + have if have else "missing"}', '' if have else 'only the web page needs it: https://quarto.org/docs/get-started'
+    return (
+        True if have else None,
+        f'quarto {"at " + have if have else "missing"}',
+        '' if have else 'only the web page needs it: https://quarto.org/docs/get-started',
+    )
 
 # %% ../nbs/cli.ipynb #7e537d1a
 def run_doctor(args):
     "Prints the diagnosis; exit code 1 if something needed is missing."
     rows = diagnose()
-    for ok, what, advice in rows: print({True: 'ok     ', False: 'MISSING', None: '-      '}[ok], what, f'({advice})' if advice else '')
+    for ok, what, advice in rows:
+        print({True: 'ok     ', False: 'MISSING', None: '-      '}[ok], what, f'({advice})' if advice else '')
     return int(any(ok is False for ok, *_ in rows))
 
 # %% ../nbs/cli.ipynb #331f3c1e
 class _Parser(argparse.ArgumentParser):
     "argparse, but an error is one line and names the nearest flag."
-    def error(self, message): raise ValueError(f'{message} (try {self.prog} --help)')
+
+    def error(self, message):
+        raise ValueError(f'{message} (try {self.prog} --help)')
+
 
 def _unknown(parser, words):
     flags = [o for a in parser._actions for o in a.option_strings]
@@ -224,41 +377,99 @@ def make_parser(command=None):
     "The parser of the whole command; the flags that a chapter decides are there for `command` only, as importing chapters takes seconds."
     parser = _Parser(prog='glsd', description='Global-local self-distillation for vision transformers.')
     sub = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
+
     def add(name, run, help):
-        p = sub.add_parser(name, help=help, description=help, allow_abbrev=False); p.set_defaults(call=run, parser=p); return p
+        p = sub.add_parser(name, help=help, description=help, allow_abbrev=False)
+        p.set_defaults(call=run, parser=p)
+        return p
+
     p = add('pretrain', run_pretrain, 'train a backbone on a folder of images or on the toy world')
     p.add_argument('data', nargs='?', help='a folder of images or of tar shards, or toyworld (the default)')
-    p.add_argument('--out', required=True, help='the run folder; a second call goes on where the first stopped')
+    p.add_argument(
+        '--out', required=True, help='the run folder; a second call goes on where the first stopped'
+    )
     p.add_argument('--recipe', help='a YAML file of recipe fields; flags override it')
-    p.add_argument('--anchors', help='labelled images whose neighbours vote in k-NN'); p.add_argument('--test', help='labelled images to classify by k-NN')
-    for flag, default, help in [('nproc', 1, 'processes on this machine, one for each GPU'), ('nnodes', 1, 'machines'), ('restarts', 3, 'of all processes, when one dies')]:
-        p.add_argument(f'--{flag}', type=int, default=default, metavar='N', help=f'{help}; default: {default}')
-    p.add_argument('--rdzv', default='', metavar='HOST:PORT', help='where several machines meet: the first of them, with a free port')
-    if command == 'pretrain': add_recipe_flags(p)
-    p = add('plan', run_plan, 'memory, seconds a step and days of a recipe on GPUs that are not here; nothing is trained')
+    p.add_argument('--anchors', help='labelled images whose neighbours vote in k-NN')
+    p.add_argument('--test', help='labelled images to classify by k-NN')
+    for flag, default, help in [
+        ('nproc', 1, 'processes on this machine, one for each GPU'),
+        ('nnodes', 1, 'machines'),
+        ('restarts', 3, 'of all processes, when one dies'),
+    ]:
+        p.add_argument(
+            f'--{flag}', type=int, default=default, metavar='N', help=f'{help}; default: {default}'
+        )
+    p.add_argument(
+        '--rdzv',
+        default='',
+        metavar='HOST:PORT',
+        help='where several machines meet: the first of them, with a free port',
+    )
+    if command == 'pretrain':
+        add_recipe_flags(p)
+    p = add(
+        'plan',
+        run_plan,
+        'memory, seconds a step and days of a recipe on GPUs that are not here; nothing is trained',
+    )
     p.add_argument('data', nargs='?', help='a folder of images or of tar shards, or toyworld (the default)')
-    p.add_argument('--recipe', help='a YAML file of recipe fields; flags override it'); p.add_argument('--gpus', type=int, default=1, metavar='N', help='default: 1')
-    p.add_argument('--gpu', default='h100', metavar='CARD', help='whose published figures are taken: a100, h100 (default), h200, l40s, rtx4090')
-    for flag, help in dict(tflops='its peak', efficiency='the share of it that a step reaches; default: 0.4, Swin 0.3, assumed', memory='GB of a card', link='GB/s between cards; default: 50, assumed').items():
-        p.add_argument('--' + flag, type=float, default=50. if flag == 'link' else 0., metavar='X', help=help)
-    p.add_argument('--images', type=int, default=0, metavar='N', help='in the data set; default: those of the recipe')
-    if command == 'plan': add_recipe_flags(p)
-    p = add('replay', run_replay, 'do a step again that was not finite, and say which module and which images were to blame')
-    p.add_argument('run', help='the run folder, or a file of its not_finite/')
-    p = add('supervise', run_supervise, 'train a classifier with labels, with DrLoc as a regulariser if asked')
-    p.add_argument('data', nargs='?', help='a folder with train/ and val/, or toyworld (the default)')
-    p.add_argument('--out', required=True, help='the run folder; a second call goes on where the first stopped')
     p.add_argument('--recipe', help='a YAML file of recipe fields; flags override it')
-    if command == 'supervise': add_recipe_flags(p, 'SupervisedRecipe')
-    p = add('evaluate', None, 'measure frozen backbones: knn, linear, correspondence, collapse, attention, retrieval, dense-nn')
-    if command == 'evaluate': add_evaluations(p, run_evaluate)
+    p.add_argument('--gpus', type=int, default=1, metavar='N', help='default: 1')
+    p.add_argument(
+        '--gpu',
+        default='h100',
+        metavar='CARD',
+        help='whose published figures are taken: a100, h100 (default), h200, l40s, rtx4090',
+    )
+    for flag, help in dict(
+        tflops='its peak',
+        efficiency='the share of it that a step reaches; default: 0.4, Swin 0.3, assumed',
+        memory='GB of a card',
+        link='GB/s between cards; default: 50, assumed',
+    ).items():
+        p.add_argument(
+            '--' + flag, type=float, default=50.0 if flag == 'link' else 0.0, metavar='X', help=help
+        )
+    p.add_argument(
+        '--images', type=int, default=0, metavar='N', help='in the data set; default: those of the recipe'
+    )
+    if command == 'plan':
+        add_recipe_flags(p)
+    p = add(
+        'replay',
+        run_replay,
+        'do a step again that was not finite, and say which module and which images were to blame',
+    )
+    p.add_argument('run', help='the run folder, or a file of its not_finite/')
+    p = add(
+        'supervise', run_supervise, 'train a classifier with labels, with DrLoc as a regulariser if asked'
+    )
+    p.add_argument('data', nargs='?', help='a folder with train/ and val/, or toyworld (the default)')
+    p.add_argument(
+        '--out', required=True, help='the run folder; a second call goes on where the first stopped'
+    )
+    p.add_argument('--recipe', help='a YAML file of recipe fields; flags override it')
+    if command == 'supervise':
+        add_recipe_flags(p, 'SupervisedRecipe')
+    p = add(
+        'evaluate',
+        None,
+        'measure frozen backbones: knn, linear, correspondence, collapse, attention, retrieval, dense-nn',
+    )
+    if command == 'evaluate':
+        add_evaluations(p, run_evaluate)
     p = add('reproduce', run_reproduce, 'execute an experiment notebook with papermill')
-    p.add_argument('experiment', help='e.g. low_data'); p.add_argument('--scale', default='ci', choices=['ci', 'gpu', 'paper'])
-    p.add_argument('-p', '--parameter', action='append', default=[], metavar='NAME=VALUE'); p.add_argument('--out', help='default: runs/EXPERIMENT')
+    p.add_argument('experiment', help='e.g. low_data')
+    p.add_argument('--scale', default='ci', choices=['ci', 'gpu', 'paper'])
+    p.add_argument('-p', '--parameter', action='append', default=[], metavar='NAME=VALUE')
+    p.add_argument('--out', help='default: runs/EXPERIMENT')
     p = add('export', run_export, 'write the backbone of a run as safetensors for timm')
-    p.add_argument('run'); p.add_argument('--out', help='default: RUN/backbone.safetensors')
+    p.add_argument('run')
+    p.add_argument('--out', help='default: RUN/backbone.safetensors')
     p = add('data', run_data, 'fetch a data set, or lay out archives that you have')
-    p.add_argument('action', choices=['get', 'shard']); p.add_argument('name', help='of the data set; for shard, a folder of images'); p.add_argument('--root', required=True, help='where data sets live; for shard, a new folder')
+    p.add_argument('action', choices=['get', 'shard'])
+    p.add_argument('name', help='of the data set; for shard, a folder of images')
+    p.add_argument('--root', required=True, help='where data sets live; for shard, a new folder')
     p.add_argument('--source', help='an archive or a folder that you already have')
     p.add_argument('--per-shard', type=int, default=1000, metavar='N', help='images a tar; default: 1000')
     add('doctor', run_doctor, 'what is installed, which devices there are, what is missing')
@@ -267,30 +478,45 @@ def make_parser(command=None):
 # %% ../nbs/cli.ipynb #32f1aede
 def main(argv=None) -> int:
     "The command: 0 done, 1 something is missing or went wrong, 2 wrong input (one line on stderr), 130 interrupted, 143 asked to end."
-    if _refused() and Path(_refused()).exists(): return 2
-    if '__file__' in globals() and os.environ.get('GLSD_TRACEBACK'): return _run(argv)
-    try: return _run(argv)
+    if _refused() and Path(_refused()).exists():
+        return 2
+    if '__file__' in globals() and os.environ.get('GLSD_TRACEBACK'):
+        return _run(argv)
+    try:
+        return _run(argv)
     except (ValueError, OSError, RuntimeError, ArithmeticError) as e:
-        code = getattr(e, 'exit_code', 2 if isinstance(e, (ValueError, FileNotFoundError, NotADirectoryError)) else 1)
+        code = getattr(
+            e, 'exit_code', 2 if isinstance(e, (ValueError, FileNotFoundError, NotADirectoryError)) else 1
+        )
         _tell(e, 'glsd: ' + ' '.join(str(e).split()), code)
         return code
     except KeyboardInterrupt:
         print('glsd: interrupted; the same command goes on from the last checkpoint', file=sys.stderr)
         return 130
 
-def _refused(): return os.environ.get('GLSD_REFUSED') if 'RANK' in os.environ else None      # see glsd.training.processes.agent
+
+def _refused():
+    return (
+        os.environ.get('GLSD_REFUSED') if 'RANK' in os.environ else None
+    )  # see glsd.training.processes.agent
+
 
 def _tell(error, line, code):
     "One line; of the processes of one run, the agent prints it."
-    if code == 2 and _refused(): Path(_refused()).write_text(line)
+    if code == 2 and _refused():
+        Path(_refused()).write_text(line)
     elif code == 1 and 'RANK' in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
         get_error_handler().record_exception(error)
-    elif os.environ.get('RANK', '0') == '0': print(line, file=sys.stderr)
+    elif os.environ.get('RANK', '0') == '0':
+        print(line, file=sys.stderr)
+
 
 def _run(argv):
     argv = sys.argv[1:] if argv is None else argv
     args, rest = make_parser(argv[0] if argv else None).parse_known_args(argv)
     args.argv = argv
-    if rest: _unknown(args.parser, rest)
+    if rest:
+        _unknown(args.parser, rest)
     return args.call(args) or 0

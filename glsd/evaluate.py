@@ -11,8 +11,9 @@ __all__ = ['EVALUATIONS', 'Net', 'recipe_of', 'open_net', 'open_nets', 'common_s
 import hashlib
 import inspect
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +24,15 @@ from .data.folders import Subset
 from .data.loading import eval_crop
 from .evaluation import attention, dense, frozen, knn, linear, report
 from .evaluation.correspondence import correspondence, correspondence_picture
-from .evaluation.retrieval import RetrievalFolder, RetrievalSet, copy_detection, copy_set, retrieval, retrieval_picture, toy_retrieval
+from glsd.evaluation.retrieval import (
+    RetrievalFolder,
+    RetrievalSet,
+    copy_detection,
+    copy_set,
+    retrieval,
+    retrieval_picture,
+    toy_retrieval,
+)
 from .training import Recipe
 from .training.checkpoint import last_checkpoint, saved_recipe, written_beside
 from .training.loop import pick_device
@@ -31,16 +40,21 @@ from .training.loop import pick_device
 # %% ../nbs/evaluate.ipynb #a362c6e4
 class Net(NamedTuple):
     "A frozen backbone with where it came from: `recipe` is None if it was not trained here, `size` are the pixels it was made for."
+
     spec: str
     backbone: torch.nn.Module
     recipe: Recipe | None
     size: int
 
+
 def recipe_of(spec):
     "The `Recipe` of a run folder or an exported file, None for any other spec."
-    if Path(spec).is_dir(): return saved_recipe(last_checkpoint(spec), spec)
-    if Path(spec).suffix != '.safetensors': return None
-    with safe_open(spec, 'pt') as f: return saved_recipe(f.metadata(), spec)
+    if Path(spec).is_dir():
+        return saved_recipe(last_checkpoint(spec), spec)
+    if Path(spec).suffix != '.safetensors':
+        return None
+    with safe_open(spec, 'pt') as f:
+        return saved_recipe(f.metadata(), spec)
 
 # %% ../nbs/evaluate.ipynb #0bf919b4
 def open_net(spec):
@@ -50,19 +64,27 @@ def open_net(spec):
     published = getattr(backbone.model, 'default_cfg', {}).get('input_size', [224])[-1]
     return Net(str(spec), backbone, recipe, recipe.global_size if recipe else published)
 
+
 def open_nets(specs):
     "{name: Net} from 'spec' or 'name=spec'. ValueError if two have one name."
     nets = {}
     for text in specs:
-        name, spec = text.split('=', 1) if '=' in text and not Path(text).exists() else (Path(text).name, text)
-        if name in nets: raise ValueError(f'two backbones are called {name!r}: write NAME={spec}')
+        name, spec = (
+            text.split('=', 1) if '=' in text and not Path(text).exists() else (Path(text).name, text)
+        )
+        if name in nets:
+            raise ValueError(f'two backbones are called {name!r}: write NAME={spec}')
         nets[name] = open_net(spec)
     return nets
+
 
 def common_size(nets, size=None):
     "`size`, or the one that all of `nets` were made for; ValueError if they were made for different ones."
     sizes = {net.size for net in nets.values()}
-    if not size and len(sizes) > 1: raise ValueError(f'these backbones were made for images of {sorted(sizes)} pixels: choose one with --size')
+    if not size and len(sizes) > 1:
+        raise ValueError(
+            f'these backbones were made for images of {sorted(sizes)} pixels: choose one with --size'
+        )
     return size or sizes.pop()
 
 # %% ../nbs/evaluate.ipynb #f5ad3554
@@ -70,57 +92,87 @@ def spread(total, n):
     "`n` of the numbers 0 to `total` - 1, evenly spaced; all of them if `n` is None, 0 or too large."
     return np.linspace(0, total - 1, min(n or total, total)).astype(int)
 
-def some(dataset, n): return Subset(dataset, spread(len(dataset), n)) if n and n < len(dataset) else dataset
+
+def some(dataset, n):
+    return Subset(dataset, spread(len(dataset), n)) if n and n < len(dataset) else dataset
 
 # %% ../nbs/evaluate.ipynb #c45767ee
 def toyworld(recipe, n, split):
     "`n` scenes as `recipe` has seen them, or of 64 pixels."
-    return ToyWorld(n, split=split, size=recipe.image_size if recipe else 64, seed=recipe.data_seed if recipe else 0)
+    return ToyWorld(
+        n, split=split, size=recipe.image_size if recipe else 64, seed=recipe.data_seed if recipe else 0
+    )
+
 
 def labelled(folder, role):
     "A folder of images or of shards that must have labels."
     dataset = open_images(folder)
-    if not len(dataset.classes): raise ValueError(f'{folder}: the {role} images need labels; lay them out as one folder a class')
+    if not len(dataset.classes):
+        raise ValueError(f'{folder}: the {role} images need labels; lay them out as one folder a class')
     return dataset
+
 
 def labelled_pair(recipe, anchors=None, test=None):
     "The labelled sets (anchors, test), or None if none are named and the recipe's data bring no labels."
-    if bool(anchors) != bool(test): raise ValueError('both are needed, --anchors and --test: two folders with one folder a class')
-    if anchors and anchors != 'toyworld': return labelled(anchors, 'anchor'), labelled(test, 'test')
-    if not anchors and (not recipe or recipe.data != 'toyworld'): return None
+    if bool(anchors) != bool(test):
+        raise ValueError('both are needed, --anchors and --test: two folders with one folder a class')
+    if anchors and anchors != 'toyworld':
+        return labelled(anchors, 'anchor'), labelled(test, 'test')
+    if not anchors and (not recipe or recipe.data != 'toyworld'):
+        return None
     return toyworld(recipe, 5000, 'train'), toyworld(recipe, 2000, 'val')
 
 # %% ../nbs/evaluate.ipynb #c8982b22
 def _pair(recipe, where):
     sets = labelled_pair(recipe, where['anchors'] or where['data'], where['test'] or where['data'])
-    if sets is None: raise ValueError('name labelled images with --anchors DIR --test DIR (or --data toyworld)')
+    if sets is None:
+        raise ValueError('name labelled images with --anchors DIR --test DIR (or --data toyworld)')
     return tuple(some(ds, where['images']) for ds in sets)
+
 
 def _source(recipe, where):
     source = where['data'] or where['test'] or (recipe and recipe.data)
-    if not source: raise ValueError('name images with --data DIR (or --data toyworld)')
+    if not source:
+        raise ValueError('name images with --data DIR (or --data toyworld)')
     return source
+
 
 def _images(recipe, where):
     source = _source(recipe, where)
-    return (toyworld(recipe, where['images'] or 500, 'val') if source == 'toyworld' else some(open_images(source), where['images']),)
+    return (
+        toyworld(recipe, where['images'] or 500, 'val')
+        if source == 'toyworld'
+        else some(open_images(source), where['images']),
+    )
+
 
 def _lists(recipe, where):
     source = _source(recipe, where)
-    if source == 'toyworld': return (toy_retrieval(where['images'] or 40, recipe.image_size if recipe else 64),)
+    if source == 'toyworld':
+        return (toy_retrieval(where['images'] or 40, recipe.image_size if recipe else 64),)
     return (RetrievalFolder(source),) if (Path(source) / 'lists.json').is_file() else _images(recipe, where)
+
 
 def _masks(recipe, where):
     source, n = _source(recipe, where), where['images']
-    if source == 'toyworld': return tuple(dense.ToySegmentation(toyworld(recipe, n or most, split)) for most, split in ((400, 'train'), (100, 'val')))
-    sets = dense.MaskFolder(source, 'train'), dense.MaskFolder(source, 'test' if (Path(source) / 'test').is_dir() else 'val')
-    for ds in sets: ds.files = [ds.files[i] for i in spread(len(ds), n)]
+    if source == 'toyworld':
+        return tuple(
+            dense.ToySegmentation(toyworld(recipe, n or most, split))
+            for most, split in ((400, 'train'), (100, 'val'))
+        )
+    sets = (
+        dense.MaskFolder(source, 'train'),
+        dense.MaskFolder(source, 'test' if (Path(source) / 'test').is_dir() else 'val'),
+    )
+    for ds in sets:
+        ds.files = [ds.files[i] for i in spread(len(ds), n)]
     return sets
 
 # %% ../nbs/evaluate.ipynb #40bb6b10
 class Evaluation(NamedTuple):
     """One measurement: `sets(recipe, where)` -> data sets; `measure(net, *sets, size, **options)` -> dict;
     `picture({name: net}, {name: result}, *sets, size)` -> Figure; `line(result)` -> str."""
+
     help: str
     sets: Callable
     measure: Callable
@@ -129,70 +181,153 @@ class Evaluation(NamedTuple):
 
     def options(self):
         "{keyword: default} of `measure`, without the size."
-        return {k: p.default for k, p in inspect.signature(self.measure).parameters.items() if p.default is not p.empty}
+        return {
+            k: p.default
+            for k, p in inspect.signature(self.measure).parameters.items()
+            if p.default is not p.empty
+        }
+
 
 EVALUATIONS = {}
 
-def _nets(nets): return {name: net.backbone for name, net in nets.items()}
+
+def _nets(nets):
+    return {name: net.backbone for name, net in nets.items()}
 
 # %% ../nbs/evaluate.ipynb #5f7fa77c
-def measure_knn(net, anchors, test, size, k=None, temperature=.07, cache=None, workers=0):
+def measure_knn(net, anchors, test, size, k=None, temperature=0.07, cache=None, workers=0):
     "Top-1 in per cent for each `k` (default: those of 10, 20, 100, 200 that the anchors allow); features are kept in `cache`."
     options = dict(workers=workers, progress=True)
-    get = lambda ds: frozen.cached_extract(net.backbone, ds, size, cache, **options) if cache else knn.extract(net.backbone, ds, size, **options)
+    get = lambda ds: (
+        frozen.cached_extract(net.backbone, ds, size, cache, **options)
+        if cache
+        else knn.extract(net.backbone, ds, size, **options)
+    )
     (bank, bank_y), (queries, truth) = get(anchors), get(test)
     k = k or [n for n in (10, 20, 100, 200) if n <= len(bank)] or [len(bank)]
-    return dict(knn=knn.knn_accuracy(bank, bank_y, queries, truth, k, temperature), anchors=len(bank), queries=len(queries), temperature=temperature)
+    return dict(
+        knn=knn.knn_accuracy(bank, bank_y, queries, truth, k, temperature),
+        anchors=len(bank),
+        queries=len(queries),
+        temperature=temperature,
+    )
 
-EVALUATIONS['knn'] = Evaluation('classes by a vote of the nearest neighbours (GLSD Sec. 4.3)', _pair, measure_knn,
+
+EVALUATIONS['knn'] = Evaluation(
+    'classes by a vote of the nearest neighbours (GLSD Sec. 4.3)',
+    _pair,
+    measure_knn,
     lambda nets, results, anchors, test, size: knn.knn_picture(_nets(nets), anchors, test, size),
-    lambda r: 'top-1 ' + ', '.join(f'{top1:.2f} % at k = {k}' for k, top1 in r['knn'].items()))
+    lambda r: 'top-1 ' + ', '.join(f'{top1:.2f} % at k = {k}' for k, top1 in r['knn'].items()),
+)
 
 # %% ../nbs/evaluate.ipynb #b3700bcc
-def measure_linear(net, anchors, test, size, epochs=100, batch_size=256, lrs=linear.LRS, n_blocks=None, cached=False, seed=0, workers=0, cache=None):
+def measure_linear(
+    net,
+    anchors,
+    test,
+    size,
+    epochs=100,
+    batch_size=256,
+    lrs=linear.LRS,
+    n_blocks=None,
+    cached=False,
+    seed=0,
+    workers=0,
+    cache=None,
+):
     "A linear layer on frozen features at each of `lrs`; `cached`: on features of central crops, computed once. Goes on from `cache`."
     settings = [size, epochs, batch_size, lrs, n_blocks, cached, seed, frozen.fingerprint_data(anchors)]
-    digits = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]                  # another question, another state
+    digits = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]  # another question, another state
     state = cache and Path(cache) / f'linear-{frozen.fingerprint_weights(net.backbone)}-{digits}'
-    return linear.linear_probe(net.backbone, anchors, test, size, epochs, batch_size, lrs, n_blocks, cached, state, seed=seed, workers=workers)
+    return linear.linear_probe(
+        net.backbone,
+        anchors,
+        test,
+        size,
+        epochs,
+        batch_size,
+        lrs,
+        n_blocks,
+        cached,
+        state,
+        seed=seed,
+        workers=workers,
+    )
 
-EVALUATIONS['linear'] = Evaluation('classes by one linear layer, trained at many learning rates at once (GLSD Sec. 4.3)', _pair, measure_linear,
+
+EVALUATIONS['linear'] = Evaluation(
+    'classes by one linear layer, trained at many learning rates at once (GLSD Sec. 4.3)',
+    _pair,
+    measure_linear,
     lambda nets, results, anchors, test, size: linear.linear_picture(results),
-    lambda r: f"top-1 {r['top1']:.2f} %, top-5 {r['top5']:.2f} % at lr {r['lr']:g} ({r['layers']} layer(s), {r['pooling']})")
+    lambda r: (
+        f'top-1 {r["top1"]:.2f} %, top-5 {r["top5"]:.2f} % at lr {r["lr"]:g} ({r["layers"]} layer(s), {r["pooling"]})'
+    ),
+)
 
 # %% ../nbs/evaluate.ipynb #4b71aabf
-def measure_correspondence(net, images, size, shift=.25, flip=.5, seed=0, batch_size=64, workers=0):
+def measure_correspondence(net, images, size, shift=0.25, flip=0.5, seed=0, batch_size=64, workers=0):
     "How many tokens find the token that sees the same place in another crop, and how far off they are."
-    return correspondence(net.backbone, images, size, shift, flip, seed=seed, batch_size=batch_size, workers=workers)
+    return correspondence(
+        net.backbone, images, size, shift, flip, seed=seed, batch_size=batch_size, workers=workers
+    )
 
-EVALUATIONS['correspondence'] = Evaluation('do tokens find the token that sees the same place? (GLSD Sec. 4.7)', _images, measure_correspondence,
+
+EVALUATIONS['correspondence'] = Evaluation(
+    'do tokens find the token that sees the same place? (GLSD Sec. 4.7)',
+    _images,
+    measure_correspondence,
     lambda nets, results, images, size: correspondence_picture(_nets(nets), images, size),
-    lambda r: (f"{r['accuracy']:.1f} % (95 %: {r['accuracy_ci'][0]:.1f} to {r['accuracy_ci'][1]:.1f}), {r['distance']:.2f} tokens = {r['distance_px']:.0f} px off; "
-               f"raw pixels {r['pixels']['accuracy']:.1f} %, chance {r['chance']['accuracy']:.1f} %"))
+    lambda r: (
+        f'{r["accuracy"]:.1f} % (95 %: {r["accuracy_ci"][0]:.1f} to {r["accuracy_ci"][1]:.1f}), {r["distance"]:.2f} tokens = {r["distance_px"]:.0f} px off; '
+        f'raw pixels {r["pixels"]["accuracy"]:.1f} %, chance {r["chance"]["accuracy"]:.1f} %'
+    ),
+)
 
 # %% ../nbs/evaluate.ipynb #2759c3a6
 def measure_collapse(net, images, size, n=256):
     "Rank and spread of features on `n` images, of a run folder also what its heads say; and the report in words."
     figures = report.collapse_of_backbone(net.backbone, images, size, n)
-    if Path(net.spec).is_dir(): figures['heads'] = report.collapse_of_run(net.spec, images)['heads']
+    if Path(net.spec).is_dir():
+        figures['heads'] = report.collapse_of_run(net.spec, images)['heads']
     found = report.collapse_report(figures)
     return dict(kind=found.kind, report=str(found), **figures)
 
-EVALUATIONS['collapse'] = Evaluation('healthy, or dimensional, local or full collapse? (GLSD Sec. 4.6)', _images, measure_collapse,
+
+EVALUATIONS['collapse'] = Evaluation(
+    'healthy, or dimensional, local or full collapse? (GLSD Sec. 4.6)',
+    _images,
+    measure_collapse,
     lambda nets, results, images, size: report.collapse_picture(results),
-    lambda r: r['report'])
+    lambda r: r['report'],
+)
 
 # %% ../nbs/evaluate.ipynb #727da734
-def measure_attention(net, images, size, mass=.6, layer=-1, seed=0):
+def measure_attention(net, images, size, mass=0.6, layer=-1, seed=0):
     "Jaccard index of attention masks against the scenes' own; of images without masks only the protocol is left."
     protocol = dict(size=size, mass=mass, layer=layer, seed=seed)
-    attention.attention_maps(net.backbone, eval_crop(images[0][0], size), layer=layer)        # says so if there is no attention
-    return attention.attention_jaccard(net.backbone, images, **protocol) if hasattr(images, 'scene') else protocol
+    attention.attention_maps(
+        net.backbone, eval_crop(images[0][0], size), layer=layer
+    )  # says so if there is no attention
+    return (
+        attention.attention_jaccard(net.backbone, images, **protocol)
+        if hasattr(images, 'scene')
+        else protocol
+    )
 
-EVALUATIONS['attention'] = Evaluation('where does it look, and does it see the object? (DINO Fig. 4, SelfPatch Fig. 1)', _images, measure_attention,
+
+EVALUATIONS['attention'] = Evaluation(
+    'where does it look, and does it see the object? (DINO Fig. 4, SelfPatch Fig. 1)',
+    _images,
+    measure_attention,
     lambda nets, results, images, size: attention.attention_picture(_nets(nets), images, size),
-    lambda r: (f"Jaccard {r['jaccard']:.1f} % (95 %: {r['jaccard_ci'][0]:.1f} to {r['jaccard_ci'][1]:.1f}); places shuffled {r['shuffled']:.1f} %"
-               if 'jaccard' in r else 'no masks with these images: a picture only'))
+    lambda r: (
+        f'Jaccard {r["jaccard"]:.1f} % (95 %: {r["jaccard_ci"][0]:.1f} to {r["jaccard_ci"][1]:.1f}); places shuffled {r["shuffled"]:.1f} %'
+        if 'jaccard' in r
+        else 'no masks with these images: a picture only'
+    ),
+)
 
 # %% ../nbs/evaluate.ipynb #ce55575c
 def measure_retrieval(net, images, size, batch_size=256, workers=0):
@@ -200,55 +335,110 @@ def measure_retrieval(net, images, size, batch_size=256, workers=0):
     measure = retrieval if isinstance(images, RetrievalSet) else copy_detection
     return measure(net.backbone, images, size, batch_size=batch_size, workers=workers, progress=True)
 
+
 def _found(r):
-    if 'map' in r: return f"copies: mAP {r['map']:.1f} %, found first {r['first']:.1f} %; raw pixels {r['pixels']['map']:.1f} %, chance {r['chance']['map']:.1f} %"
+    if 'map' in r:
+        return f'copies: mAP {r["map"]:.1f} %, found first {r["first"]:.1f} %; raw pixels {r["pixels"]["map"]:.1f} %, chance {r["chance"]["map"]:.1f} %'
     kinds = [kind for kind in ('easy', 'medium', 'hard') if r[kind]['map'] is not None]
-    return 'mAP ' + ', '.join(f"{kind} {r[kind]['map']:.1f} % (pixels {r['pixels'][kind]['map']:.1f})" for kind in kinds)
+    return 'mAP ' + ', '.join(
+        f'{kind} {r[kind]["map"]:.1f} % (pixels {r["pixels"][kind]["map"]:.1f})' for kind in kinds
+    )
+
 
 def _hits(nets, results, images, size):
-    return retrieval_picture(_nets(nets), images if isinstance(images, RetrievalSet) else copy_set(images), size)
+    return retrieval_picture(
+        _nets(nets), images if isinstance(images, RetrievalSet) else copy_set(images), size
+    )
 
-EVALUATIONS['retrieval'] = Evaluation('does it find the same thing again, or the original of a copy?', _lists, measure_retrieval, _hits, _found)
+
+EVALUATIONS['retrieval'] = Evaluation(
+    'does it find the same thing again, or the original of a copy?', _lists, measure_retrieval, _hits, _found
+)
 
 # %% ../nbs/evaluate.ipynb #7b7da531
-def measure_dense(net, memory, queries, size, k=30, temperature=.02, memory_size=102_400, batch_size=16, seed=0, workers=0):
+def measure_dense(
+    net, memory, queries, size, k=30, temperature=0.02, memory_size=102_400, batch_size=16, seed=0, workers=0
+):
     "Segmentation by looking tokens up in a memory of labelled ones; mIoU at the masks' own resolution."
-    return dense.dense_nn(net.backbone, memory, queries, size, k, temperature, memory_size, batch_size, seed, workers)
+    return dense.dense_nn(
+        net.backbone, memory, queries, size, k, temperature, memory_size, batch_size, seed, workers
+    )
 
-EVALUATIONS['dense-nn'] = Evaluation('segmentation by nearest labelled tokens', _masks, measure_dense,
+
+EVALUATIONS['dense-nn'] = Evaluation(
+    'segmentation by nearest labelled tokens',
+    _masks,
+    measure_dense,
     lambda nets, results, memory, queries, size: dense.dense_picture(_nets(nets), memory, queries, size),
-    lambda r: f"mIoU {r['miou']:.1f} %, pixels right {r['pixel_accuracy']:.1f} % (masks {r['mask_size']}, tokens {r['grid']}); one class everywhere {r['constant']:.1f} %, perfect tokens {r['ceiling']:.1f} %")
+    lambda r: (
+        f'mIoU {r["miou"]:.1f} %, pixels right {r["pixel_accuracy"]:.1f} % (masks {r["mask_size"]}, tokens {r["grid"]}); one class everywhere {r["constant"]:.1f} %, perfect tokens {r["ceiling"]:.1f} %'
+    ),
+)
 
 # %% ../nbs/evaluate.ipynb #c892e92d
 def checked(options, known):
     "`options` if their names are among `known` {name: default} and their types are those of the defaults; else ValueError."
     for name, value in options.items():
-        if name not in known: raise ValueError(f'no option {name!r}; there are: {", ".join(known)}')
-        default, like = known[name], (list, tuple) if isinstance(known[name], tuple) else (int, float) if isinstance(known[name], float) else type(known[name])
-        if default is not None and not isinstance(value, like): raise ValueError(f'{name} = {value!r} is not of the kind of its default, {default!r}')
+        if name not in known:
+            raise ValueError(f'no option {name!r}; there are: {", ".join(known)}')
+        default, like = (
+            known[name],
+            (list, tuple)
+            if isinstance(known[name], tuple)
+            else (int, float)
+            if isinstance(known[name], float)
+            else type(known[name]),
+        )
+        if default is not None and not isinstance(value, like):
+            raise ValueError(f'{name} = {value!r} is not of the kind of its default, {default!r}')
     return options
 
 # %% ../nbs/evaluate.ipynb #59f4d54a
-def evaluate(what, specs, anchors=None, test=None, data=None, size=None, images=None, device='auto', out=None, picture=True, **options) -> dict:
+def evaluate(
+    what,
+    specs,
+    anchors=None,
+    test=None,
+    data=None,
+    size=None,
+    images=None,
+    device='auto',
+    out=None,
+    picture=True,
+    **options,
+) -> dict:
     """Measures `what` (a key of `EVALUATIONS`) of each backbone: {'what', 'size', 'backbones': {name: figures}}.
 
     specs: a list of 'spec' or 'name=spec' (see `load_frozen`). `anchors`, `test`, `data`: folders, or 'toyworld'; by default the first
     run's own. `images`: at most so many of each set (lists are taken whole). `out`: a JSON file, written whole, with a `picture` of the same name beside it."""
-    if what not in EVALUATIONS: raise ValueError(f'no measurement {what!r}; there are: {", ".join(EVALUATIONS)}')
+    if what not in EVALUATIONS:
+        raise ValueError(f'no measurement {what!r}; there are: {", ".join(EVALUATIONS)}')
     e = EVALUATIONS[what]
     options = checked(options, e.options())
     nets = open_nets(specs)
-    for net in nets.values(): net.backbone.to(pick_device(device))
+    for net in nets.values():
+        net.backbone.to(pick_device(device))
     size, recipe = common_size(nets, size), next(iter(nets.values())).recipe
     sets = e.sets(recipe, dict(anchors=anchors, test=test, data=data, images=images))
-    if out and 'cache' in e.options(): options = {'cache': Path(out).parent / 'features', **options}
+    if out and 'cache' in e.options():
+        options = {'cache': Path(out).parent / 'features', **options}
     results = {name: e.measure(net, *sets, size, **options) for name, net in nets.items()}
-    answer = dict(what=what, size=size, images=[len(getattr(ds, 'queries', ds)) for ds in sets], backbones={name: dict(spec=nets[name].spec, **r) for name, r in results.items()})
-    if out: _write(Path(out), answer, e.picture(nets, results, *sets, size) if picture else None)
+    answer = dict(
+        what=what,
+        size=size,
+        images=[len(getattr(ds, 'queries', ds)) for ds in sets],
+        backbones={name: dict(spec=nets[name].spec, **r) for name, r in results.items()},
+    )
+    if out:
+        _write(Path(out), answer, e.picture(nets, results, *sets, size) if picture else None)
     return answer
+
 
 def _write(path, answer, figure):
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_beside(path) as f: f.write(json.dumps(answer, indent=1).encode())
-    if figure is None: return
-    with written_beside(path.with_suffix('.png')) as f: figure.savefig(f, format='png')
+    with written_beside(path) as f:
+        f.write(json.dumps(answer, indent=1).encode())
+    if figure is None:
+        return
+    with written_beside(path.with_suffix('.png')) as f:
+        figure.savefig(f, format='png')

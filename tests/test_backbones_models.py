@@ -1,8 +1,15 @@
 """What the chapters of floor 3 do not show: every backbone into timm through a file, gradients, determinism, half precision."""
-import copy, json, subprocess, sys
 
-import pytest, timm, torch
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
 from safetensors.torch import load_file, save_file
+
 from glsd.backbones import Backbone, create_backbone, list_backbones, register_backbone
 from glsd.backbones.heads import Branch, DINOHead
 from glsd.backbones.swin import window_attention
@@ -18,11 +25,13 @@ def on_meta(name, **kwargs):
 
 @pytest.mark.parametrize('name', list_backbones())
 def test_every_name_has_timms_keys_and_shapes(name):
-    ours = on_meta(name, drop_path=.1)
+    ours = on_meta(name, drop_path=0.1)
     kwargs = json.loads(json.dumps(ours.timm_kwargs))  # an exported file carries them as text
     with torch.device('meta'):
         theirs = timm.create_model(ours.timm_name, num_classes=0, **kwargs)
-    assert {k: v.shape for k, v in ours.model.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+    assert {k: v.shape for k, v in ours.model.state_dict().items()} == {
+        k: v.shape for k, v in theirs.state_dict().items()
+    }
     assert ours.dim == theirs.num_features
 
 
@@ -33,7 +42,8 @@ def test_weights_pass_through_a_file_into_timm(name, tmp_path):
     theirs = timm.create_model(ours.timm_name, num_classes=0, **ours.timm_kwargs).eval()
     theirs.load_state_dict(load_file(tmp_path / 'w.safetensors'))
     for module in theirs.modules():  # timm's Swin has 1e-5, which no weight file can say; the chapter does
-        if isinstance(module, torch.nn.LayerNorm): module.eps = 1e-6
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = 1e-6
     x = torch.randn(2, 3, *[{'vit_tiny_p16': 224}.get(name, 32)] * 2)
     with torch.no_grad():
         torch.testing.assert_close(ours(x).pooled, theirs(x), rtol=1e-4, atol=1e-5)
@@ -59,7 +69,7 @@ def test_a_crop_does_not_depend_on_the_others_of_its_batch(name):
 
 
 def test_drop_path_is_the_students_only():
-    student, teacher = create_backbone('vit_mini', drop_path=.5), create_backbone('vit_mini')
+    student, teacher = create_backbone('vit_mini', drop_path=0.5), create_backbone('vit_mini')
     assert student.state_dict().keys() == teacher.state_dict().keys()
     teacher.load_state_dict(student.state_dict())
     x = torch.randn(8, 3, 32, 32)
@@ -69,6 +79,7 @@ def test_drop_path_is_the_students_only():
 
 def test_masks_made_in_inference_mode_serve_training():
     from glsd.backbones.swin import shift_mask
+
     shift_mask.cache_clear()
     model = create_backbone('swin_mini')
     with torch.inference_mode():
@@ -82,12 +93,19 @@ def test_swin_top_row_does_not_reach_the_bottom_of_a_local_crop(name):
     model = create_backbone(name).eval().model
     for stage, side in zip(model.layers, (24, 12, 6, 3)):
         block = stage.blocks[1]
-        if not any(block.shift_size): continue
+        if not any(block.shift_size):
+            continue
         x = torch.randn(1, side, side, block.dim)
         y = x.clone()
         y[:, 0] += 1
         with torch.no_grad():
-            rows = (window_attention(block, x) - window_attention(block, y)).abs().amax((0, 2, 3)).nonzero().flatten()
+            rows = (
+                (window_attention(block, x) - window_attention(block, y))
+                .abs()
+                .amax((0, 2, 3))
+                .nonzero()
+                .flatten()
+            )
         assert rows.max() == min(block.shift_size[0], side) - 1
 
 
@@ -113,12 +131,18 @@ def test_a_backbone_of_ones_own_works_in_a_branch():
             z = self.model.forward_features(x)
             tokens = z.flatten(2).transpose(1, 2)
             from glsd.backbones import Features
+
             return Features(tokens.mean(1), tokens, tuple(z.shape[-2:]))
+
     from types import SimpleNamespace
+
     views = SimpleNamespace(crops=[torch.randn(2, 3, 3, 64, 64)], w_geo=[torch.zeros(2, 3, 7)])
-    out = Branch(create_backbone('test_own'), {'region': 'tokens'}, out_dim=16, hidden_dim=16, bottleneck_dim=8)(views)
+    out = Branch(
+        create_backbone('test_own'), {'region': 'tokens'}, out_dim=16, hidden_dim=16, bottleneck_dim=8
+    )(views)
     assert out.logits['region'].shape == (3, 8, 16)
     from glsd.backbones import features
+
     del features._backbones['test_own']
 
 
@@ -132,4 +156,9 @@ def test_head_under_autocast_and_with_batch_norm_statistics():
 
 def test_import_of_the_floor_needs_no_notebook_tools():
     code = "import sys, glsd.backbones.heads; print([m for m in ('nbdev', 'IPython', 'matplotlib') if m in sys.modules])"
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+    assert (
+        subprocess.run(
+            [sys.executable, '-c', code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == '[]'
+    )

@@ -1,4 +1,5 @@
 """Whole commands, one after the other, as a user gives them; and wrong input, which costs one line and never a traceback."""
+
 import json
 import subprocess
 import sys
@@ -12,8 +13,10 @@ from PIL import Image
 from glsd.cli import main
 from glsd.data import ToyWorld
 
-TINY = ('--image-size 32 --n-images 64 --global-size 32 --local-size 16 --n-local 1 --backbone vit_mini --out-dim 32 --head-hidden 16 '
-        '--head-bottleneck 8 --batch-size 16 --steps 2 --device cpu').split()
+TINY = (
+    '--image-size 32 --n-images 64 --global-size 32 --local-size 16 --n-local 1 --backbone vit_mini --out-dim 32 --head-hidden 16 '
+    '--head-bottleneck 8 --batch-size 16 --steps 2 --device cpu'
+).split()
 
 
 @pytest.fixture(scope='module')
@@ -32,8 +35,15 @@ def wrong(capsys, *argv):
     return lines[0]
 
 
-SMALL = {'knn': '--images 100 --k 10,20', 'linear': '--images 60 --epochs 2 --cached', 'correspondence': '--images 8', 'collapse': '--images 16',
-         'attention': '--images 4', 'retrieval': '--images 24', 'dense-nn': '--images 4'}
+SMALL = {
+    'knn': '--images 100 --k 10,20',
+    'linear': '--images 60 --epochs 2 --cached',
+    'correspondence': '--images 8',
+    'collapse': '--images 16',
+    'attention': '--images 4',
+    'retrieval': '--images 24',
+    'dense-nn': '--images 4',
+}
 
 
 @pytest.mark.parametrize('what', SMALL)
@@ -55,34 +65,74 @@ def test_evaluate_anything_beside_anything(run, tmp_path, capsys):
         file = tmp_path / ('train', 'test')[i % 2] / world.classes[(i // 2) % 2] / f'{i}.png'
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(world[i][0].permute(1, 2, 0).numpy()).save(file)
-    argv = ['evaluate', 'knn', str(run), str(exported), 'timm=random:resnet18', '--size', '32', '--anchors', str(tmp_path / 'train'),
-            '--test', str(tmp_path / 'test'), '--k', '5', '--out', str(tmp_path / 'knn.json')]
+    argv = [
+        'evaluate',
+        'knn',
+        str(run),
+        str(exported),
+        'timm=random:resnet18',
+        '--size',
+        '32',
+        '--anchors',
+        str(tmp_path / 'train'),
+        '--test',
+        str(tmp_path / 'test'),
+        '--k',
+        '5',
+        '--out',
+        str(tmp_path / 'knn.json'),
+    ]
     assert main(argv) == 0
     found = json.loads((tmp_path / 'knn.json').read_text())['backbones']
-    assert found['run']['knn'] == found['mine.safetensors']['knn'] and list(found) == ['run', 'mine.safetensors', 'timm']
+    assert found['run']['knn'] == found['mine.safetensors']['knn'] and list(found) == [
+        'run',
+        'mine.safetensors',
+        'timm',
+    ]
     kept = {f: f.stat().st_mtime_ns for f in (tmp_path / 'features').iterdir()}
-    assert main(argv) == 0 and {f: f.stat().st_mtime_ns for f in (tmp_path / 'features').iterdir()} == kept and len(kept) == 4
+    assert (
+        main(argv) == 0
+        and {f: f.stat().st_mtime_ns for f in (tmp_path / 'features').iterdir()} == kept
+        and len(kept) == 4
+    )
 
 
 def test_evaluate_says_what_is_wrong(run, tmp_path, capsys):
     def folder(name, *files):
-        for f in files: (tmp_path / name / f).parent.mkdir(parents=True, exist_ok=True); Image.new('RGB', (40, 40)).save(tmp_path / name / f)
+        for f in files:
+            (tmp_path / name / f).parent.mkdir(parents=True, exist_ok=True)
+            Image.new('RGB', (40, 40)).save(tmp_path / name / f)
         return tmp_path / name
-    two, one, none = folder('two', 'a/1.png', 'a/2.png', 'b/1.png', 'b/2.png'), folder('one', 'a/1.png', 'a/2.png'), folder('none', '1.png', '2.png')
+
+    two, one, none = (
+        folder('two', 'a/1.png', 'a/2.png', 'b/1.png', 'b/2.png'),
+        folder('one', 'a/1.png', 'a/2.png'),
+        folder('none', '1.png', '2.png'),
+    )
     more, small = folder('more', 'a/1.png', 'c/1.png'), folder('small', '1.png')
     say = lambda *argv: wrong(capsys, 'evaluate', *argv, '--out', tmp_path / 'x.json')
     sets = lambda a, t: ('--anchors', a, '--test', t)
     assert 'labels' in say('knn', run, *sets(none, two)) and 'labels' in say('linear', run, *sets(two, none))
-    assert 'two classes' in say('knn', run, *sets(one, one)) and 'one class' in say('linear', run, *sets(one, one))
+    assert 'two classes' in say('knn', run, *sets(one, one)) and 'one class' in say(
+        'linear', run, *sets(one, one)
+    )
     assert 'c' in say('knn', run, *sets(two, more)) and 'c' in say('linear', run, *sets(two, more))
     assert 'k = 50' in say('knn', run, *sets(two, two), '--k', '50')
-    assert '--anchors' in say('knn', 'random:vit_mini') and '--data' in say('correspondence', 'random:vit_mini')
+    assert '--anchors' in say('knn', 'random:vit_mini') and '--data' in say(
+        'correspondence', 'random:vit_mini'
+    )
     assert 'too small' in say('correspondence', run, '--data', none, '--size', '512')
     assert 'at least 2' in say('correspondence', run, '--data', small)
-    assert 'attention' in say('attention', 'random:resnet18', '--data', 'toyworld', '--size', '32', '--images', '4')
-    assert 'epochs' in say('linear', run, '--epochs', 'many') and 'device' in say('knn', run, '--device', 'abacus')
+    assert 'attention' in say(
+        'attention', 'random:resnet18', '--data', 'toyworld', '--size', '32', '--images', '4'
+    )
+    assert 'epochs' in say('linear', run, '--epochs', 'many') and 'device' in say(
+        'knn', run, '--device', 'abacus'
+    )
     assert '--epochs' in say('linear', run, '--epoch', '3') and 'knn' in wrong(capsys, 'evaluate', 'kmm', run)
-    assert '--size' in say('collapse', run, 'random:vit_tiny_patch16_224') and 'called' in say('collapse', run, run)
+    assert '--size' in say('collapse', run, 'random:vit_tiny_patch16_224') and 'called' in say(
+        'collapse', run, run
+    )
     assert not (tmp_path / 'x.json').exists()
 
 
@@ -91,16 +141,22 @@ def test_export_gives_a_file_and_the_line_that_loads_it(run, tmp_path, capsys):
     assert main(['export', str(run), '--out', str(file)]) == 0
     assert 'timm.create_model' in capsys.readouterr().out
     from glsd.training import load_run
+
     backbone = load_run(run).backbone
-    model = timm.create_model(backbone.timm_name, num_classes=0, checkpoint_path=str(file), **backbone.timm_kwargs).eval()
+    model = timm.create_model(
+        backbone.timm_name, num_classes=0, checkpoint_path=str(file), **backbone.timm_kwargs
+    ).eval()
     x = torch.randn(2, 3, 32, 32)
-    with torch.no_grad(): torch.testing.assert_close(model(x), backbone(x).pooled, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), backbone(x).pooled, rtol=1e-4, atol=1e-5)
 
 
 def test_a_second_call_goes_on_and_another_architecture_is_refused(run, capsys):
     assert main(['pretrain', 'toyworld', '--out', str(run), '--objective', 'geometric', *TINY]) == 0
     capsys.readouterr()
-    line = wrong(capsys, 'pretrain', 'toyworld', '--out', run, '--objective', 'geometric', *TINY, '--head-hidden', '24')
+    line = wrong(
+        capsys, 'pretrain', 'toyworld', '--out', run, '--objective', 'geometric', *TINY, '--head-hidden', '24'
+    )
     assert 'head_hidden' in line
 
 
@@ -113,23 +169,41 @@ def test_folder_problems(tmp_path, capsys):
     assert 'batch' in wrong(capsys, 'pretrain', tmp_path / 'one', '--out', tmp_path / 'c', *TINY)
 
 
-@pytest.mark.parametrize('argv, word', [
-    (['pretrain', '--out', 'x', '--objective', 'geometrik'], 'geometric'),
-    (['pretrain', '--out', 'x', '--objectve', 'geometric'], '--objective'),
-    (['pretrain', '--out', 'x', '--steps', 'many'], 'steps'),
-    (['pretrain', '--out', 'x', '--recipe', '/no/recipe.yaml'], '/no/recipe.yaml'),
-    (['pretrain', '--out', 'x', '--backbone', 'swin_tini_w7'], 'swin_tiny_w7'),
-    (['evaluate', 'knn', '/no/run'], '/no/run'), (['export', '/no/run'], '/no/run'),
-    (['reproduce', 'low_data', '-p', 'sedes=3'], 'seeds'), (['reproduce', 'high_data'], 'low_data'),
-    (['data', 'get', 'cifar11', '--root', 'x'], 'cifar10'), (['pretrian'], 'pretrain'), ([], 'COMMAND')])
+@pytest.mark.parametrize(
+    'argv, word',
+    [
+        (['pretrain', '--out', 'x', '--objective', 'geometrik'], 'geometric'),
+        (['pretrain', '--out', 'x', '--objectve', 'geometric'], '--objective'),
+        (['pretrain', '--out', 'x', '--steps', 'many'], 'steps'),
+        (['pretrain', '--out', 'x', '--recipe', '/no/recipe.yaml'], '/no/recipe.yaml'),
+        (['pretrain', '--out', 'x', '--backbone', 'swin_tini_w7'], 'swin_tiny_w7'),
+        (['evaluate', 'knn', '/no/run'], '/no/run'),
+        (['export', '/no/run'], '/no/run'),
+        (['reproduce', 'low_data', '-p', 'sedes=3'], 'seeds'),
+        (['reproduce', 'high_data'], 'low_data'),
+        (['data', 'get', 'cifar11', '--root', 'x'], 'cifar10'),
+        (['pretrian'], 'pretrain'),
+        ([], 'COMMAND'),
+    ],
+)
 def test_wrong_input_is_one_line(argv, word, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[1])
     assert word in wrong(capsys, *(str(tmp_path / a) if a == 'x' else a for a in argv))
 
 
 def test_the_installed_command_has_no_traceback():
-    done = subprocess.run([sys.executable, '-c', 'import sys; from glsd.cli import main; sys.exit(main())', 'evaluate', 'knn', '/no/run'],
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            '-c',
+            'import sys; from glsd.cli import main; sys.exit(main())',
+            'evaluate',
+            'knn',
+            '/no/run',
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2 and 'Traceback' not in done.stderr and '/no/run' in done.stderr
 
 
@@ -139,20 +213,33 @@ def test_supervise_with_drloc_and_measure_the_run(tmp_path, capsys):
     assert 'of the test images are right' in capsys.readouterr().out
     assert main(['export', str(tmp_path / 'a')]) == 0
     both = [str(tmp_path / 'a'), f'b={tmp_path}/a/backbone.safetensors']
-    assert main(['evaluate', 'knn', *both, '--images', '16', '--k', '3', '--out', str(tmp_path / 'knn.json')]) == 0
+    assert (
+        main(['evaluate', 'knn', *both, '--images', '16', '--k', '3', '--out', str(tmp_path / 'knn.json')])
+        == 0
+    )
     assert 'no folder train/' in wrong(capsys, 'supervise', tmp_path, '--out', tmp_path / 'b', *tiny)
     assert '--drloc' in wrong(capsys, 'supervise', '--out', tmp_path / 'b', '--drlok', '1')
 
 
-@pytest.mark.parametrize('flags, words', [
-    ('--objective adclr --backbone swin_mini', 'queries'), ('--objective adclr --n-query 0', 'n_query'), ('--objective adclr --query-scale 0.5,2', 'query_scale'),
-    ('--objective selfpatch --objective-options {patch:{k:9}}', '8 neighbours'), ('--objective selfpatch --local-size 8', '1x1'),
-    ('--objective ibot --global-size 8 --n-local 0', 'one token'), ('--objective drloc --objective-options {drloc:{m:1000}}', '256'),
-    ('--objective drloc --objective-options {variant:l3}', 'l1'), ('--objective moby --n-global 1', 'two global views')])
+@pytest.mark.parametrize(
+    'flags, words',
+    [
+        ('--objective adclr --backbone swin_mini', 'queries'),
+        ('--objective adclr --n-query 0', 'n_query'),
+        ('--objective adclr --query-scale 0.5,2', 'query_scale'),
+        ('--objective selfpatch --objective-options {patch:{k:9}}', '8 neighbours'),
+        ('--objective selfpatch --local-size 8', '1x1'),
+        ('--objective ibot --global-size 8 --n-local 0', 'one token'),
+        ('--objective drloc --objective-options {drloc:{m:1000}}', '256'),
+        ('--objective drloc --objective-options {variant:l3}', 'l1'),
+        ('--objective moby --n-global 1', 'two global views'),
+    ],
+)
 def test_a_method_that_cannot_be_had_is_one_line(flags, words, capsys, tmp_path):
     assert main(['pretrain', 'toyworld', '--out', str(tmp_path / 'a'), *TINY, *_words(flags)]) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith('glsd: ') and words in last
 
 
-def _words(flags): return [w.replace(':', ': ') for w in flags.split()]
+def _words(flags):
+    return [w.replace(':', ': ') for w in flags.split()]

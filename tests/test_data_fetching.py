@@ -1,4 +1,5 @@
 "Whole data sets through the scripts: cut downloads, a killed process, a full disk, hostile archives; all in miniature."
+
 import errno
 import functools
 import http.server
@@ -30,10 +31,38 @@ def python2_pickle(data, labels):
     "{'data': uint8 array [n, 3072], 'labels': list} as Python 2 wrote it: byte strings, numpy.core, protocol 2."
     text = lambda s: b'U' + bytes([len(s)]) + s
     number = lambda k: b'J' + k.to_bytes(4, 'little', signed=True)
-    dtype = b'cnumpy\ndtype\n' + text(b'u1') + b'K\x00K\x01\x87R(K\x03' + text(b'|') + b'NNN' + number(-1) + number(-1) + b'K\x00tb'
-    array = (b'cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85' + text(b'b') + b'\x87R(K\x01' + number(len(data)) + b'M\x00\x0c\x86'
-             + dtype + b'\x89T' + len(data.tobytes()).to_bytes(4, 'little') + data.tobytes() + b'tb')
-    return b'\x80\x02}(' + text(b'data') + array + text(b'labels') + b'](' + b''.join(map(number, labels)) + b'e' + b'u.'
+    dtype = (
+        b'cnumpy\ndtype\n'
+        + text(b'u1')
+        + b'K\x00K\x01\x87R(K\x03'
+        + text(b'|')
+        + b'NNN'
+        + number(-1)
+        + number(-1)
+        + b'K\x00tb'
+    )
+    array = (
+        b'cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85'
+        + text(b'b')
+        + b'\x87R(K\x01'
+        + number(len(data))
+        + b'M\x00\x0c\x86'
+        + dtype
+        + b'\x89T'
+        + len(data.tobytes()).to_bytes(4, 'little')
+        + data.tobytes()
+        + b'tb'
+    )
+    return (
+        b'\x80\x02}('
+        + text(b'data')
+        + array
+        + text(b'labels')
+        + b']('
+        + b''.join(map(number, labels))
+        + b'e'
+        + b'u.'
+    )
 
 
 def cifar_archive(path, n=20):
@@ -49,6 +78,7 @@ def cifar_archive(path, n=20):
 
 class Server(http.server.BaseHTTPRequestHandler):
     "Serves `content`; understands ranges or not; hangs up after `limit` bytes of an answer."
+
     content, limit, ranges, log = b'', None, True, []
 
     def do_GET(self):
@@ -62,21 +92,25 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.send_response(206 if asked else 200)
         self.send_header('Content-Length', str(len(self.content) - start))
         self.end_headers()
-        self.wfile.write(self.content[start:][:self.limit])
+        self.wfile.write(self.content[start:][: self.limit])
 
-    def log_message(self, *args): pass
+    def log_message(self, *args):
+        pass
 
 
 @pytest.fixture
 def serve():
     servers = []
+
     def start(content, **options):
         handler = type('Handler', (Server,), dict(content=content, log=[], **options))
         servers.append(http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler))
         threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
         return f'http://127.0.0.1:{servers[-1].server_port}/file', handler
+
     yield start
-    for s in servers: s.shutdown()
+    for s in servers:
+        s.shutdown()
 
 
 def test_a_cut_download_goes_on_where_it_stopped(serve, tmp_path):
@@ -111,13 +145,15 @@ def test_a_server_without_ranges_starts_over(serve, tmp_path):
 def test_a_server_that_brings_nothing_ends_it_and_keeps_the_part(serve, tmp_path):
     url, server = serve(os.urandom(50_000), limit=0)
     (tmp_path / 'a.part').write_bytes(bytes(20_000))
-    with pytest.raises(FetchError, match='20000 bytes are kept') as e: download(url, tmp_path / 'a')
+    with pytest.raises(FetchError, match='20000 bytes are kept') as e:
+        download(url, tmp_path / 'a')
     assert '\n' not in str(e.value) and len(server.log) == 1 and os.listdir(tmp_path) == ['a.part']
 
 
 def test_a_wrong_sum_removes_the_part(serve, tmp_path):
     url, _ = serve(b'something else')
-    with pytest.raises(FetchError, match='md5'): download(url, tmp_path / 'a', md5='0' * 32)
+    with pytest.raises(FetchError, match='md5'):
+        download(url, tmp_path / 'a', md5='0' * 32)
     assert os.listdir(tmp_path) == []
 
 
@@ -126,8 +162,10 @@ def test_not_found(serve, tmp_path):
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        with pytest.raises(FetchError, match='404'): download(f'http://127.0.0.1:{server.server_port}/x', tmp_path / 'a')
-    finally: server.shutdown()
+        with pytest.raises(FetchError, match='404'):
+            download(f'http://127.0.0.1:{server.server_port}/x', tmp_path / 'a')
+    finally:
+        server.shutdown()
 
 
 def test_cifar10_pixels_and_labels_survive(tmp_path, serve, monkeypatch):
@@ -135,30 +173,37 @@ def test_cifar10_pixels_and_labels_survive(tmp_path, serve, monkeypatch):
     url, server = serve(archive.read_bytes(), limit=150_000)
     data = DATASETS['cifar10']._replace(md5=archives.md5sum(archive), counts=dict(train=100, val=20))
     monkeypatch.setitem(DATASETS, 'cifar10', data)
-    out = get('cifar10', tmp_path / 'root', url)                    # verified, over a connection that is cut
+    out = get('cifar10', tmp_path / 'root', url)  # verified, over a connection that is cut
     assert len(server.log) > 1 and os.listdir(tmp_path / 'root') == ['cifar10']
     pixels = np.random.default_rng(0).integers(0, 256, (20, 3072), np.uint8)[13].reshape(3, 32, 32)
     assert (read_image(out / 'train/cat' / 'data_batch_1_00013.png').numpy() == pixels).all()
-    assert len(ImageFolder(out / 'train')) == 100 and np.bincount(ImageFolder(out / 'val').labels).tolist() == [2] * 10
+    assert (
+        len(ImageFolder(out / 'train')) == 100
+        and np.bincount(ImageFolder(out / 'val').labels).tolist() == [2] * 10
+    )
 
 
 def test_a_number_of_images_that_differs_is_refused_unless_told(tmp_path, monkeypatch):
     archive = cifar_archive(tmp_path / 'a.tar.gz')
     monkeypatch.setitem(DATASETS, 'cifar10', DATASETS['cifar10']._replace(md5=archives.md5sum(archive)))
-    with pytest.raises(FetchError, match='instead of'): get('cifar10', tmp_path / 'root', archive)
+    with pytest.raises(FetchError, match='instead of'):
+        get('cifar10', tmp_path / 'root', archive)
     assert os.listdir(tmp_path / 'root') == []
 
 
-def script(name, *args): return [sys.executable, str(SCRIPTS / f'{name}.py'), *map(str, args)]
+def script(name, *args):
+    return [sys.executable, str(SCRIPTS / f'{name}.py'), *map(str, args)]
 
 
-def run(name, *args): return subprocess.run(script(name, *args), capture_output=True, text=True)
+def run(name, *args):
+    return subprocess.run(script(name, *args), capture_output=True, text=True)
 
 
 def test_killed_while_unpacking_then_called_again(tmp_path):
     archive, root = cifar_archive(tmp_path / 'a.tar.gz', n=2000), tmp_path / 'root'
     process = subprocess.Popen(script('cifar10', '--root', root, '--source', archive, '--no-verify'))
-    while process.poll() is None and len(list(root.rglob('*.png'))) < 50: time.sleep(.02)
+    while process.poll() is None and len(list(root.rglob('*.png'))) < 50:
+        time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert process.returncode == -signal.SIGKILL, 'it was not killed in the middle'
@@ -167,12 +212,20 @@ def test_killed_while_unpacking_then_called_again(tmp_path):
     assert command('cifar10', ['--root', str(root), '--source', str(small), '--no-verify']) == 0
     assert len(ImageFolder(root / 'cifar10/train')) == 50 and os.listdir(root) == ['cifar10']
     stamp = (root / 'cifar10').stat().st_mtime_ns
-    assert get('cifar10', root) == root / 'cifar10' and (root / 'cifar10').stat().st_mtime_ns == stamp   # no source, no network
+    assert (
+        get('cifar10', root) == root / 'cifar10' and (root / 'cifar10').stat().st_mtime_ns == stamp
+    )  # no source, no network
 
 
-@pytest.mark.parametrize('name, source, says', [('cifar10', 'nowhere', 'no such archive or folder'), ('cifar10', 'text.txt', 'md5'),
-                                                ('tiny_imagenet', 'http://127.0.0.1:1/a.zip', 'without a network'),
-                                                ('imagenet_subsets', None, 'account')])
+@pytest.mark.parametrize(
+    'name, source, says',
+    [
+        ('cifar10', 'nowhere', 'no such archive or folder'),
+        ('cifar10', 'text.txt', 'md5'),
+        ('tiny_imagenet', 'http://127.0.0.1:1/a.zip', 'without a network'),
+        ('imagenet_subsets', None, 'account'),
+    ],
+)
 def test_wrong_input_ends_with_one_line(tmp_path, name, source, says, capsys):
     (tmp_path / 'text.txt').write_text('no archive')
     source = source and (source if '://' in source else str(tmp_path / source))
@@ -189,17 +242,23 @@ def test_every_script_is_a_command(tmp_path, name):
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
     archive = tmp_path / 'a.zip'
-    with zipfile.ZipFile(archive, 'w') as z: z.writestr('tiny-imagenet-200/train/n00000001/images/n00000001_0.JPEG', b'x')
-    def full(*args): raise OSError(errno.ENOSPC, 'No space left on device')
+    with zipfile.ZipFile(archive, 'w') as z:
+        z.writestr('tiny-imagenet-200/train/n00000001/images/n00000001_0.JPEG', b'x')
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
     monkeypatch.setattr(archives.shutil, 'copyfileobj', full)
-    with pytest.raises(FetchError, match='disk .* is full') as e: get('tiny_imagenet', tmp_path / 'root', archive, verify=False)
+    with pytest.raises(FetchError, match='disk .* is full') as e:
+        get('tiny_imagenet', tmp_path / 'root', archive, verify=False)
     assert '\n' not in str(e.value) and os.listdir(tmp_path / 'root') == []
 
 
 def test_a_folder_of_the_users_is_never_overwritten(tmp_path):
     (tmp_path / 'cifar10').mkdir()
     (tmp_path / 'cifar10/mine.txt').write_text('mine')
-    with pytest.raises(FetchError, match='exists already'): get('cifar10', tmp_path, cifar_archive(tmp_path / 'a.tar.gz', 10), verify=False)
+    with pytest.raises(FetchError, match='exists already'):
+        get('cifar10', tmp_path, cifar_archive(tmp_path / 'a.tar.gz', 10), verify=False)
     assert (tmp_path / 'cifar10/mine.txt').read_text() == 'mine'
 
 
@@ -211,20 +270,25 @@ def test_an_archive_that_the_user_keeps_in_the_root_stays(tmp_path):
 
 def test_a_pickle_that_calls_is_refused(tmp_path):
     class Harmful:
-        def __reduce__(self): return os.system, (f'touch {tmp_path}/owned',)
+        def __reduce__(self):
+            return os.system, (f'touch {tmp_path}/owned',)
+
     data = pickle.dumps({b'data': Harmful()})
     with tarfile.open(tmp_path / 'a.tar', 'w') as tar:
         info = tarfile.TarInfo('data_batch_1')
         info.size = len(data)
         tar.addfile(info, io.BytesIO(data))
-    with pytest.raises(FetchError, match='system'): get('cifar10', tmp_path / 'root', tmp_path / 'a.tar', verify=False)
+    with pytest.raises(FetchError, match='system'):
+        get('cifar10', tmp_path / 'root', tmp_path / 'a.tar', verify=False)
     assert not (tmp_path / 'owned').exists()
 
 
 @pytest.mark.parametrize('name', ['../evil.JPEG', '/evil.JPEG', 'train/../../evil.JPEG', 'a\\..\\..\\evil'])
 def test_paths_that_lead_out_are_refused_in_zips_too(tmp_path, name):
-    with zipfile.ZipFile(tmp_path / 'a.zip', 'w') as z: z.writestr(name, b'!')
-    with pytest.raises(FetchError, match='leads out'): list(members(tmp_path / 'a.zip'))
+    with zipfile.ZipFile(tmp_path / 'a.zip', 'w') as z:
+        z.writestr(name, b'!')
+    with pytest.raises(FetchError, match='leads out'):
+        list(members(tmp_path / 'a.zip'))
 
 
 @pytest.mark.parametrize('kind', [tarfile.SYMTYPE, tarfile.LNKTYPE])
@@ -233,13 +297,14 @@ def test_links_are_refused(tmp_path, kind):
         info = tarfile.TarInfo('train')
         info.type, info.linkname = kind, '/etc'
         tar.addfile(info)
-    with pytest.raises(FetchError, match='a link'): list(members(tmp_path / 'a.tar'))
+    with pytest.raises(FetchError, match='a link'):
+        list(members(tmp_path / 'a.tar'))
 
 
 def test_imagenet_lists_do_not_depend_on_how_the_images_come(tmp_path):
     pixel = io.BytesIO()
     Image.new('RGB', (2, 2)).save(pixel, 'JPEG')
-    names = {w: [f'{w}_{k}.JPEG' for k in range(205)] for w in ('n00000002', 'n00000001')}            # not in order
+    names = {w: [f'{w}_{k}.JPEG' for k in range(205)] for w in ('n00000002', 'n00000001')}  # not in order
     with tarfile.open(tmp_path / 'ILSVRC2012_img_train.tar', 'w') as outer:
         for w, files in names.items():
             (tmp_path / 'full' / w).mkdir(parents=True)
@@ -255,9 +320,11 @@ def test_imagenet_lists_do_not_depend_on_how_the_images_come(tmp_path):
             outer.addfile(info, io.BytesIO(buffer.getvalue()))
     outs = []
     for k, source in enumerate([tmp_path, tmp_path / 'full']):
-        with pytest.warns(UserWarning, match='no validation images'): outs.append(get('imagenet_subsets', tmp_path / f'{k}', source, verify=False))
+        with pytest.warns(UserWarning, match='no validation images'):
+            outs.append(get('imagenet_subsets', tmp_path / f'{k}', source, verify=False))
     for p in (1, 2, 5, 10, 20):
         lists = [(out / f'train_{p}pct.txt').read_text() for out in outs]
         assert lists[0] == lists[1] and len(lists[0].split()) == 20 * p
         assert len(ImageFolder(outs[0] / 'train', files=outs[0] / f'train_{p}pct.txt').classes) == 2
-    with pytest.raises(FetchError, match='instead of'): get('imagenet_subsets', tmp_path / 'v', tmp_path / 'full')
+    with pytest.raises(FetchError, match='instead of'):
+        get('imagenet_subsets', tmp_path / 'v', tmp_path / 'full')

@@ -1,4 +1,5 @@
 "Image files as they are found in the wild, through the class that training uses."
+
 import io
 import os
 
@@ -9,7 +10,9 @@ from PIL import Image
 
 from glsd.data.folders import ImageError, ImageFolder, balanced_subset, list_images, read_image, save_list
 
-pytestmark = pytest.mark.filterwarnings('ignore:The image decoding', 'ignore:This DataLoader', 'ignore:Truncated File')
+pytestmark = pytest.mark.filterwarnings(
+    'ignore:The image decoding', 'ignore:This DataLoader', 'ignore:Truncated File'
+)
 
 
 def picture(h=20, w=30, seed=0):
@@ -17,21 +20,48 @@ def picture(h=20, w=30, seed=0):
 
 
 def mean_error(path, image):
-    return (read_image(path).permute(1, 2, 0).int() - torch.tensor(np.array(image.convert('RGB'))).int()).abs().float().mean()
+    return (
+        (read_image(path).permute(1, 2, 0).int() - torch.tensor(np.array(image.convert('RGB'))).int())
+        .abs()
+        .float()
+        .mean()
+    )
 
 
-@pytest.mark.parametrize('orientation, back', [(2, Image.Transpose.FLIP_LEFT_RIGHT), (3, Image.Transpose.ROTATE_180), (4, Image.Transpose.FLIP_TOP_BOTTOM),
-                                               (5, Image.Transpose.TRANSPOSE), (6, Image.Transpose.ROTATE_90), (7, Image.Transpose.TRANSVERSE), (8, Image.Transpose.ROTATE_270)])
+@pytest.mark.parametrize(
+    'orientation, back',
+    [
+        (2, Image.Transpose.FLIP_LEFT_RIGHT),
+        (3, Image.Transpose.ROTATE_180),
+        (4, Image.Transpose.FLIP_TOP_BOTTOM),
+        (5, Image.Transpose.TRANSPOSE),
+        (6, Image.Transpose.ROTATE_90),
+        (7, Image.Transpose.TRANSVERSE),
+        (8, Image.Transpose.ROTATE_270),
+    ],
+)
 @pytest.mark.parametrize('suffix', ['png', 'jpg'])
 def test_every_exif_orientation_is_shown_upright(tmp_path, orientation, back, suffix):
     image, exif = picture().resize((30, 20)), Image.Exif()
     exif[0x0112] = orientation
-    stored = image.transpose(back)             # what the camera saved, such that showing it by its tag gives `image`
+    stored = image.transpose(back)  # what the camera saved, such that showing it by its tag gives `image`
     stored.save(tmp_path / f'a.{suffix}', exif=exif, quality=100, subsampling=0)
     assert mean_error(tmp_path / f'a.{suffix}', image) < (1 if suffix == 'png' else 6)
 
 
-@pytest.mark.parametrize('mode, suffix', [('L', 'png'), ('L', 'jpg'), ('LA', 'png'), ('P', 'gif'), ('P', 'png'), ('RGBA', 'webp'), ('1', 'bmp'), ('RGBA', 'tiff')])
+@pytest.mark.parametrize(
+    'mode, suffix',
+    [
+        ('L', 'png'),
+        ('L', 'jpg'),
+        ('LA', 'png'),
+        ('P', 'gif'),
+        ('P', 'png'),
+        ('RGBA', 'webp'),
+        ('1', 'bmp'),
+        ('RGBA', 'tiff'),
+    ],
+)
 def test_modes_equal_pillows_conversion_where_nothing_is_transparent(tmp_path, mode, suffix):
     image = picture().convert('RGB').convert(mode)
     image.save(tmp_path / f'a.{suffix}', **({'lossless': True} if suffix == 'webp' else {}))
@@ -76,7 +106,8 @@ def test_a_file_cut_anywhere_is_refused_by_name_or_decoded_whole(tmp_path, suffi
     expected = read_image(tmp_path / f'whole.{suffix}')
     for n in range(0, len(whole), max(1, len(whole) // 40)):
         (tmp_path / f'cut.{suffix}').write_bytes(whole[:n])
-        try: assert torch.equal(read_image(tmp_path / f'cut.{suffix}'), expected), n
+        try:
+            assert torch.equal(read_image(tmp_path / f'cut.{suffix}'), expected), n
         except ImageError as e:
             refused += 1
             assert f'cut.{suffix}' in str(e) and '\n' not in str(e)
@@ -86,20 +117,24 @@ def test_a_file_cut_anywhere_is_refused_by_name_or_decoded_whole(tmp_path, suffi
 def test_skipping_leaves_labels_and_lists_consistent(tmp_path):
     for c in 'ab':
         (tmp_path / c).mkdir()
-        for k in range(4): picture(seed=k).save(tmp_path / c / f'{k}.png')
+        for k in range(4):
+            picture(seed=k).save(tmp_path / c / f'{k}.png')
     (tmp_path / 'a/1.png').write_bytes((tmp_path / 'a/1.png').read_bytes()[:300])
     (tmp_path / 'b/9.jpg').write_text('nothing')
-    with pytest.warns(UserWarning, match='2 of 9 images'): ds = ImageFolder(tmp_path, on_error='skip')
+    with pytest.warns(UserWarning, match='2 of 9 images'):
+        ds = ImageFolder(tmp_path, on_error='skip')
     assert len(ds) == 7 and len(ds.skipped) == 2 and ds.labels.tolist() == [0] * 3 + [1] * 4
     save_list(balanced_subset(ds, 3), tmp_path / 'list.txt')
     again = ImageFolder(tmp_path, files=tmp_path / 'list.txt')
     assert 'a/1.png' not in again.files and len(again) == 6
-    for i in range(6): again[i]
+    for i in range(6):
+        again[i]
 
 
 def test_only_unreadable_images_is_an_error(tmp_path):
     (tmp_path / 'a.jpg').write_text('nothing')
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match='no image below'): ImageFolder(tmp_path, on_error='skip')
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match='no image below'):
+        ImageFolder(tmp_path, on_error='skip')
 
 
 def test_links_and_circles(tmp_path):
@@ -113,6 +148,7 @@ def test_links_and_circles(tmp_path):
 def test_subsets_are_nested_for_any_seed_and_differ_between_seeds(tmp_path):
     class Labels:
         labels, classes = np.random.default_rng(0).permutation(np.repeat(np.arange(5), 40)), list('abcde')
+
     for seed in range(5):
         sets = [set(balanced_subset(Labels, n, seed).indices) for n in range(1, 41)]
         assert all(a < b for a, b in zip(sets, sets[1:])) and len(sets[-1]) == 200

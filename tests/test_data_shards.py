@@ -1,8 +1,6 @@
 "Tar shards as a data set: the same bits however they are read, and one clear line for what is wrong with them."
+
 import io
-import json
-import subprocess
-import sys
 import tarfile
 
 import numpy as np
@@ -30,16 +28,20 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def shards(folder, tmp_path): return write_shards(folder, tmp_path / 'shards', per_shard=5)
+def shards(folder, tmp_path):
+    return write_shards(folder, tmp_path / 'shards', per_shard=5)
 
 
-def tensors(views): return [*views.crops, *views.w_geo, views.index, views.label]
+def tensors(views):
+    return [*views.crops, *views.w_geo, views.index, views.label]
 
 
-def same(a, b): return all(torch.equal(x, y) for x, y in zip(tensors(a), tensors(b), strict=True))
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(tensors(a), tensors(b), strict=True))
 
 
-def one_line(error): return '\n' not in str(error.value)
+def one_line(error):
+    return '\n' not in str(error.value)
 
 
 def pack(path, members):
@@ -64,11 +66,13 @@ def test_the_same_images_and_labels_as_the_folder(folder, shards):
     assert sorted(map(int, shards.keys())) == list(range(37))
     for i, k in enumerate(map(int, shards.keys())):
         assert torch.equal(shards[i][0], ds[k][0]) and shards[i][1] == shards.labels[i] == ds[k][1]
-        assert shards.read(i) == (folder / ds.files[k]).read_bytes()            # nothing was compressed again
+        assert shards.read(i) == (folder / ds.files[k]).read_bytes()  # nothing was compressed again
 
 
 def test_same_views_with_any_workers_start_and_processes(shards):
-    reference = list(make_loader(shards, MULTICROP, 4, seed=3, epoch=2))        # files are open when workers are forked
+    reference = list(
+        make_loader(shards, MULTICROP, 4, seed=3, epoch=2)
+    )  # files are open when workers are forked
     assert torch.cat([v.index for v in reference]).tolist() == shards.order(3, 2)[:36].tolist()
     fresh = ShardFolder(shards.root)
     for workers in (0, 1, 3):
@@ -78,7 +82,8 @@ def test_same_views_with_any_workers_start_and_processes(shards):
     parts = [list(make_loader(shards, MULTICROP, 4, seed=3, epoch=2, rank=r, world=2)) for r in (0, 1)]
     for whole, *halves in zip(reference, *parts):
         assert torch.equal(whole.index, torch.cat([h.index for h in halves]))
-        for k, crops in enumerate(whole.crops): assert torch.equal(crops, torch.cat([h.crops[k] for h in halves], 1))
+        for k, crops in enumerate(whole.crops):
+            assert torch.equal(crops, torch.cat([h.crops[k] for h in halves], 1))
 
 
 def test_order_is_a_function_of_seed_and_epoch_that_stays_in_its_window(shards):
@@ -91,13 +96,14 @@ def test_order_is_a_function_of_seed_and_epoch_that_stays_in_its_window(shards):
         assert len(set(shards.shard[order[-5:]])) <= 2
     shards.window = 1
     switches = (np.diff(shards.shard[shards.order(0, 0)]) != 0).sum()
-    assert switches == 7                                                        # each of 8 shards is left once
+    assert switches == 7  # each of 8 shards is left once
 
 
 def test_images_of_a_window_are_mixed(shards):
     shards.window, first = 8, []
-    for epoch in range(200): first.append(shards.order(0, epoch)[0])
-    assert len(set(first)) > 30                                                 # any image can come first
+    for epoch in range(200):
+        first.append(shards.order(0, epoch)[0])
+    assert len(set(first)) > 30  # any image can come first
 
 
 def test_evaluation_subsets_and_spawned_readers_work_as_with_a_folder(folder, shards):
@@ -110,6 +116,7 @@ def test_evaluation_subsets_and_spawned_readers_work_as_with_a_folder(folder, sh
     views = next(iter(make_loader(part, MULTICROP, 12)))
     assert sorted(views.label.tolist()) == [0] * 4 + [1] * 4 + [2] * 4
     import pickle
+
     shards[0]
     again = pickle.loads(pickle.dumps(shards))
     assert torch.equal(again[5][0], shards[5][0])
@@ -117,21 +124,41 @@ def test_evaluation_subsets_and_spawned_readers_work_as_with_a_folder(folder, sh
 
 def test_a_run_on_shards_that_is_cut_goes_on_to_the_same_weights(shards, tmp_path):
     from glsd.training import Recipe, pretrain
-    recipe = Recipe(data=str(shards.root), global_size=32, local_size=16, n_local=1, backbone='vit_mini', out_dim=32, head_hidden=16, head_bottleneck=8,
-                    batch_size=12, steps=5, checkpoint_every=1, device='cpu')
+
+    recipe = Recipe(
+        data=str(shards.root),
+        global_size=32,
+        local_size=16,
+        n_local=1,
+        backbone='vit_mini',
+        out_dim=32,
+        head_hidden=16,
+        head_bottleneck=8,
+        batch_size=12,
+        steps=5,
+        checkpoint_every=1,
+        device='cpu',
+    )
     whole = pretrain(recipe, tmp_path / 'whole', progress=False)
 
-    class Cut(Exception): pass
+    class Cut(Exception):
+        pass
+
     def stop(backbone, step):
-        if step == 2: raise Cut
+        if step == 2:
+            raise Cut
         return {}
+
     cut = recipe.replace(monitor_every=2)
-    with pytest.raises(Cut): pretrain(cut, tmp_path / 'cut', progress=False, monitors={'stop': stop})
+    with pytest.raises(Cut):
+        pretrain(cut, tmp_path / 'cut', progress=False, monitors={'stop': stop})
     rest = pretrain(recipe, tmp_path / 'cut', progress=False)
-    for (name, a), b in zip(whole.backbone.state_dict().items(), rest.backbone.state_dict().values()): assert torch.equal(a, b), name
+    for (name, a), b in zip(whole.backbone.state_dict().items(), rest.backbone.state_dict().values()):
+        assert torch.equal(a, b), name
 
     from glsd.training.loop import batch_of, batches
-    for step, views in enumerate(batches(recipe, shards, 0, 5), 1):                 # what a replay would be given
+
+    for step, views in enumerate(batches(recipe, shards, 0, 5), 1):  # what a replay would be given
         epoch, index = batch_of(recipe, shards, step)
         assert epoch == (step - 1) // 3 and index.tolist() == views.index.tolist()
 
@@ -139,7 +166,8 @@ def test_a_run_on_shards_that_is_cut_goes_on_to_the_same_weights(shards, tmp_pat
 def test_tarfile_reads_ours_by_the_convention_of_webdataset(shards):
     read = 0
     for name in shards.shards:
-        with tarfile.open(shards.root / name) as tar: members = [(split_name(m.name), tar.extractfile(m).read()) for m in tar]
+        with tarfile.open(shards.root / name) as tar:
+            members = [(split_name(m.name), tar.extractfile(m).read()) for m in tar]
         for ((key, ext), data), ((key_of_label, cls), label) in zip(members[::2], members[1::2], strict=True):
             assert key == key_of_label and ext in ('jpg', 'png') and cls == 'cls'
             assert data == shards.read(read) and int(label) == shards.labels[read]
@@ -150,48 +178,66 @@ def test_tarfile_reads_ours_by_the_convention_of_webdataset(shards):
 def test_the_webdataset_package_reads_ours_and_we_read_its(shards, tmp_path):
     wds = pytest.importorskip('webdataset')
     theirs = list(wds.WebDataset([str(shards.root / s) for s in shards.shards], shardshuffle=False))
-    assert [s['__key__'] for s in theirs] == shards.keys() and [int(s['cls']) for s in theirs] == shards.labels.tolist()
+    assert [s['__key__'] for s in theirs] == shards.keys() and [
+        int(s['cls']) for s in theirs
+    ] == shards.labels.tolist()
     (tmp_path / 'theirs').mkdir()
     with wds.TarWriter(str(tmp_path / 'theirs/000000.tar')) as out:
-        for k in range(3): out.write({'__key__': f'sample{k}', 'png': png(k), 'cls': 2 * k})
+        for k in range(3):
+            out.write({'__key__': f'sample{k}', 'png': png(k), 'cls': 2 * k})
     back = ShardFolder(tmp_path / 'theirs')
     assert back.labels.tolist() == [0, 2, 4] and [int(back[k][0][0, 0, 0]) for k in range(3)] == [0, 1, 2]
 
 
 def test_same_images_same_bytes_and_writing_goes_on(folder, shards, tmp_path, monkeypatch):
     import glsd.data.shards as module
+
     write, calls = module._write_shard, []
+
     def full(f, dataset, indices):
         calls.append(len(indices))
-        if len(calls) == 4: f.write(b'half'); raise OSError(28, 'No space left on device')
+        if len(calls) == 4:
+            f.write(b'half')
+            raise OSError(28, 'No space left on device')
         write(f, dataset, indices)
+
     monkeypatch.setattr(module, '_write_shard', full)
     out = tmp_path / 'again'
-    with pytest.raises(OSError): write_shards(folder, out, per_shard=5)
+    with pytest.raises(OSError):
+        write_shards(folder, out, per_shard=5)
     assert sorted(p.name for p in out.iterdir()) == ['000000.tar', '000001.tar', '000002.tar', PLAN]
-    with pytest.raises(ShardError, match='000003.tar is missing, of 8 shards'): ShardFolder(out)
+    with pytest.raises(ShardError, match='000003.tar is missing, of 8 shards'):
+        ShardFolder(out)
     calls.clear()
     monkeypatch.setattr(module, '_write_shard', lambda *args: (calls.append(1), write(*args)))
     write_shards(folder, out, per_shard=5)
     assert len(calls) == 5
-    for name in shards.shards: assert (out / name).read_bytes() == (shards.root / name).read_bytes()
+    for name in shards.shards:
+        assert (out / name).read_bytes() == (shards.root / name).read_bytes()
 
 
 def test_writing_elsewhere_is_refused(folder, shards, tmp_path):
     for bad in [dict(per_shard=6), dict(seed=1)]:
-        with pytest.raises(ValueError, match='shards of other images') as e: write_shards(folder, shards.root, **{'per_shard': 5, **bad})
+        with pytest.raises(ValueError, match='shards of other images') as e:
+            write_shards(folder, shards.root, **{'per_shard': 5, **bad})
         assert one_line(e)
-    with pytest.raises(ValueError, match='is not empty'): write_shards(folder, folder)
-    with pytest.raises(ValueError, match='per_shard is 0'): write_shards(folder, tmp_path / 'x', per_shard=0)
+    with pytest.raises(ValueError, match='is not empty'):
+        write_shards(folder, folder)
+    with pytest.raises(ValueError, match='per_shard is 0'):
+        write_shards(folder, tmp_path / 'x', per_shard=0)
 
 
 @pytest.mark.parametrize('keep', ['inside an image', 'between members', 'nothing'])
 def test_a_cut_tar_is_named_with_its_last_member(shards, keep):
     path = shards.root / '000002.tar'
-    with tarfile.open(path) as tar: members = list(tar)
-    end = {'inside an image': members[4].offset_data + 9, 'between members': members[5].offset, 'nothing': 0}[keep]
+    with tarfile.open(path) as tar:
+        members = list(tar)
+    end = {'inside an image': members[4].offset_data + 9, 'between members': members[5].offset, 'nothing': 0}[
+        keep
+    ]
     path.write_bytes(path.read_bytes()[:end])
-    with pytest.raises(ShardError, match='000002.tar') as e: ShardFolder(shards.root)
+    with pytest.raises(ShardError, match='000002.tar') as e:
+        ShardFolder(shards.root)
     assert one_line(e) and (members[4].name in str(e.value)) == (keep != 'nothing')
 
 
@@ -199,13 +245,14 @@ def test_a_stale_index_is_made_again_or_refused(shards, folder, tmp_path):
     grown = tmp_path / 'grown'
     pack(grown / 'a.tar', {'0.png': png(1), '0.cls': b'0'})
     assert len(ShardFolder(grown)) == 1 and (grown / INDEX).is_file()
-    pack(grown / 'b.tar', {'0.png': png(2), '0.cls': b'1'})                      # a new shard
+    pack(grown / 'b.tar', {'0.png': png(2), '0.cls': b'1'})  # a new shard
     assert ShardFolder(grown).labels.tolist() == [0, 1]
-    pack(grown / 'a.tar', {'0.png': png(3), '0.cls': b'0', '1.png': png(4), '1.cls': b'5'})   # one that grew
+    pack(grown / 'a.tar', {'0.png': png(3), '0.cls': b'0', '1.png': png(4), '1.cls': b'5'})  # one that grew
     ds = ShardFolder(grown)
     assert ds.labels.tolist() == [0, 5, 1] and [int(ds[i][0][0, 0, 0]) for i in range(3)] == [3, 4, 2]
-    (grown / 'b.tar').unlink()                                                  # one that is gone
-    with pytest.raises(ShardError, match='b.tar is missing') as e: ShardFolder(grown)
+    (grown / 'b.tar').unlink()  # one that is gone
+    with pytest.raises(ShardError, match='b.tar is missing') as e:
+        ShardFolder(grown)
     assert one_line(e)
     (grown / INDEX).unlink()
     assert len(ShardFolder(grown)) == 2
@@ -218,38 +265,56 @@ def test_a_shard_that_changes_while_it_is_open_is_found_on_reading(tmp_path):
     ds, size = ShardFolder(root), (root / 'a.tar').stat().st_size
     pack(root / 'a.tar', {'7.png': png(1), '1.png': png(2)})
     assert (root / 'a.tar').stat().st_size == size
-    with pytest.raises(ShardError, match='has changed') as e: ds[0]
+    with pytest.raises(ShardError, match='has changed') as e:
+        ds[0]
     assert one_line(e) and 'a.tar: 0.png' in str(e.value)
     assert int(ds[1][0][0, 0, 0]) == 2 and ShardFolder(root).keys() == ['7', '1']
 
 
 def test_a_folder_that_cannot_be_written_keeps_its_index_in_memory(tmp_path, monkeypatch):
     import glsd.data.shards as module
+
     root = pack(tmp_path / 's/a.tar', {'0.png': png(1)})
-    def refuse(*_): raise PermissionError(30, 'Read-only file system')
+
+    def refuse(*_):
+        raise PermissionError(30, 'Read-only file system')
+
     monkeypatch.setattr(module, '_write_beside', refuse)
     assert len(ShardFolder(root)) == 1 and not (root / INDEX).exists()
 
 
-@pytest.mark.parametrize('members, message', [
-    ({'a.png': png(), 'a.cls': b'0', 'b.png': png()}, 'b has no label'), ({'a.png': png(), 'b.cls': b'0'}, 'b has a label, but no image'),
-    ({'a.png': png(), 'a.cls': b'cat'}, 'a.cls holds no whole number'), ({'a.png': png(), 'a.json': b'[1]'}, 'a.json holds no whole number'),
-    ({'a.txt': b'x'}, 'no image in the 1 shards')])
+@pytest.mark.parametrize(
+    'members, message',
+    [
+        ({'a.png': png(), 'a.cls': b'0', 'b.png': png()}, 'b has no label'),
+        ({'a.png': png(), 'b.cls': b'0'}, 'b has a label, but no image'),
+        ({'a.png': png(), 'a.cls': b'cat'}, 'a.cls holds no whole number'),
+        ({'a.png': png(), 'a.json': b'[1]'}, 'a.json holds no whole number'),
+        ({'a.txt': b'x'}, 'no image in the 1 shards'),
+    ],
+)
 def test_odd_members_are_named(tmp_path, members, message):
-    with pytest.raises(ShardError, match=message) as e: ShardFolder(pack(tmp_path / 's/000000.tar', members))
+    with pytest.raises(ShardError, match=message) as e:
+        ShardFolder(pack(tmp_path / 's/000000.tar', members))
     assert one_line(e)
 
 
 def test_a_member_that_is_no_image_and_folders_without_shards(tmp_path, folder):
     ds = ShardFolder(pack(tmp_path / 's/000000.tar', {'a/b.jpg': b'<html>', 'a/c.png': png()[:40]}))
     for i, name in enumerate(['a/b.jpg', 'a/c.png']):
-        with pytest.raises(ImageError, match=f'000000.tar: {name}') as e: ds[i]
+        with pytest.raises(ImageError, match=f'000000.tar: {name}') as e:
+            ds[i]
         assert one_line(e)
-    with pytest.raises(ShardError, match='no shards in') as e: ShardFolder(folder)
-    with pytest.raises(FileNotFoundError, match='no such folder'): ShardFolder(tmp_path / 'nowhere')
-    assert isinstance(open_images(folder), ImageFolder) and isinstance(open_images(tmp_path / 's'), ShardFolder)
+    with pytest.raises(ShardError, match='no shards in') as e:
+        ShardFolder(folder)
+    with pytest.raises(FileNotFoundError, match='no such folder'):
+        ShardFolder(tmp_path / 'nowhere')
+    assert isinstance(open_images(folder), ImageFolder) and isinstance(
+        open_images(tmp_path / 's'), ShardFolder
+    )
     (tmp_path / 's/000000.tar').unlink()
-    with pytest.raises(ShardError, match='is gone'): ShardFolder.__getitem__(_without_files(ds), 0)
+    with pytest.raises(ShardError, match='is gone'):
+        ShardFolder.__getitem__(_without_files(ds), 0)
 
 
 def _without_files(ds):
@@ -259,6 +324,7 @@ def _without_files(ds):
 
 def test_the_command_packs_a_folder(folder, tmp_path, capsys):
     from glsd.cli import main
+
     assert main(['data', 'shard', str(folder), '--root', str(tmp_path / 'out'), '--per-shard', '10']) == 0
     assert '37 images in 4 shards' in capsys.readouterr().out and len(ShardFolder(tmp_path / 'out')) == 37
     assert main(['data', 'shard', str(folder), '--root', str(folder)]) == 2

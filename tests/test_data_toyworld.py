@@ -1,17 +1,20 @@
 "The toy world across processes and access orders, and what colour says about the class on more images than the chapter has."
-import hashlib, subprocess, sys
+
+import hashlib
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from glsd.data.toyworld import SHAPES, TEXTURES, ToyWorld
 
-DIGEST = '''
+DIGEST = """
 import hashlib, sys
 from glsd.data.toyworld import ToyWorld
 world = ToyWorld(50, size=40, split='val', seed=3)
 for i in map(int, sys.argv[1:]): print(hashlib.sha256(world[i][0].numpy().tobytes() + world.scene(i)[2].numpy().tobytes()).hexdigest())
-'''
+"""
 
 
 def _digest(world, i):
@@ -21,13 +24,18 @@ def _digest(world, i):
 def test_same_images_in_another_process_in_another_order():
     indices = [49, 0, 17, 17, 3]
     world = ToyWorld(50, size=40, split='val', seed=3)
-    world.render(range(50))                                # all at once here, one by one there
-    out = subprocess.run([sys.executable, '-c', DIGEST, *map(str, indices)], capture_output=True, text=True, check=True).stdout
+    world.render(range(50))  # all at once here, one by one there
+    out = subprocess.run(
+        [sys.executable, '-c', DIGEST, *map(str, indices)], capture_output=True, text=True, check=True
+    ).stdout
     assert out.split() == [_digest(world, i) for i in indices]
 
 
 def test_no_image_is_in_both_splits():
-    hashes = [{hash(image.numpy().tobytes()) for image in ToyWorld(300, 32, split).render(range(300))} for split in ('train', 'val')]
+    hashes = [
+        {hash(image.numpy().tobytes()) for image in ToyWorld(300, 32, split).render(range(300))}
+        for split in ('train', 'val')
+    ]
     assert len(hashes[0]) == len(hashes[1]) == 300 and not hashes[0] & hashes[1]
 
 
@@ -39,7 +47,9 @@ def test_a_world_beyond_the_memory_limit_paints_the_same():
 @pytest.mark.parametrize('size', [8, 33, 224])
 def test_any_size(size):
     image, label, masks, boxes = ToyWorld(24, size, shapes=tuple(SHAPES)).scene(23)
-    assert image.shape == (3, size, size) and masks.shape[1:] == (size, size) and boxes.shape == (len(masks), 4)
+    assert (
+        image.shape == (3, size, size) and masks.shape[1:] == (size, size) and boxes.shape == (len(masks), 4)
+    )
 
 
 def test_every_object_is_visible_and_boxed():
@@ -65,15 +75,21 @@ def test_colour_tells_nothing_about_the_class():
     n, bins = 4800, 16
     x, x_test = ToyWorld(n, 32).render(range(n)), ToyWorld(n, 32, 'val').render(range(n))
     y = torch.arange(n) % 12
-    def histogram(images):                                 # counts of every level, without a one-hot of every pixel
-        level = (images.long() * bins // 256).flatten(2) + bins * torch.arange(3)[None, :, None] + 3 * bins * torch.arange(n)[:, None, None]
+
+    def histogram(images):  # counts of every level, without a one-hot of every pixel
+        level = (
+            (images.long() * bins // 256).flatten(2)
+            + bins * torch.arange(3)[None, :, None]
+            + 3 * bins * torch.arange(n)[:, None, None]
+        )
         return torch.bincount(level.flatten(), minlength=n * 3 * bins).view(n, 3 * bins) / 1024
+
     for f in (histogram, lambda images: images.float().mean((2, 3)) / 255):
         a, b = f(x), f(x_test)
         scale = a.std(0) + 1e-6
         near = torch.cdist(b / scale, a / scale).topk(20, largest=False).indices
         accuracy = (torch.mode(y[near], 1).values == y).double().mean().item()
-        margin = 3 * (1 / 12 * 11 / 12 / n) ** .5
+        margin = 3 * (1 / 12 * 11 / 12 / n) ** 0.5
         assert abs(accuracy - 1 / 12) < margin, f'{100 * accuracy:.1f} %, chance {100 / 12:.1f} %'
 
 
@@ -81,10 +97,13 @@ def test_colour_tells_nothing_about_the_class():
 def test_textures_share_their_mean_brightness(texture):
     world = ToyWorld(400, 32, textures=(texture,))
     grey = world.render(range(400)).double().mean((1, 2, 3))
-    assert abs(grey.mean() - 127) < 4 * grey.std() / 400 ** .5 + 1
+    assert abs(grey.mean() - 127) < 4 * grey.std() / 400**0.5 + 1
 
 
-@pytest.mark.parametrize('wrong', [dict(split='test'), dict(size=0), dict(n=-1), dict(textures=('plaid',)), dict(shapes=())])
+@pytest.mark.parametrize(
+    'wrong', [dict(split='test'), dict(size=0), dict(n=-1), dict(textures=('plaid',)), dict(shapes=())]
+)
 def test_wrong_input_is_one_line(wrong):
-    with pytest.raises(ValueError) as e: ToyWorld(**wrong)
+    with pytest.raises(ValueError) as e:
+        ToyWorld(**wrong)
     assert '\n' not in str(e.value)

@@ -1,4 +1,5 @@
 """What the chapter cannot show about correspondence: exactness on many pairs, workers, networks that must win or lose."""
+
 import json
 
 import numpy as np
@@ -8,55 +9,80 @@ from torch import nn
 
 from glsd.backbones import Features, create_backbone
 from glsd.data import ToyWorld
-from glsd.evaluation.correspondence import (PixelPatches, correspondence, correspondence_picture, draw_pair,
-                                            exact_map, score, summary)
+from glsd.evaluation.correspondence import (
+    PixelPatches,
+    correspondence,
+    correspondence_picture,
+    draw_pair,
+    exact_map,
+    score,
+    summary,
+)
 from glsd.views.geometry import token_centers
 
 
 class Photos:
     "Unlabelled images of many shapes."
+
     shapes = [(61, 90), (75, 48), (50, 50), (120, 49), (64, 200)]
-    def __len__(self): return len(self.shapes)
+
+    def __len__(self):
+        return len(self.shapes)
+
     def __getitem__(self, i):
         g = torch.Generator().manual_seed(i)
         return torch.randint(256, (3, *self.shapes[i]), generator=g, dtype=torch.uint8), -1
 
 
 @pytest.mark.parametrize('G', [1, 2, 3, 7, 14])
-@pytest.mark.parametrize('shift', [0, .25, .9])
+@pytest.mark.parametrize('shift', [0, 0.25, 0.9])
 def test_map_is_exact_and_one_to_one(G, shift):
     rng = np.random.default_rng(G)
     for _ in range(50):
         a, b = draw_pair((int(rng.integers(40, 300)), int(rng.integers(40, 300))), 16 * G, (G, G), rng, shift)
         index, known = exact_map(a, b, (G, G))
         ea, eb = token_centers(a, (G, G)), token_centers(b, (G, G))
-        assert known.any() and (ea[known] - eb[index[known]]).abs().max() < 1e-3            # the same place, to rounding
-        assert len(set(index[known].tolist())) == int(known.sum())                         # no token twice
+        assert (
+            known.any() and (ea[known] - eb[index[known]]).abs().max() < 1e-3
+        )  # the same place, to rounding
+        assert len(set(index[known].tolist())) == int(known.sum())  # no token twice
         lonely = torch.cdist(ea[~known], eb)
-        assert not lonely.numel() or lonely.min() > .9 * float(a[2] - a[0]) / G            # nobody that has a partner is left out
+        assert (
+            not lonely.numel() or lonely.min() > 0.9 * float(a[2] - a[0]) / G
+        )  # nobody that has a partner is left out
 
 
 def test_pixels_find_every_partner_without_flip_and_colour():
     "On images of noise, any shape, cut without resizing: 100 % and no error, whatever the shift."
-    class Same(Photos): shapes = [(64, 64), (64, 100), (100, 64)]
-    for shift in (0, .25, .6):
+
+    class Same(Photos):
+        shapes = [(64, 64), (64, 100), (100, 64)]
+
+    for shift in (0, 0.25, 0.6):
         reach = max(0, round(8 * shift))
         size = 8 * (64 // (8 + reach))
-        r = correspondence(PixelPatches(size // 8), Same(), size, shift=shift, flip=0, photometric=None, progress=False)
+        r = correspondence(
+            PixelPatches(size // 8), Same(), size, shift=shift, flip=0, photometric=None, progress=False
+        )
         assert r['accuracy'] == 100 and r['distance'] == 0 and r['accuracy_ci'] == [100, 100]
 
 
 def test_constant_tokens_are_not_above_chance():
     "All alike: every token takes the first one, a corner, which has a partner less often than others."
+
     class Constant(nn.Module):
-        def forward(self, x): return Features(torch.ones(len(x), 4), torch.ones(len(x), 36, 4), (6, 6))
+        def forward(self, x):
+            return Features(torch.ones(len(x), 4), torch.ones(len(x), 36, 4), (6, 6))
+
     r = correspondence(Constant(), ToyWorld(300), 48, progress=False)
     assert 0 < r['accuracy'] < r['chance']['accuracy'] and r['distance'] > r['chance']['distance']
 
 
 def test_position_alone_wins_only_where_nothing_moves():
     class Positions(nn.Module):
-        def forward(self, x): return Features(torch.ones(len(x), 36), torch.eye(36).expand(len(x), 36, 36), (6, 6))
+        def forward(self, x):
+            return Features(torch.ones(len(x), 36), torch.eye(36).expand(len(x), 36, 36), (6, 6))
+
     world = ToyWorld(40)
     assert correspondence(Positions(), world, 48, shift=0, flip=0, progress=False)['accuracy'] == 100
     moved = correspondence(Positions(), world, 48, progress=False)
@@ -65,13 +91,20 @@ def test_position_alone_wins_only_where_nothing_moves():
 
 def test_flips_are_followed():
     "A token that is the same seen in a mirror (its square's mean) wins with flips what it wins without."
+
     class Mean(nn.Module):
         def forward(self, x):
             tokens = nn.functional.avg_pool2d(x, 8).flatten(2).mT
             tokens = torch.cat([tokens, torch.ones_like(tokens[..., :1])], -1)
             return Features(tokens.mean(1), tokens, (6, 6))
-    class Same(Photos): shapes = [(64, 64)] * 20
-    for flip in (0, .5, 1): assert correspondence(Mean(), Same(), 48, flip=flip, photometric=None, progress=False)['accuracy'] > 99
+
+    class Same(Photos):
+        shapes = [(64, 64)] * 20
+
+    for flip in (0, 0.5, 1):
+        assert (
+            correspondence(Mean(), Same(), 48, flip=flip, photometric=None, progress=False)['accuracy'] > 99
+        )
 
 
 def test_result_is_json_and_the_same_with_workers_batches_and_mode():
@@ -87,15 +120,18 @@ def test_result_is_json_and_the_same_with_workers_batches_and_mode():
 def test_interval_covers():
     "Of 200 samples of 50 images, the 95 % interval holds the true mean in 90 to 99 %."
     g = torch.Generator().manual_seed(0)
-    holds = [lo < 50 < hi for lo, hi in (summary(x, x, 1)['accuracy_ci'] for x in 100 * torch.rand(200, 50, generator=g))]
-    assert .9 < np.mean(holds) < .99
+    holds = [
+        lo < 50 < hi
+        for lo, hi in (summary(x, x, 1)['accuracy_ci'] for x in 100 * torch.rand(200, 50, generator=g))
+    ]
+    assert 0.9 < np.mean(holds) < 0.99
 
 
 def test_score_ignores_tokens_without_partner():
     truth, known = torch.arange(9)[None], torch.zeros(1, 9, dtype=torch.bool)
     known[0, 4] = True
     accuracy, distance = score(torch.full((1, 9), 0), truth, known, (3, 3))
-    assert accuracy == 0 and distance == pytest.approx(2**.5)
+    assert accuracy == 0 and distance == pytest.approx(2**0.5)
 
 
 def test_picture_has_a_panel_for_each_and_takes_networks_of_other_strides():
@@ -104,9 +140,16 @@ def test_picture_has_a_panel_for_each_and_takes_networks_of_other_strides():
     fig.canvas.draw()
 
 
-@pytest.mark.parametrize('backbone, n, size, message', [
-    (nn.Flatten(), 4, 48, 'no tokens'), (PixelPatches(8), 1, 48, 'at least 2'), (PixelPatches(1), 4, 60, 'too small'),
-    (create_backbone('vit_mini'), 4, 50, 'multiples of 8')])
+@pytest.mark.parametrize(
+    'backbone, n, size, message',
+    [
+        (nn.Flatten(), 4, 48, 'no tokens'),
+        (PixelPatches(8), 1, 48, 'at least 2'),
+        (PixelPatches(1), 4, 60, 'too small'),
+        (create_backbone('vit_mini'), 4, 50, 'multiples of 8'),
+    ],
+)
 def test_bad_input_in_one_line(backbone, n, size, message):
-    with pytest.raises(ValueError, match=message) as e: correspondence(backbone, ToyWorld(n), size, progress=False)
+    with pytest.raises(ValueError, match=message) as e:
+        correspondence(backbone, ToyWorld(n), size, progress=False)
     assert '\n' not in str(e.value)

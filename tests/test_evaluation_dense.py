@@ -1,4 +1,5 @@
 "Dense nearest neighbours: void pixels, own mask sizes, perfect tokens, odd grids, and folders that are not in order."
+
 import json
 
 import numpy as np
@@ -9,15 +10,29 @@ from PIL import Image
 from glsd.backbones import Features, create_backbone
 from glsd.data import ToyWorld
 from glsd.evaluation.correspondence import PixelPatches
-from glsd.evaluation.dense import (Memory, MaskFolder, ToySegmentation, class_iou, dense_nn, dense_picture, new_confusion,
-                                   token_shares)
+from glsd.evaluation.dense import (
+    MaskFolder,
+    Memory,
+    ToySegmentation,
+    class_iou,
+    dense_nn,
+    dense_picture,
+    new_confusion,
+    token_shares,
+)
 
 
 class Listed:
     "A data set from a list of (image, mask)."
-    def __init__(self, pairs, n_classes, void=None): self.pairs, self.void, self.classes = pairs, void, [f'c{i}' for i in range(n_classes)]
-    def __len__(self): return len(self.pairs)
-    def __getitem__(self, i): return self.pairs[i]
+
+    def __init__(self, pairs, n_classes, void=None):
+        self.pairs, self.void, self.classes = pairs, void, [f'c{i}' for i in range(n_classes)]
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, i):
+        return self.pairs[i]
 
 
 def flags(n, h, w, n_classes=3, seed=0, tile=8):
@@ -45,7 +60,8 @@ def test_void_neither_teaches_nor_counts():
     pairs, queries = flags(6, 32, 32), flags(3, 32, 32, seed=1)
     clean = run(Listed(pairs, 3), Listed(queries, 3), 32, k=5)
     half = [(i, m.clone()) for i, m in queries]
-    for _, m in half: m[:16] = 255
+    for _, m in half:
+        m[:16] = 255
     r = run(Listed(pairs, 3, 255), Listed(half, 3, 255), 32, k=5)
     assert sum(map(sum, r['confusion'])) == 3 * 16 * 32 and sum(map(sum, clean['confusion'])) == 3 * 32 * 32
     lies = [(i, torch.where(torch.arange(32)[:, None] < 16, 255, m)) for i, m in pairs]
@@ -61,15 +77,19 @@ def test_masks_of_several_sizes_are_counted_at_their_own():
 
 def test_a_class_that_nobody_meets_is_none_and_left_out_of_the_mean():
     r = run(Listed(flags(6, 32, 32), 4), Listed(flags(3, 32, 32, seed=1), 4), 32, k=5)
-    assert r['iou']['c3'] is None and r['miou'] == pytest.approx(np.mean([r['iou'][f'c{i}'] for i in range(3)]))
+    assert r['iou']['c3'] is None and r['miou'] == pytest.approx(
+        np.mean([r['iou'][f'c{i}'] for i in range(3)])
+    )
 
 
 def test_one_matrix_is_the_sum_of_many():
     a, b, counts = torch.randint(5, (2, 50, 50)), torch.randint(4, (2, 50, 50)), new_confusion(4, void=4)
-    for said, truth in zip(b, a): counts.update(said, truth)
+    for said, truth in zip(b, a):
+        counts.update(said, truth)
     m = counts.compute()
     for truth in range(4):
-        for said in range(4): assert m[truth, said] == ((a == truth) & (b == said)).sum()
+        for said in range(4):
+            assert m[truth, said] == ((a == truth) & (b == said)).sum()
     for c in range(4):
         either = (((a == c) | (b == c)) & (a != 4)).sum()
         assert class_iou(m)[c] == pytest.approx(float(100 * ((a == c) & (b == c)).sum() / either))
@@ -84,32 +104,53 @@ def test_shares_of_a_grid_that_does_not_divide_sum_to_one():
 def test_batches_and_workers_change_nothing(name):
     torch.manual_seed(0)
     net, kinds = create_backbone(name).train(), dict(size=32, shapes=('disc',), textures=('bars', 'rings'))
-    memory, queries = ToySegmentation(ToyWorld(12, **kinds)), ToySegmentation(ToyWorld(6, split='val', **kinds))
+    memory, queries = (
+        ToySegmentation(ToyWorld(12, **kinds)),
+        ToySegmentation(ToyWorld(6, split='val', **kinds)),
+    )
     one = run(memory, queries, 32, net, memory_size=100)
     two = run(memory, queries, 32, net, memory_size=100, batch_size=5, workers=1)
-    assert net.training and one['memory'] == two['memory'] == 96 and one['miou'] == pytest.approx(two['miou'], abs=.5)
+    assert (
+        net.training
+        and one['memory'] == two['memory'] == 96
+        and one['miou'] == pytest.approx(two['miou'], abs=0.5)
+    )
 
 
 def test_what_it_refuses():
     toy = Listed(flags(2, 32, 32), 3)
     bad = Listed([(i, m + 5) for i, m in flags(2, 32, 32)], 3)
     void = Listed([(i, m * 0 + 9) for i, m in flags(2, 32, 32)], 3, 9)
-    with pytest.raises(ValueError, match='holds the number'): run(bad, toy, 32, k=2)
-    with pytest.raises(ValueError, match='holds the number'): run(toy, bad, 32, k=2)
-    with pytest.raises(ValueError, match='no pixel of the memory'): run(void, toy, 32, k=2)
-    with pytest.raises(ValueError, match='no pixel of the query'): run(toy, void, 32, k=2)
-    with pytest.raises(ValueError, match='the memory holds 32'): run(toy, toy, 32, k=33)
-    with pytest.raises(ValueError, match='other classes'): run(toy, Listed(toy.pairs, 4), 32)
-    with pytest.raises(ValueError, match='the only class'): run(Listed(toy.pairs, 1), Listed(toy.pairs, 1), 32)
-    with pytest.raises(ValueError, match='no query images'): run(toy, Listed([], 3), 32)
-    with pytest.raises(ValueError, match='no memory images'): run(Listed([], 3), toy, 32)
+    with pytest.raises(ValueError, match='holds the number'):
+        run(bad, toy, 32, k=2)
+    with pytest.raises(ValueError, match='holds the number'):
+        run(toy, bad, 32, k=2)
+    with pytest.raises(ValueError, match='no pixel of the memory'):
+        run(void, toy, 32, k=2)
+    with pytest.raises(ValueError, match='no pixel of the query'):
+        run(toy, void, 32, k=2)
+    with pytest.raises(ValueError, match='the memory holds 32'):
+        run(toy, toy, 32, k=33)
+    with pytest.raises(ValueError, match='other classes'):
+        run(toy, Listed(toy.pairs, 4), 32)
+    with pytest.raises(ValueError, match='the only class'):
+        run(Listed(toy.pairs, 1), Listed(toy.pairs, 1), 32)
+    with pytest.raises(ValueError, match='no query images'):
+        run(toy, Listed([], 3), 32)
+    with pytest.raises(ValueError, match='no memory images'):
+        run(Listed([], 3), toy, 32)
+
     class Pooled(torch.nn.Module):
-        def forward(self, x): return Features(x.mean((2, 3)), None, None)
-    with pytest.raises(ValueError, match='returns no tokens'): run(toy, toy, 32, Pooled())
+        def forward(self, x):
+            return Features(x.mean((2, 3)), None, None)
+
+    with pytest.raises(ValueError, match='returns no tokens'):
+        run(toy, toy, 32, Pooled())
 
 
 def save(root, pairs, void=None):
-    for part in ('images', 'masks'): (root / part).mkdir(parents=True, exist_ok=True)
+    for part in ('images', 'masks'):
+        (root / part).mkdir(parents=True, exist_ok=True)
     for i, (image, mask) in enumerate(pairs):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(root / f'images/{i}.png')
         Image.fromarray(mask.byte().numpy()).save(root / f'masks/{i}.png')
@@ -119,8 +160,13 @@ def test_a_folder_is_what_was_saved(tmp_path):
     pairs = flags(3, 32, 48)
     save(tmp_path / 'train', pairs)
     ds = MaskFolder(tmp_path, 'train', classes=('red', 'green', 'blue'))
-    assert ds.void == 3 and all(torch.equal(a, b) for got, want in zip(map(ds.__getitem__, range(3)), pairs) for a, b in zip(got, want))
-    indexed = Image.fromarray(pairs[0][1].byte().numpy(), mode='P'); indexed.putpalette([0, 0, 0, 9, 9, 9, 200, 1, 1])
+    assert ds.void == 3 and all(
+        torch.equal(a, b)
+        for got, want in zip(map(ds.__getitem__, range(3)), pairs)
+        for a, b in zip(got, want)
+    )
+    indexed = Image.fromarray(pairs[0][1].byte().numpy(), mode='P')
+    indexed.putpalette([0, 0, 0, 9, 9, 9, 200, 1, 1])
     indexed.save(tmp_path / 'train/masks/0.png')
     assert torch.equal(ds[0][1], pairs[0][1])
     fig = dense_picture({'pixels': PixelPatches(8)}, ds, ds, (32, 48), images=(0, 2), k=2, progress=False)
@@ -131,5 +177,7 @@ def test_a_broken_mask_is_named(tmp_path):
     save(tmp_path / 'train', flags(2, 32, 32))
     (tmp_path / 'train/masks/1.png').write_bytes(b'no image')
     ds = MaskFolder(tmp_path, 'train')
-    with pytest.raises(ValueError, match='masks/1.png'): ds[1]
-    with pytest.raises(ValueError, match='masks/1.png'): run(ds, ds, 32)
+    with pytest.raises(ValueError, match='masks/1.png'):
+        ds[1]
+    with pytest.raises(ValueError, match='masks/1.png'):
+        run(ds, ds, 32)

@@ -1,4 +1,5 @@
 "What the chapter cannot show about k-NN: exactness under ties and odd sizes, the bound on memory, bad data sets."
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +10,8 @@ from glsd.data import Subset, ToyWorld
 from glsd.evaluation.knn import knn_accuracy, knn_monitor, knn_picture, nearest, top, vote
 
 
-def unit(n, d=8): return F.normalize(torch.randn(n, d), dim=1)
+def unit(n, d=8):
+    return F.normalize(torch.randn(n, d), dim=1)
 
 
 @pytest.mark.parametrize('k', [1, 16, 17, 199, 900])
@@ -37,18 +39,23 @@ def test_ties_give_k_different_neighbours():
 def test_the_largest_in_one_club():
     "All of the largest in one club, or in the columns that are too few for one."
     s = torch.zeros(1, 16 * 40 + 5)
-    s[0, 7::40][:16] = torch.arange(1., 17)
-    s[0, -5:] = 100 + torch.arange(5.)
+    s[0, 7::40][:16] = torch.arange(1.0, 17)
+    s[0, -5:] = 100 + torch.arange(5.0)
     assert top(s, 21)[0].tolist() == [[104, 103, 102, 101, 100, *range(16, 0, -1)]]
 
 
 class Largest(TorchDispatchMode):
     "The most bytes that any one tensor made in here holds."
+
     bytes = 0
+
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
         out = f(*args, **(kwargs or {}))
         for t in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(t, torch.Tensor): self.bytes = max(self.bytes, t.untyped_storage().nbytes() if t._base is None and not f.is_view else 0)
+            if isinstance(t, torch.Tensor):
+                self.bytes = max(
+                    self.bytes, t.untyped_storage().nbytes() if t._base is None and not f.is_view else 0
+                )
         return out
 
 
@@ -56,7 +63,8 @@ def test_memory_does_not_grow_with_the_bank():
     peak = []
     for m in (2_000, 8_000, 32_000):
         q, b = unit(300), unit(m)
-        with Largest() as found: nearest(q, b, 20, chunk=64, block=1000)
+        with Largest() as found:
+            nearest(q, b, 20, chunk=64, block=1000)
         peak.append(found.bytes)
     assert peak[0] == peak[1] == peak[2] == 64 * 1000 * 4
 
@@ -71,14 +79,19 @@ def test_many_k_are_those_of_one():
 
 def test_vote_is_the_sum_of_exponentials():
     s, y = torch.rand(50, 30).sort(descending=True).values, torch.randint(4, (50, 30))
-    sums = torch.stack([((s / .07).exp() * (y == c)).sum(1) for c in range(4)], 1)
+    sums = torch.stack([((s / 0.07).exp() * (y == c)).sum(1) for c in range(4)], 1)
     assert (vote(s, y, [30], 4)[30] == sums.argmax(1)).all()
 
 
 class Flat(torch.nn.Flatten):
     "The pixels, or a network that diverged."
-    def __init__(self, factor=1.): super().__init__(); self.factor = factor
-    def forward(self, x): return super().forward(x) * self.factor
+
+    def __init__(self, factor=1.0):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return super().forward(x) * self.factor
 
 
 def without_labels(ds):
@@ -87,33 +100,54 @@ def without_labels(ds):
     return ds
 
 
-def one_class(ds): return Subset(ds, np.flatnonzero(ds.labels == 3))
+def one_class(ds):
+    return Subset(ds, np.flatnonzero(ds.labels == 3))
 
 
-@pytest.mark.parametrize('call', [lambda a, b, k: knn_monitor(a, b, 16, k), lambda a, b, k: knn_picture({'pixels': Flat()}, a, b, 16, k=k)])
-@pytest.mark.parametrize('change, message', [
-    (lambda a, b: (without_labels(a), b, 5), '48 of 48 training images have no label'),
-    (lambda a, b: (a, without_labels(b), 5), '24 of 24 test images have no label'),
-    (lambda a, b: (one_class(a), one_class(b), 2), 'all training images are of class 3'),
-    (lambda a, b: (Subset(a, np.flatnonzero(a.labels > 1)), b, 5), 'class 0 has test images but no training image'),
-    (lambda a, b: (a, b, 49), 'k = 49 is more than the 48 training images'),
-    (lambda a, b: (Subset(a, []), b, 1), 'no training images'),
-    (lambda a, b: (a, Subset(b, []), 1), 'no test images')])
+@pytest.mark.parametrize(
+    'call',
+    [
+        lambda a, b, k: knn_monitor(a, b, 16, k),
+        lambda a, b, k: knn_picture({'pixels': Flat()}, a, b, 16, k=k),
+    ],
+)
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (lambda a, b: (without_labels(a), b, 5), '48 of 48 training images have no label'),
+        (lambda a, b: (a, without_labels(b), 5), '24 of 24 test images have no label'),
+        (lambda a, b: (one_class(a), one_class(b), 2), 'all training images are of class 3'),
+        (
+            lambda a, b: (Subset(a, np.flatnonzero(a.labels > 1)), b, 5),
+            'class 0 has test images but no training image',
+        ),
+        (lambda a, b: (a, b, 49), 'k = 49 is more than the 48 training images'),
+        (lambda a, b: (Subset(a, []), b, 1), 'no training images'),
+        (lambda a, b: (a, Subset(b, []), 1), 'no test images'),
+    ],
+)
 def test_bad_data_in_one_line_and_at_once(call, change, message):
     a, b, k = change(ToyWorld(48, 16), ToyWorld(24, 16, 'val'))
-    with pytest.raises(ValueError, match=message) as e: call(a, b, k)
+    with pytest.raises(ValueError, match=message) as e:
+        call(a, b, k)
     assert '\n' not in str(e.value)
 
 
 def test_a_network_that_diverged_is_named():
     a, b = ToyWorld(48, 16), ToyWorld(24, 16, 'val')
-    with pytest.raises(ValueError, match='48 of 48 training features are not finite'): knn_monitor(a, b, 16, 5)(Flat(float('nan')), 0)
-    with pytest.raises(ValueError, match='not finite'): knn_picture({'x': Flat(float('inf'))}, a, b, 16)
+    with pytest.raises(ValueError, match='48 of 48 training features are not finite'):
+        knn_monitor(a, b, 16, 5)(Flat(float('nan')), 0)
+    with pytest.raises(ValueError, match='not finite'):
+        knn_picture({'x': Flat(float('inf'))}, a, b, 16)
 
 
 def test_picture_takes_chosen_queries_and_large_images():
-    fig = knn_picture({'a': Flat(), 'b': Flat(2.)}, ToyWorld(48, 40), ToyWorld(24, 16, 'val'), 16, queries=[5, 5, 23], k=2)
+    fig = knn_picture(
+        {'a': Flat(), 'b': Flat(2.0)}, ToyWorld(48, 40), ToyWorld(24, 16, 'val'), 16, queries=[5, 5, 23], k=2
+    )
     assert [len(f.axes) for f in fig.subfigs] == [9, 9]
     fig.canvas.draw()
     colours = [[ax.spines['top'].get_edgecolor() for ax in f.axes] for f in fig.subfigs]
-    assert colours[0] == colours[1] and colours[0][:3] == colours[0][3:6]      # the same query twice; a factor changes no cosine
+    assert (
+        colours[0] == colours[1] and colours[0][:3] == colours[0][3:6]
+    )  # the same query twice; a factor changes no cosine

@@ -1,10 +1,21 @@
 """DrLoc: each variant against a plain double loop, where the gradient flows, and what a caller can get wrong."""
-import math
 
-import pytest, torch
+import math
 from types import SimpleNamespace as Outputs
+
+import pytest
+import torch
+
 from glsd.objectives.dino import create_objective
-from glsd.objectives.drloc import VARIANTS, DRLocLoss, LocalizationMLP, dense_localization_loss, draw_pairs, every_block_loss, pool_grid
+from glsd.objectives.drloc import (
+    VARIANTS,
+    DRLocLoss,
+    LocalizationMLP,
+    dense_localization_loss,
+    draw_pairs,
+    every_block_loss,
+    pool_grid,
+)
 
 
 def slow(tokens, grid, mlp, pairs, variant, divisor):
@@ -15,18 +26,29 @@ def slow(tokens, grid, mlp, pairs, variant, divisor):
         for a, b in drawn.tolist():
             out = mlp.rest(mlp.first(torch.cat([image[a], image[b]])))
             places = [divmod(n, grid[1]) for n in (a, b)]
-            errors[-1].append([one_axis(out.view(2, -1)[axis], places[0][axis] - places[1][axis], grid[axis], variant, divisor) for axis in (0, 1)])
+            errors[-1].append(
+                [
+                    one_axis(
+                        out.view(2, -1)[axis], places[0][axis] - places[1][axis], grid[axis], variant, divisor
+                    )
+                    for axis in (0, 1)
+                ]
+            )
     return errors
 
+
 def one_axis(out, c, k, variant, divisor):
-    if variant == 'ce': return -(out.exp() / out.exp().sum())[c + 7].log()
+    if variant == 'ce':
+        return -(out.exp() / out.exp().sum())[c + 7].log()
     if variant == 'cycle':
         p = out.exp() / out.exp().sum()
         mu = sum(q * (n - 7) for n, q in enumerate(p))
         var = sum(q * (n - 7 - mu) ** 2 for n, q in enumerate(p))
-        return (c - mu) ** 2 / var + .001 * var.sqrt().log()
-    if variant == 'signed': t = c / k if divisor == 'k' else (c + k - 1) / (2 * (k - 1))
-    else: t = abs(c) / (k if divisor == 'k' else k - 1)
+        return (c - mu) ** 2 / var + 0.001 * var.sqrt().log()
+    if variant == 'signed':
+        t = c / k if divisor == 'k' else (c + k - 1) / (2 * (k - 1))
+    else:
+        t = abs(c) / (k if divisor == 'k' else k - 1)
     return (t - out[0]).abs()
 
 
@@ -38,26 +60,45 @@ def test_each_variant_is_its_double_loop(variant, divisor, grid):
     mlp = LocalizationMLP.for_variant(6, variant, hidden=8).double()
     tokens = torch.randn(3, grid[0] * grid[1], 6, dtype=torch.float64)
     pairs = draw_pairs(3, grid, 5)
-    errors = torch.stack([torch.stack([torch.stack(pair) for pair in image]) for image in slow(tokens, grid, mlp, pairs, variant, divisor)])
+    errors = torch.stack(
+        [
+            torch.stack([torch.stack(pair) for pair in image])
+            for image in slow(tokens, grid, mlp, pairs, variant, divisor)
+        ]
+    )
     options = dict(grid=grid, mlp=mlp, variant=variant, divisor=divisor, pairs=pairs)
-    torch.testing.assert_close(dense_localization_loss(tokens, **options).double(), errors.mean(), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(dense_localization_loss(tokens, reduction='sum', **options).double(), errors.mean(1).sum(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        dense_localization_loss(tokens, **options).double(), errors.mean(), rtol=1e-4, atol=1e-6
+    )
+    torch.testing.assert_close(
+        dense_localization_loss(tokens, reduction='sum', **options).double(),
+        errors.mean(1).sum(),
+        rtol=1e-4,
+        atol=1e-6,
+    )
 
 
 def test_all_is_every_pair_once():
     torch.manual_seed(0)
     mlp, tokens = LocalizationMLP(4, hidden=8), torch.randn(2, 12, 4)
     pairs = torch.cartesian_prod(torch.arange(12), torch.arange(12)).expand(2, -1, -1)
-    with torch.no_grad(): errors = torch.tensor(slow(tokens, (3, 4), mlp, pairs, 'l1', 'k'))
-    torch.testing.assert_close(dense_localization_loss(tokens, (3, 4), mlp, m=10 ** 9, variant='all'), errors.mean())
+    with torch.no_grad():
+        errors = torch.tensor(slow(tokens, (3, 4), mlp, pairs, 'l1', 'k'))
+    torch.testing.assert_close(
+        dense_localization_loss(tokens, (3, 4), mlp, m=10**9, variant='all'), errors.mean()
+    )
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_gradient_reaches_tokens_and_mlp(variant):
     torch.manual_seed(0)
-    tokens, mlp = torch.randn(4, 196, 8, requires_grad=True), LocalizationMLP.for_variant(8, variant, hidden=16)
+    tokens, mlp = (
+        torch.randn(4, 196, 8, requires_grad=True),
+        LocalizationMLP.for_variant(8, variant, hidden=16),
+    )
     dense_localization_loss(tokens, (14, 14), mlp, variant=variant).backward()
-    for x in tokens, *mlp.parameters(): assert x.grad.isfinite().all() and x.grad.any()
+    for x in tokens, *mlp.parameters():
+        assert x.grad.isfinite().all() and x.grad.any()
 
 
 def test_only_tokens_of_a_drawn_pair_get_gradient():
@@ -72,12 +113,16 @@ def test_batch_order_does_not_matter_and_images_do_not_mix():
     pairs = draw_pairs(5, (7, 7))
     loss = lambda which: dense_localization_loss(tokens[which], (7, 7), mlp, pairs=pairs[which])
     torch.testing.assert_close(loss(order), loss(slice(None)))
-    torch.testing.assert_close(loss(slice(None)), torch.stack([loss(slice(i, i + 1)) for i in range(5)]).mean())
+    torch.testing.assert_close(
+        loss(slice(None)), torch.stack([loss(slice(i, i + 1)) for i in range(5)]).mean()
+    )
 
 
 def test_pairs_come_from_torchs_generator_and_are_uniform():
-    torch.manual_seed(3); a = draw_pairs(2, (7, 7))
-    torch.manual_seed(3); assert torch.equal(a, draw_pairs(2, (7, 7)))
+    torch.manual_seed(3)
+    a = draw_pairs(2, (7, 7))
+    torch.manual_seed(3)
+    assert torch.equal(a, draw_pairs(2, (7, 7)))
     assert not torch.equal(a[0], a[1])
     counts = draw_pairs(200, (3, 2), 36).flatten().bincount(minlength=6).double()
     assert (counts - 2400).abs().max() < 5 * math.sqrt(2400)
@@ -94,58 +139,105 @@ def test_pooling():
 def test_under_autocast_the_loss_is_float32():
     with torch.autocast('cpu', torch.bfloat16):
         for variant in VARIANTS:
-            loss = dense_localization_loss(torch.randn(1, 9, 4), (3, 3), LocalizationMLP.for_variant(4, variant, hidden=4), 9, variant)
+            loss = dense_localization_loss(
+                torch.randn(1, 9, 4), (3, 3), LocalizationMLP.for_variant(4, variant, hidden=4), 9, variant
+            )
             assert loss.dtype == torch.float32 and loss.isfinite()
 
 
 def test_a_sure_and_wrong_answer_is_finite():
     mlp = LocalizationMLP.for_variant(4, 'cycle', hidden=4)
-    with torch.no_grad(): mlp.rest[-1].weight.zero_(), mlp.rest[-1].bias.copy_(1e4 * torch.eye(30)[3] + 1e4 * torch.eye(30)[20])
+    with torch.no_grad():
+        mlp.rest[-1].weight.zero_(), mlp.rest[-1].bias.copy_(1e4 * torch.eye(30)[3] + 1e4 * torch.eye(30)[20])
     tokens = torch.randn(1, 9, 4, requires_grad=True)
     dense_localization_loss(tokens, (3, 3), mlp, variant='cycle').backward()
     assert all(p.grad.isfinite().all() for p in mlp.parameters())
 
 
-@pytest.mark.parametrize('wrong, says', [
-    (dict(variant='L1'), "variant 'L1'.*l1, signed, all, ce, cycle"), (dict(m=82), 'm=82.*3 x 3.*81'), (dict(m=0), 'm=0'),
-    (dict(grid=(1, 1), tokens=torch.zeros(2, 1, 8)), 'one token'), (dict(grid=(3, 2)), '9 tokens.*3 x 2'),
-    (dict(reduction='none'), "reduction is 'none'"), (dict(divisor='k+1'), "divisor is 'k\\+1'"), (dict(variant='ce'), "'ce'.*2 outputs"),
-    (dict(mlp=LocalizationMLP.for_variant(8, 'ce')), "'l1'.*30 outputs"), (dict(variant='cycle', mlp=LocalizationMLP(8, 6)), "'cycle'.*6 outputs")])
+@pytest.mark.parametrize(
+    'wrong, says',
+    [
+        (dict(variant='L1'), "variant 'L1'.*l1, signed, all, ce, cycle"),
+        (dict(m=82), 'm=82.*3 x 3.*81'),
+        (dict(m=0), 'm=0'),
+        (dict(grid=(1, 1), tokens=torch.zeros(2, 1, 8)), 'one token'),
+        (dict(grid=(3, 2)), '9 tokens.*3 x 2'),
+        (dict(reduction='none'), "reduction is 'none'"),
+        (dict(divisor='k+1'), "divisor is 'k\\+1'"),
+        (dict(variant='ce'), "'ce'.*2 outputs"),
+        (dict(mlp=LocalizationMLP.for_variant(8, 'ce')), "'l1'.*30 outputs"),
+        (dict(variant='cycle', mlp=LocalizationMLP(8, 6)), "'cycle'.*6 outputs"),
+    ],
+)
 def test_errors_are_one_line(wrong, says):
     with pytest.raises(ValueError, match=says) as e:
-        dense_localization_loss(**{**dict(tokens=torch.zeros(2, 9, 8), grid=(3, 3), mlp=LocalizationMLP(8)), **wrong})
+        dense_localization_loss(
+            **{**dict(tokens=torch.zeros(2, 9, 8), grid=(3, 3), mlp=LocalizationMLP(8)), **wrong}
+        )
     assert '\n' not in str(e.value)
 
 
 def test_the_term_is_the_mean_over_views():
     grids = [(4, 4), (2, 2), (4, 4), (3, 2)]
     out = Outputs(tokens=torch.randn(3, 42, 8, requires_grad=True), grids=grids)
-    term = DRLocLoss(8, variant='all', weight=2.)
-    one = [dense_localization_loss(v, g, term.mlp, variant='all') for v, g in zip(out.tokens.split([16, 4, 16, 6], 1), grids)]
+    term = DRLocLoss(8, variant='all', weight=2.0)
+    one = [
+        dense_localization_loss(v, g, term.mlp, variant='all')
+        for v, g in zip(out.tokens.split([16, 4, 16, 6], 1), grids)
+    ]
     torch.testing.assert_close(term(out)['drloc'], 2 * sum(one) / 4)
-    DRLocLoss(8)(out)['drloc'].backward()                    # 64 pairs of 4 x 4, all 16 of 2 x 2
+    DRLocLoss(8)(out)['drloc'].backward()  # 64 pairs of 4 x 4, all 16 of 2 x 2
     assert out.tokens.grad[:, 16:20].any() and out.tokens.grad[:, -6:].any()
-    with pytest.raises(ValueError, match='m=300 .*4 x 4'): DRLocLoss(8, m=300)(out)
-    with pytest.raises(ValueError, match='one token'): DRLocLoss(8)(Outputs(tokens=torch.zeros(1, 17, 8), grids=[(4, 4), (1, 1)]))
-    with pytest.raises(ValueError, match='variant'): DRLocLoss(8, variant='l2')
+    with pytest.raises(ValueError, match='m=300 .*4 x 4'):
+        DRLocLoss(8, m=300)(out)
+    with pytest.raises(ValueError, match='one token'):
+        DRLocLoss(8)(Outputs(tokens=torch.zeros(1, 17, 8), grids=[(4, 4), (1, 1)]))
+    with pytest.raises(ValueError, match='variant'):
+        DRLocLoss(8, variant='l2')
 
 
 def test_the_setting():
-    objective = create_objective('drloc', 16, given=dict(dim=8, student_temp=.2), drloc=dict(weight=.1, variant='ce'))
-    assert [*objective.terms] == ['view', 'drloc'] and objective.heads == {'view': 'pooled'} and objective.teacher_groups == 1
-    assert objective.terms['drloc'].weight == .1 and objective.terms['view'].weight == 1 and objective.terms['view'].student_temp == .2
+    objective = create_objective(
+        'drloc', 16, given=dict(dim=8, student_temp=0.2), drloc=dict(weight=0.1, variant='ce')
+    )
+    assert (
+        [*objective.terms] == ['view', 'drloc']
+        and objective.heads == {'view': 'pooled'}
+        and objective.teacher_groups == 1
+    )
+    assert (
+        objective.terms['drloc'].weight == 0.1
+        and objective.terms['view'].weight == 1
+        and objective.terms['view'].student_temp == 0.2
+    )
     assert objective.terms['drloc'].mlp.rest[-1].out_features == 30
 
 
 def test_training_with_it(tmp_path):
-    from glsd.training import Recipe, load_run, pretrain
-    recipe = Recipe(objective='drloc', backbone='resnet_mini', global_size=32, local_size=16, n_local=2, n_images=16, image_size=32, batch_size=8,
-                    steps=2, out_dim=32, head_hidden=16, head_bottleneck=8)
+    from glsd.training import Recipe, pretrain
+
+    recipe = Recipe(
+        objective='drloc',
+        backbone='resnet_mini',
+        global_size=32,
+        local_size=16,
+        n_local=2,
+        n_images=16,
+        image_size=32,
+        batch_size=8,
+        steps=2,
+        out_dim=32,
+        head_hidden=16,
+        head_bottleneck=8,
+    )
     run = pretrain(recipe, tmp_path / 'run', progress=False)
-    assert all(0 < row['drloc'] < 2 for row in run.metrics if 'drloc' in row) and any('drloc' in row for row in run.metrics)
+    assert all(0 < row['drloc'] < 2 for row in run.metrics if 'drloc' in row) and any(
+        'drloc' in row for row in run.metrics
+    )
 
 
 def test_every_block_needs_an_mlp_each():
     blocks = [(torch.randn(2, 16, 8), (4, 4))] * 2
     assert every_block_loss(blocks, [LocalizationMLP(8), LocalizationMLP(8)]) > 0
-    with pytest.raises(ValueError): every_block_loss(blocks, [LocalizationMLP(8)])
+    with pytest.raises(ValueError):
+        every_block_loss(blocks, [LocalizationMLP(8)])

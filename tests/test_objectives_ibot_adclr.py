@@ -1,18 +1,32 @@
 "iBOT and ADCLR: what their chapters cannot show, through the trainer and by property."
+
 from types import SimpleNamespace as Outputs
 
 import numpy as np
-import pytest, torch
+import pytest
+import torch
 
 from glsd.backbones import create_backbone
-from glsd.objectives import create_objective
-from glsd.objectives.adclr import ADCLRLoss, query_pairs
+from glsd.objectives.adclr import query_pairs
 from glsd.objectives.ibot import IBOTLoss, block_mask, draw_masks, hidden_patches
 from glsd.training import Recipe
 from glsd.training.loop import Trainer, batches, build_dataset
 
-SMALL = dict(image_size=32, n_images=8, global_size=32, local_size=16, n_local=1, backbone='vit_mini', out_dim=32, head_hidden=16, head_bottleneck=8,
-             batch_size=4, steps=2, n_query=3, drop_path=.2)
+SMALL = dict(
+    image_size=32,
+    n_images=8,
+    global_size=32,
+    local_size=16,
+    n_local=1,
+    backbone='vit_mini',
+    out_dim=32,
+    head_hidden=16,
+    head_bottleneck=8,
+    batch_size=4,
+    steps=2,
+    n_query=3,
+    drop_path=0.2,
+)
 
 
 def trained(objective, steps=2, **changes):
@@ -22,7 +36,10 @@ def trained(objective, steps=2, **changes):
     return trainer, [trainer.step(v) for v in views[:steps]], views
 
 
-@pytest.mark.parametrize('objective, terms', [('ibot', {'view', 'patch'}), ('adclr', {'view', 'query'}), ('adclr_ibot', {'view', 'patch', 'query'})])
+@pytest.mark.parametrize(
+    'objective, terms',
+    [('ibot', {'view', 'patch'}), ('adclr', {'view', 'query'}), ('adclr_ibot', {'view', 'patch', 'query'})],
+)
 def test_settings_train(objective, terms):
     _, lines, _ = trained(objective, steps=1)
     assert all(np.isfinite(line[term]) and line[term] > 0 for line in lines for term in terms)
@@ -35,35 +52,45 @@ def test_resumes_and_repeats():
     again = Trainer(trainer.recipe, 2)
     again.load_state_dict(first.state_dict())
     assert again.step(views[1])['loss'] == lines[1]['loss']
-    for a, b in zip(trainer.teacher.state_dict().values(), again.teacher.state_dict().values()): assert torch.equal(a, b)
+    for a, b in zip(trainer.teacher.state_dict().values(), again.teacher.state_dict().values()):
+        assert torch.equal(a, b)
 
 
 def test_ibot_on_swin():
-    line, = trained('ibot', steps=1, backbone='swin_mini')[1]
+    (line,) = trained('ibot', steps=1, backbone='swin_mini')[1]
     assert np.isfinite(line['patch']) and line['patch'] > 0
 
 
 def test_ibot_head_reads_hidden_views_only():
     trainer, _, views = trained('ibot', steps=0)
-    student, teacher, _ = trainer.forward(views[0], .04)
-    assert student.logits['patch'].shape[1] == teacher.logits['patch'].shape[1] == 2 * 16 < student.tokens.shape[1]
+    student, teacher, _ = trainer.forward(views[0], 0.04)
+    assert (
+        student.logits['patch'].shape[1]
+        == teacher.logits['patch'].shape[1]
+        == 2 * 16
+        < student.tokens.shape[1]
+    )
     assert student.asked[0]['mask'].shape == (2 * 4, 16) and not any(teacher.asked)
 
 
-@pytest.mark.parametrize('options', [dict(ratio=0., spread=0.), dict(hidden=0.)])
+@pytest.mark.parametrize('options', [dict(ratio=0.0, spread=0.0), dict(hidden=0.0)])
 def test_nothing_hidden_nothing_learned(options):
     loss = IBOTLoss(8, **options)
     crops = torch.zeros(2, 3, 3, 32, 32)
     branch = Outputs(backbone=Outputs(stride=8), heads={'mask': Outputs(token=torch.zeros(4))})
     asked = loss.asks(Outputs(crops=[crops]), branch, False)
     s = torch.randn(3, 32, 8, requires_grad=True)
-    value = loss(Outputs(tokens=s, logits={'patch': s}, asked=asked), Outputs(logits={'patch': torch.randn(3, 32, 8)}), .04)['patch']
+    value = loss(
+        Outputs(tokens=s, logits={'patch': s}, asked=asked),
+        Outputs(logits={'patch': torch.randn(3, 32, 8)}),
+        0.04,
+    )['patch']
     value.backward()
     assert value == 0 and not s.grad.any()
 
 
 @pytest.mark.parametrize('grid', [(14, 14), (7, 7), (4, 4), (3, 5), (2, 2), (1, 9), (2, 1)])
-@pytest.mark.parametrize('ratio', [.1, .5, .9])
+@pytest.mark.parametrize('ratio', [0.1, 0.5, 0.9])
 def test_masks_of_any_grid(grid, ratio):
     n = ratio * grid[0] * grid[1]
     counts = [block_mask(grid, n, np.random.default_rng(i)).sum() for i in range(20)]
@@ -77,11 +104,11 @@ def test_masks_are_blocks_of_the_published_shape():
         assert len(rows) <= 200
     shares = draw_masks(1000, (14, 14), np.random.default_rng(0)).float().mean(1)
     some = shares[shares > 0]
-    assert .45 < len(some) / 1000 < .55 and .26 < some.mean() < .31 and some.max() <= .5
+    assert 0.45 < len(some) / 1000 < 0.55 and 0.26 < some.mean() < 0.31 and some.max() <= 0.5
 
 
 def test_ibot_weights():
-    mask = draw_masks(6, (4, 4), np.random.default_rng(1), hidden=1.)
+    mask = draw_masks(6, (4, 4), np.random.default_rng(1), hidden=1.0)
     W = hidden_patches(mask, 3)
     torch.testing.assert_close(W.sum((1, 2)), torch.ones(3))
     assert torch.equal(W.diagonal(dim1=1, dim2=2) > 0, mask.view(2, 3, 16).transpose(0, 1).flatten(1))
@@ -91,41 +118,55 @@ def test_ibot_weights():
 @pytest.mark.parametrize('V, Q', [(2, 1), (2, 7), (3, 4)])
 def test_query_weights(V, Q):
     W = query_pairs(V, Q).view(V, Q, V, Q)
-    for a, i, b, j in np.ndindex(*W.shape): assert (W[a, i, b, j] > 0) == (a != b and i == j)
+    for a, i, b, j in np.ndindex(*W.shape):
+        assert (W[a, i, b, j] > 0) == (a != b and i == j)
     assert W.sum() == pytest.approx(1)
 
 
 @pytest.mark.parametrize('name, p', [('vit_tiny_p16', 16), ('vit_tiny_p16_mean', 16), ('vit_mini', 8)])
 def test_queries_are_never_read(name, p):
     "Features, their gradients, buffers and the random numbers after them are what they are without queries, bit by bit."
-    backbone = create_backbone(name, drop_path=.3)
+    backbone = create_backbone(name, drop_path=0.3)
     start = {k: v.clone() for k, v in backbone.state_dict().items()}
     x, q = torch.randn(3, 3, 2 * p, 2 * p), torch.randn(3, 4, 3, p, p)
+
     def run(**asked):
         backbone.load_state_dict(start)
         torch.manual_seed(1)
         f = backbone.train()(x, **asked)
         grads = torch.autograd.grad(f.pooled.square().sum() + f.tokens.sum(), list(backbone.parameters()))
         return [f.pooled, f.tokens, *grads, *backbone.buffers(), torch.rand(2)]
-    for a, b in zip(run(), run(queries=q)): assert torch.equal(a, b)
+
+    for a, b in zip(run(), run(queries=q)):
+        assert torch.equal(a, b)
 
 
 def test_step_without_weight_is_dinos():
     "With lambda 0 the student moves as DINO's does, query by query unheard."
-    dino, adclr = trained('vanilla')[0], trained('adclr', objective_options={'query': {'weight': 0.}})[0]
-    for (name, a), b in zip(dino.student.backbone.state_dict().items(), adclr.student.backbone.state_dict().values()):
+    dino, adclr = trained('vanilla')[0], trained('adclr', objective_options={'query': {'weight': 0.0}})[0]
+    for (name, a), b in zip(
+        dino.student.backbone.state_dict().items(), adclr.student.backbone.state_dict().values()
+    ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize('changes, message', [
-    (dict(objective='adclr', backbone='swin_mini'), 'cannot take .queries.'),
-    (dict(objective='adclr', backbone='resnet_mini'), 'cannot take .queries.'),
-    (dict(objective='ibot', backbone='resnet_mini'), 'cannot take .mask.'),
-    (dict(objective='adclr', n_query=0), 'n_query'),
-    (dict(objective='adclr', query_scale=(.5, 1.5)), 'query_scale'),
-    (dict(objective='adclr', backbone='vit_tiny_p16', global_size=8, local_size=8), 'larger than the image|does not divide'),
-    (dict(objective='ibot', objective_options={'ratio': .9}), 'ratio=0.9'),
-    (dict(objective='ibot', global_size=8, local_size=8), 'one token')])
+@pytest.mark.parametrize(
+    'changes, message',
+    [
+        (dict(objective='adclr', backbone='swin_mini'), 'cannot take .queries.'),
+        (dict(objective='adclr', backbone='resnet_mini'), 'cannot take .queries.'),
+        (dict(objective='ibot', backbone='resnet_mini'), 'cannot take .mask.'),
+        (dict(objective='adclr', n_query=0), 'n_query'),
+        (dict(objective='adclr', query_scale=(0.5, 1.5)), 'query_scale'),
+        (
+            dict(objective='adclr', backbone='vit_tiny_p16', global_size=8, local_size=8),
+            'larger than the image|does not divide',
+        ),
+        (dict(objective='ibot', objective_options={'ratio': 0.9}), 'ratio=0.9'),
+        (dict(objective='ibot', global_size=8, local_size=8), 'one token'),
+    ],
+)
 def test_bad_input_is_one_line(changes, message):
-    with pytest.raises(ValueError, match=message) as e: trained(steps=1, **changes)
+    with pytest.raises(ValueError, match=message) as e:
+        trained(steps=1, **changes)
     assert '\n' not in str(e.value)

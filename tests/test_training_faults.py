@@ -1,32 +1,46 @@
 "What goes wrong in training is named, in one line, and loses nothing."
-import copy, errno, os, shutil, signal, subprocess, sys
+
+import copy
+import errno
+import os
+import shutil
+import signal
+import subprocess
 
 import pytest
 import torch
 from PIL import Image
+from test_training_resume import SMALL
 from torch import nn
 
 from glsd.data.loading import LoaderError
-from glsd.training import Recipe, Trainer, load_run, pretrain, replay
-from glsd.training import checkpoint
-from glsd.training.checkpoint import last_checkpoint, list_checkpoints, load_checkpoint, read_metrics, save_checkpoint
+from glsd.training import Recipe, Trainer, checkpoint, load_run, pretrain, replay
+from glsd.training.checkpoint import (
+    last_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    read_metrics,
+    save_checkpoint,
+)
 from glsd.training.loop import batches, build_dataset
 from glsd.training.watching import NotFinite
-from test_training_resume import SMALL
 
 QUICK = Recipe(**SMALL).replace(steps=6, checkpoint_every=2)
 
 
-def one_line(error): return '\n' not in str(error.value)
+def one_line(error):
+    return '\n' not in str(error.value)
 
 
 def test_loss_stuck_is_named(tmp_path, monkeypatch):
     # a learning rate of nothing and prototypes that are all the same: the outputs stay uniform
     def flat(self, *args, _init=Trainer.__init__):
         _init(self, *args)
-        for p in self.last_layers: nn.init.ones_(p)
+        for p in self.last_layers:
+            nn.init.ones_(p)
+
     monkeypatch.setattr(Trainer, '__init__', flat)
-    with pytest.warns(UserWarning, match=r"stuck at ln\(32\) = 3.4657"):
+    with pytest.warns(UserWarning, match=r'stuck at ln\(32\) = 3.4657'):
         pretrain(QUICK.replace(lr=0, lr_final=0), tmp_path, progress=False)
 
 
@@ -39,44 +53,72 @@ def test_a_healthy_run_is_not_accused(tmp_path, recwarn):
 def test_non_finite_term_is_named_and_the_last_checkpoint_stays(tmp_path, monkeypatch, term):
     def broken(self, views, temp, keep=True, _forward=Trainer.forward):
         student, teacher, terms = _forward(self, views, temp, keep)
-        return student, teacher, {k: v * float('nan') if k == term and self.done == 3 else v for k, v in terms.items()}
+        return (
+            student,
+            teacher,
+            {k: v * float('nan') if k == term and self.done == 3 else v for k, v in terms.items()},
+        )
+
     monkeypatch.setattr(Trainer, 'forward', broken)
-    with pytest.raises(ValueError, match=f"step 4: '{term}' is nan") as error: pretrain(QUICK, tmp_path, progress=False)
+    with pytest.raises(ValueError, match=f"step 4: '{term}' is nan") as error:
+        pretrain(QUICK, tmp_path, progress=False)
     assert one_line(error) and last_checkpoint(tmp_path)['step'] == 2 and len(read_metrics(tmp_path)) == 3
     state = last_checkpoint(tmp_path)
-    assert all(v.isfinite().all() for part in ('student', 'teacher', 'objective') for v in state[part].values() if v.is_floating_point())
+    assert all(
+        v.isfinite().all()
+        for part in ('student', 'teacher', 'objective')
+        for v in state[part].values()
+        if v.is_floating_point()
+    )
 
 
 def test_fewer_images_than_a_batch(tmp_path):
-    with pytest.raises(ValueError, match='48 images are fewer than a batch of 64') as error: pretrain(QUICK.replace(batch_size=64), tmp_path)
+    with pytest.raises(ValueError, match='48 images are fewer than a batch of 64') as error:
+        pretrain(QUICK.replace(batch_size=64), tmp_path)
     assert one_line(error)
 
 
 def test_another_recipe_lists_fields(tmp_path):
     pretrain(QUICK, tmp_path, progress=False)
-    with pytest.raises(ValueError, match='lr is 0.01 there, 0.5 here') as error: pretrain(QUICK.replace(lr=.5), tmp_path)
+    with pytest.raises(ValueError, match='lr is 0.01 there, 0.5 here') as error:
+        pretrain(QUICK.replace(lr=0.5), tmp_path)
     assert one_line(error) and list_checkpoints(tmp_path)
-    pretrain(QUICK.replace(workers=1, checkpoint_every=1), tmp_path)  # what cannot change the weights may change
+    pretrain(
+        QUICK.replace(workers=1, checkpoint_every=1), tmp_path
+    )  # what cannot change the weights may change
 
 
 def test_no_checkpoint_yet_no_recipe_to_keep(tmp_path):
-    def fails(backbone, step): raise ZeroDivisionError
-    with pytest.raises(ZeroDivisionError): pretrain(QUICK.replace(monitor_every=1), tmp_path, monitors={'m': fails}, progress=False)
+    def fails(backbone, step):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        pretrain(QUICK.replace(monitor_every=1), tmp_path, monitors={'m': fails}, progress=False)
     assert not list_checkpoints(tmp_path)
-    assert pretrain(QUICK.replace(lr=.02), tmp_path, progress=False).recipe == Recipe.load(tmp_path/'recipe.yaml')
+    assert pretrain(QUICK.replace(lr=0.02), tmp_path, progress=False).recipe == Recipe.load(
+        tmp_path / 'recipe.yaml'
+    )
 
 
 def test_another_architecture_lists_keys(tmp_path):
     pretrain(QUICK.replace(steps=1), tmp_path, progress=False)
     state = last_checkpoint(tmp_path)
-    state['student'] = {k.replace('backbone.model.norm', 'backbone.final'): v for k, v in state['student'].items()}
+    state['student'] = {
+        k.replace('backbone.model.norm', 'backbone.final'): v for k, v in state['student'].items()
+    }
     save_checkpoint(tmp_path, state)
     trainer = Trainer(QUICK, 6)
-    with pytest.raises(ValueError, match='missing: backbone.model.norm.weight.*too many: backbone.final') as error: trainer.load_state_dict(state)
+    with pytest.raises(
+        ValueError, match='missing: backbone.model.norm.weight.*too many: backbone.final'
+    ) as error:
+        trainer.load_state_dict(state)
     assert one_line(error)
-    state['teacher'] = {k: v[:1] if k.endswith('norm.bias') and v.ndim else v for k, v in state['teacher'].items()}
+    state['teacher'] = {
+        k: v[:1] if k.endswith('norm.bias') and v.ndim else v for k, v in state['teacher'].items()
+    }
     save_checkpoint(tmp_path, state)
-    with pytest.raises(ValueError, match=r'norm.bias \(1, here 64\)') as error: load_run(tmp_path)
+    with pytest.raises(ValueError, match=r'norm.bias \(1, here 64\)') as error:
+        load_run(tmp_path)
     assert one_line(error)
 
 
@@ -85,27 +127,38 @@ def test_checkpoint_before_formats_had_numbers(tmp_path):
     run = pretrain(QUICK.replace(steps=2), tmp_path, progress=False)
     path = list_checkpoints(tmp_path)[-1]
     state = torch.load(path, weights_only=True)
-    del state['format']; state['recipe'].pop('drop_path')
+    del state['format']
+    state['recipe'].pop('drop_path')
     torch.save(state, path)
     assert load_run(tmp_path).recipe == run.recipe.replace(drop_path=Recipe().drop_path)
-    state['recipe']['dropout'] = .1; torch.save(state, path)
-    with pytest.raises(ValueError, match="no field 'dropout'; did you mean 'drop_path'"): load_run(tmp_path)
+    state['recipe']['dropout'] = 0.1
+    torch.save(state, path)
+    with pytest.raises(ValueError, match="no field 'dropout'; did you mean 'drop_path'"):
+        load_run(tmp_path)
 
 
 def test_code_in_a_checkpoint_does_not_run(tmp_path):
     class Trojan:
-        def __reduce__(self): return os.mkdir, (str(tmp_path/'harm'),)
-    torch.save({'step': 1, 'x': Trojan()}, tmp_path/'x.pt')
-    with pytest.raises(ValueError, match='x.pt'): load_checkpoint(tmp_path/'x.pt')
-    assert not (tmp_path/'harm').exists()
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / 'harm'),)
+
+    torch.save({'step': 1, 'x': Trojan()}, tmp_path / 'x.pt')
+    with pytest.raises(ValueError, match='x.pt'):
+        load_checkpoint(tmp_path / 'x.pt')
+    assert not (tmp_path / 'harm').exists()
 
 
 def keeps_the_last_good_one(out, fill, free):
     pretrain(QUICK.replace(steps=2), out, progress=False)
     good, state = list_checkpoints(out)[-1], last_checkpoint(out)
     fill()
-    with pytest.raises(OSError, match='no space left') as error: save_checkpoint(out, {**state, 'step': 3})
-    assert error.value.errno == errno.ENOSPC and list_checkpoints(out)[-1] == good and not list(good.parent.glob('*.part'))
+    with pytest.raises(OSError, match='no space left') as error:
+        save_checkpoint(out, {**state, 'step': 3})
+    assert (
+        error.value.errno == errno.ENOSPC
+        and list_checkpoints(out)[-1] == good
+        and not list(good.parent.glob('*.part'))
+    )
     free()
     assert load_checkpoint(good)['step'] == 2 and save_checkpoint(out, {**state, 'step': 3}).exists()
 
@@ -113,40 +166,63 @@ def keeps_the_last_good_one(out, fill, free):
 def test_full_disk_simulated(tmp_path, monkeypatch):
     def no_space(state, file, _save=torch.save):
         file.write(b'x' * 100)
-        try: raise OSError(errno.ENOSPC, 'No space left on device')
-        except OSError: raise RuntimeError('unexpected pos 576 vs 534')
-    keeps_the_last_good_one(tmp_path, lambda: monkeypatch.setattr(checkpoint.torch, 'save', no_space), monkeypatch.undo)
+        try:
+            raise OSError(errno.ENOSPC, 'No space left on device')
+        except OSError:
+            raise RuntimeError('unexpected pos 576 vs 534')
+
+    keeps_the_last_good_one(
+        tmp_path, lambda: monkeypatch.setattr(checkpoint.torch, 'save', no_space), monkeypatch.undo
+    )
 
 
 def test_full_disk_real(tmp_path):
-    disk = tmp_path/'disk'; disk.mkdir()
-    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=32m', 'tmpfs', disk], capture_output=True).returncode: pytest.skip('needs the right to mount a small disk')
-    big = disk/'big'
+    disk = tmp_path / 'disk'
+    disk.mkdir()
+    if subprocess.run(
+        ['mount', '-t', 'tmpfs', '-o', 'size=32m', 'tmpfs', disk], capture_output=True
+    ).returncode:
+        pytest.skip('needs the right to mount a small disk')
+    big = disk / 'big'
+
     def fill():
         with open(big, 'wb', buffering=0) as f:
             try:
-                while f.write(b'\0' * 65536): pass
-            except OSError: pass
-    try: keeps_the_last_good_one(disk/'run', fill, big.unlink)
-    finally: subprocess.run(['umount', disk], check=True)
+                while f.write(b'\0' * 65536):
+                    pass
+            except OSError:
+                pass
+
+    try:
+        keeps_the_last_good_one(disk / 'run', fill, big.unlink)
+    finally:
+        subprocess.run(['umount', disk], check=True)
 
 
 def test_full_disk_in_the_log(tmp_path, monkeypatch):
     class Small:
-        def __init__(self, file): self.file = file
-        def write(self, data): return self.file.write(data[:10])
-        def __getattr__(self, name): return getattr(self.file, name)
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, data):
+            return self.file.write(data[:10])
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
     log = checkpoint.MetricsLog(tmp_path)
-    log.write(dict(step=1, loss=1.)); log.file = Small(log.file)
-    with pytest.raises(OSError, match='no space left to write'): log.write(dict(step=2, loss=1.))
+    log.write(dict(step=1, loss=1.0))
+    log.file = Small(log.file)
+    with pytest.raises(OSError, match='no space left to write'):
+        log.write(dict(step=2, loss=1.0))
     log.close()
     assert [l['step'] for l in read_metrics(tmp_path)] == [1]
 
 
 @pytest.mark.parametrize('workers', [1, 2])
 def test_same_weights_with_workers(tmp_path, workers):
-    a = pretrain(QUICK, tmp_path/'a', progress=False)
-    b = pretrain(QUICK.replace(workers=workers), tmp_path/'b', progress=False)
+    a = pretrain(QUICK, tmp_path / 'a', progress=False)
+    b = pretrain(QUICK.replace(workers=workers), tmp_path / 'b', progress=False)
     assert [l['loss'] for l in a.metrics] == [l['loss'] for l in b.metrics]
 
 
@@ -157,34 +233,60 @@ def test_bfloat16(tmp_path):
 
 def test_tensorboard_gets_the_same(tmp_path):
     pretrain(QUICK.replace(steps=2), tmp_path, progress=False)
-    EventAccumulator = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator').EventAccumulator
-    events = EventAccumulator(str(tmp_path/'tensorboard')); events.Reload()
+    EventAccumulator = pytest.importorskip(
+        'tensorboard.backend.event_processing.event_accumulator'
+    ).EventAccumulator
+    events = EventAccumulator(str(tmp_path / 'tensorboard'))
+    events.Reload()
     found = [e.value for e in events.Scalars('loss')]
     assert found == pytest.approx([l['loss'] for l in read_metrics(tmp_path)])
 
 
 @pytest.mark.parametrize('workers', [0, 1])
 def test_a_data_folder_that_vanishes_is_named_and_the_checkpoint_stays(tmp_path, workers):
-    images = tmp_path/'images'; images.mkdir()
-    for i in range(48): Image.effect_noise((32, 32), 50).convert('RGB').save(images/f'{i:02d}.jpg')
+    images = tmp_path / 'images'
+    images.mkdir()
+    for i in range(48):
+        Image.effect_noise((32, 32), 50).convert('RGB').save(images / f'{i:02d}.jpg')
+
     def unmount(backbone, step):
-        if step == 3: shutil.rmtree(images)
+        if step == 3:
+            shutil.rmtree(images)
         return {}
+
     with pytest.raises((ValueError, OSError), match='images/[0-9]+.jpg') as error:
-        pretrain(QUICK.replace(data=str(images), workers=workers, monitor_every=1), tmp_path/'run', monitors={'m': unmount}, progress=False)
-    assert one_line(error) and last_checkpoint(tmp_path/'run')['step'] == (4 if workers else 2)      # a worker is two batches ahead
+        pretrain(
+            QUICK.replace(data=str(images), workers=workers, monitor_every=1),
+            tmp_path / 'run',
+            monitors={'m': unmount},
+            progress=False,
+        )
+    assert one_line(error) and last_checkpoint(tmp_path / 'run')['step'] == (
+        4 if workers else 2
+    )  # a worker is two batches ahead
 
 
 def test_a_worker_that_dies_is_named_and_the_checkpoint_stays(tmp_path):
     class Deadly:
-        def __init__(self, data): self.data, self.labels, self.classes, self.asked = data, data.labels, data.classes, 0
-        def __len__(self): return len(self.data)
+        def __init__(self, data):
+            self.data, self.labels, self.classes, self.asked = data, data.labels, data.classes, 0
+
+        def __len__(self):
+            return len(self.data)
+
         def __getitem__(self, i):
             self.asked += 1
-            if self.asked > 36 and torch.utils.data.get_worker_info(): os.kill(os.getpid(), signal.SIGKILL)
+            if self.asked > 36 and torch.utils.data.get_worker_info():
+                os.kill(os.getpid(), signal.SIGKILL)
             return self.data[i]
+
     with pytest.raises(LoaderError, match='worker.*try fewer workers') as error:
-        pretrain(QUICK.replace(workers=1, checkpoint_every=1), tmp_path, dataset=Deadly(build_dataset(QUICK)), progress=False)
+        pretrain(
+            QUICK.replace(workers=1, checkpoint_every=1),
+            tmp_path,
+            dataset=Deadly(build_dataset(QUICK)),
+            progress=False,
+        )
     assert one_line(error) and 1 <= last_checkpoint(tmp_path)['step'] < 6
 
 
@@ -195,36 +297,67 @@ def test_checkpoints_by_the_clock(tmp_path):
 
 def test_a_full_disk_names_the_folder_and_the_bytes(tmp_path, monkeypatch):
     run = pretrain(QUICK.replace(steps=2), tmp_path, progress=False)
-    def no_space(state, file): raise OSError(errno.ENOSPC, 'No space left on device')
+
+    def no_space(state, file):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
     monkeypatch.setattr(checkpoint.torch, 'save', no_space)
-    with pytest.raises(OSError, match=r'no space left in .*checkpoints: a checkpoint needs [\d,.]+ MB, [\d,.]+ MB are free') as error:
-        pretrain(QUICK, tmp_path/'other', progress=False)
+    with pytest.raises(
+        OSError, match=r'no space left in .*checkpoints: a checkpoint needs [\d,.]+ MB, [\d,.]+ MB are free'
+    ) as error:
+        pretrain(QUICK, tmp_path / 'other', progress=False)
     assert one_line(error) and last_checkpoint(run.path)['step'] == 2
 
 
 def broken_at(*steps):
     def forward(self, views, temp, keep=True, _forward=Trainer.forward):
         student, teacher, terms = _forward(self, views, temp, keep)
-        return student, teacher, {k: v * float('nan') if k == 'region' and self.done + 1 in steps else v for k, v in terms.items()}
+        return (
+            student,
+            teacher,
+            {
+                k: v * float('nan') if k == 'region' and self.done + 1 in steps else v
+                for k, v in terms.items()
+            },
+        )
+
     return forward
 
 
 def test_a_step_that_is_not_finite_is_kept_and_can_be_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, 'forward', broken_at(4))
     run = pretrain(QUICK.replace(on_nan='skip'), tmp_path, progress=False)
-    assert [l.get('skipped') for l in run.metrics] == [None, None, None, 'region', None, None] and run.metrics[-1]['loss'] > 0
-    kept = load_checkpoint(tmp_path/'not_finite/step_00000004.pt')
+    assert [l.get('skipped') for l in run.metrics] == [
+        None,
+        None,
+        None,
+        'region',
+        None,
+        None,
+    ] and run.metrics[-1]['loss'] > 0
+    kept = load_checkpoint(tmp_path / 'not_finite/step_00000004.pt')
     assert kept['step'] == 3 and len(kept['index']) == QUICK.batch_size and kept['numbers']['view'] > 0
-    assert all(v.isfinite().all() for part in ('student', 'teacher', 'objective') for v in last_checkpoint(tmp_path)[part].values() if v.is_floating_point())
+    assert all(
+        v.isfinite().all()
+        for part in ('student', 'teacher', 'objective')
+        for v in last_checkpoint(tmp_path)[part].values()
+        if v.is_floating_point()
+    )
     monkeypatch.undo()
-    found = replay(tmp_path)                                        # without the fault: the same step, and nothing wrong with it
-    assert found['step'] == 4 and found['module'] is None and not found['images'] and found['terms']['view'] == kept['numbers']['view']
+    found = replay(tmp_path)  # without the fault: the same step, and nothing wrong with it
+    assert (
+        found['step'] == 4
+        and found['module'] is None
+        and not found['images']
+        and found['terms']['view'] == kept['numbers']['view']
+    )
 
 
 def test_a_run_that_only_skips_stops(tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, 'forward', broken_at(*range(2, 40)))
-    with pytest.raises(ValueError, match="step 11: 'region' is nan"): pretrain(QUICK.replace(on_nan='skip', steps=40), tmp_path, progress=False)
-    assert len(list((tmp_path/'not_finite').glob('*.pt'))) == 3
+    with pytest.raises(ValueError, match="step 11: 'region' is nan"):
+        pretrain(QUICK.replace(on_nan='skip', steps=40), tmp_path, progress=False)
+    assert len(list((tmp_path / 'not_finite').glob('*.pt'))) == 3
 
 
 def test_a_skipped_step_leaves_no_trace(tmp_path, monkeypatch):
@@ -234,8 +367,10 @@ def test_a_skipped_step_leaves_no_trace(tmp_path, monkeypatch):
     trainer.step(views)
     before = copy.deepcopy(trainer.state_dict())
     monkeypatch.setattr(Trainer, 'forward', broken_at(2))
-    with pytest.raises(NotFinite): trainer.step(views)
+    with pytest.raises(NotFinite):
+        trainer.step(views)
     after = trainer.state_dict()
-    for part in 'student', 'teacher', 'objective': assert all(torch.equal(before[part][k], after[part][k]) for k in before[part])
+    for part in 'student', 'teacher', 'objective':
+        assert all(torch.equal(before[part][k], after[part][k]) for k in before[part])
     moments = zip(before['optimizer']['state'].values(), after['optimizer']['state'].values())
     assert all(torch.equal(a[k], b[k]) for a, b in moments for k in a)

@@ -1,13 +1,16 @@
 """Multi-crop: torchvision's boxes and pixels, geometry that tells the truth, one sample from one generator, odd images."""
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
+
 from glsd.views.geometry import token_centers
 from glsd.views.multicrop import MultiCrop, cut, draw_box
 from glsd.views.photometric import Photometric
+
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -16,51 +19,81 @@ def one_thread():
     yield
     torch.set_num_threads(before)
 
-def noise_image(h, w, seed=0): return torch.randint(0, 256, (3, h, w), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
-def generators(n, seed=0): return [np.random.default_rng((seed, i)) for i in range(n)]
+def noise_image(h, w, seed=0):
+    return torch.randint(0, 256, (3, h, w), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def generators(n, seed=0):
+    return [np.random.default_rng((seed, i)) for i in range(n)]
+
 
 @pytest.mark.parametrize('size', [(375, 500), (32, 32), (200, 20)])
-@pytest.mark.parametrize('scale', [(.4, 1.), (.05, .4)])
+@pytest.mark.parametrize('scale', [(0.4, 1.0), (0.05, 0.4)])
 def test_boxes_are_distributed_like_torchvisions(size, scale):
     n, rng = 2000, np.random.default_rng(0)
     torch.manual_seed(0)
-    ours = np.array([draw_box(size, scale, (3/4, 4/3), rng) for _ in range(n)], dtype=float)
+    ours = np.array([draw_box(size, scale, (3 / 4, 4 / 3), rng) for _ in range(n)], dtype=float)
     image = torch.zeros(3, *size)
-    theirs = np.array([RandomResizedCrop.get_params(image, scale, (3/4, 4/3)) for _ in range(n)], dtype=float)[:, [1, 0, 3, 2]]
+    theirs = np.array(
+        [RandomResizedCrop.get_params(image, scale, (3 / 4, 4 / 3)) for _ in range(n)], dtype=float
+    )[:, [1, 0, 3, 2]]
     error = np.sqrt((ours.var(0) + theirs.var(0)) / n)
     assert (abs(ours.mean(0) - theirs.mean(0)) <= 5 * error + 1e-9).all()
-    np.testing.assert_allclose(ours.std(0), theirs.std(0), rtol=.08, atol=.05)
-    quantiles = np.linspace(.1, .9, 9)
-    np.testing.assert_allclose(np.quantile(ours, quantiles, axis=0), np.quantile(theirs, quantiles, axis=0), atol=.04 * max(size) + 1)
+    np.testing.assert_allclose(ours.std(0), theirs.std(0), rtol=0.08, atol=0.05)
+    quantiles = np.linspace(0.1, 0.9, 9)
+    np.testing.assert_allclose(
+        np.quantile(ours, quantiles, axis=0),
+        np.quantile(theirs, quantiles, axis=0),
+        atol=0.04 * max(size) + 1,
+    )
     x, y, w, h = ours.T
-    assert (x >= 0).all() and (y >= 0).all() and (x + w <= size[1]).all() and (y + h <= size[0]).all() and (w >= 1).all() and (h >= 1).all()
+    assert (
+        (x >= 0).all()
+        and (y >= 0).all()
+        and (x + w <= size[1]).all()
+        and (y + h <= size[0]).all()
+        and (w >= 1).all()
+        and (h >= 1).all()
+    )
+
 
 @pytest.mark.parametrize('box', [(10, 20, 130, 140), (0, 0, 200, 150), (50, 60, 58, 70), (199, 0, 200, 150)])
 @pytest.mark.parametrize('size', [32, 96])
 def test_crops_are_torchvisions(box, size):
     image = F.interpolate(noise_image(40, 50)[None], (150, 200), mode='bicubic')[0]
     x0, y0, x1, y1 = box
-    ours = cut(image, torch.tensor([[*box, size, size, 0], [*box, size, size, 1]], dtype=torch.float32)).float()
-    tensor = TF.resized_crop(image, y0, x0, y1 - y0, x1 - x0, [size, size], InterpolationMode.BICUBIC, antialias=True)
-    pil = TF.pil_to_tensor(TF.resized_crop(TF.to_pil_image(image), y0, x0, y1 - y0, x1 - x0, [size, size], InterpolationMode.BICUBIC))
+    ours = cut(
+        image, torch.tensor([[*box, size, size, 0], [*box, size, size, 1]], dtype=torch.float32)
+    ).float()
+    tensor = TF.resized_crop(
+        image, y0, x0, y1 - y0, x1 - x0, [size, size], InterpolationMode.BICUBIC, antialias=True
+    )
+    pil = TF.pil_to_tensor(
+        TF.resized_crop(
+            TF.to_pil_image(image), y0, x0, y1 - y0, x1 - x0, [size, size], InterpolationMode.BICUBIC
+        )
+    )
     assert (ours[0] - tensor).abs().mean() < 1 and (ours[0] - pil).abs().mean() < 1
     assert torch.equal(ours[1], ours[0].flip(-1))
 
+
 def test_w_geo_tells_where_every_token_looks():
-    y, x = torch.meshgrid(torch.arange(240.), torch.arange(240.), indexing='ij')
+    y, x = torch.meshgrid(torch.arange(240.0), torch.arange(240.0), indexing='ij')
     compass = torch.stack([x, y, 0 * x]).byte()
     sample = MultiCrop(64, 32).sample(compass, np.random.default_rng(0))
     for crops, w_geo in zip(sample.crops, sample.w_geo):
         grid = (crops.shape[-1] // 16,) * 2
-        seen = F.avg_pool2d(crops.float(), 16)[:, :2].flatten(2).transpose(1, 2) + .5
+        seen = F.avg_pool2d(crops.float(), 16)[:, :2].flatten(2).transpose(1, 2) + 0.5
         assert (seen - token_centers(w_geo, grid)).abs().max() < 2
-    assert {0., 1.} == set(torch.cat(sample.w_geo)[:, 6].tolist())
+    assert {0.0, 1.0} == set(torch.cat(sample.w_geo)[:, 6].tolist())
+
 
 def test_half_of_the_views_are_flipped():
     m = MultiCrop(32, 16)
     flips = torch.cat([torch.cat(m.draw((50, 50), rng)[0])[:, 6] for rng in generators(500)])
-    assert abs(flips.mean() - .5) < .04
+    assert abs(flips.mean() - 0.5) < 0.04
+
 
 @pytest.mark.parametrize('sizes, B', [((224, 96), 3), ((32, 16), 20)])
 def test_a_sample_is_the_same_in_any_batch_and_on_any_number_of_threads(sizes, B):
@@ -68,28 +101,50 @@ def test_a_sample_is_the_same_in_any_batch_and_on_any_number_of_threads(sizes, B
     together = m(images, generators(B))
     for i in (0, B - 1):
         alone = m([images[i]], [generators(B)[i]])
-        assert all(torch.equal(a[:, i:i + 1], b) for a, b in zip(together.crops + together.w_geo, alone.crops + alone.w_geo))
+        assert all(
+            torch.equal(a[:, i : i + 1], b)
+            for a, b in zip(together.crops + together.w_geo, alone.crops + alone.w_geo)
+        )
     torch.set_num_threads(2)
     again = m(images, generators(B))
     assert all(torch.equal(a, b) for a, b in zip(together.crops + together.w_geo, again.crops + again.w_geo))
 
+
 def test_memory_layout_of_the_image_does_not_matter():
     image = noise_image(70, 80)
-    a, b = (MultiCrop(32, 16).sample(i, np.random.default_rng(0)) for i in (image, image[None].contiguous(memory_format=torch.channels_last)[0]))
+    a, b = (
+        MultiCrop(32, 16).sample(i, np.random.default_rng(0))
+        for i in (image, image[None].contiguous(memory_format=torch.channels_last)[0])
+    )
     assert all(torch.equal(x, y) for x, y in zip(a.crops, b.crops))
+
 
 @pytest.mark.parametrize('shape', [(3, 1, 1), (3, 1, 300), (3, 300, 1), (3, 2, 3), (3, 16, 16), (1, 40, 50)])
 def test_small_narrow_and_grey_images(shape):
-    image = noise_image(*shape[1:])[:shape[0]]
+    image = noise_image(*shape[1:])[: shape[0]]
     views = MultiCrop(32, 16)([image] * 3, generators(3))
     assert views.crops[0].shape == (2, 3, 3, 32, 32) and views.crops[1].shape == (8, 3, 3, 16, 16)
     assert all(c.isfinite().all() for c in views.crops)
-    for w in views.w_geo: assert (w[..., 2] > w[..., 0]).all() and (w[..., 3] > w[..., 1]).all() and (w[..., 2] <= shape[2]).all()
+    for w in views.w_geo:
+        assert (
+            (w[..., 2] > w[..., 0]).all() and (w[..., 3] > w[..., 1]).all() and (w[..., 2] <= shape[2]).all()
+        )
 
-@pytest.mark.parametrize('image', [torch.zeros(3, 8, 8), torch.zeros(4, 8, 8, dtype=torch.uint8), torch.zeros(8, 8, dtype=torch.uint8), torch.zeros(3, 0, 8, dtype=torch.uint8)])
+
+@pytest.mark.parametrize(
+    'image',
+    [
+        torch.zeros(3, 8, 8),
+        torch.zeros(4, 8, 8, dtype=torch.uint8),
+        torch.zeros(8, 8, dtype=torch.uint8),
+        torch.zeros(3, 0, 8, dtype=torch.uint8),
+    ],
+)
 def test_what_is_no_image_is_refused_in_one_line(image):
-    with pytest.raises(ValueError, match='an image must be uint8') as e: MultiCrop(32, 16).sample(image, np.random.default_rng(0))
+    with pytest.raises(ValueError, match='an image must be uint8') as e:
+        MultiCrop(32, 16).sample(image, np.random.default_rng(0))
     assert '\n' not in str(e.value)
+
 
 def test_views_know_their_samples():
     m = MultiCrop(16, 8, n_local=2)
@@ -98,32 +153,63 @@ def test_views_know_their_samples():
     assert views.index.dtype == views.label.dtype == torch.long and views.index.tolist() == [7, 5, 3, 1]
     assert (views.batch_size, views.n_views) == (4, 4)
     double = views.to('cpu', copy=True)
-    assert torch.equal(double.crops[1], views.crops[1]) and double.crops[1].data_ptr() != views.crops[1].data_ptr()
+    assert (
+        torch.equal(double.crops[1], views.crops[1])
+        and double.crops[1].data_ptr() != views.crops[1].data_ptr()
+    )
+
 
 def test_default_colours_of_the_views():
     w_pho = [MultiCrop(32, 16).draw((32, 32), rng)[1] for rng in generators(800)]
     first, second = torch.stack([w[0] for w in w_pho]).unbind(1)
     local = torch.cat([w[1] for w in w_pho])
-    blurred, solarized = ([(w[:, c] > 0).float().mean().item() for w in (first, second, local)] for c in (9, 10))
-    np.testing.assert_allclose(blurred, [1, .1, .5], atol=.05)
-    np.testing.assert_allclose(solarized, [0, .2, 0], atol=.06)
+    blurred, solarized = (
+        [(w[:, c] > 0).float().mean().item() for w in (first, second, local)] for c in (9, 10)
+    )
+    np.testing.assert_allclose(blurred, [1, 0.1, 0.5], atol=0.05)
+    np.testing.assert_allclose(solarized, [0, 0.2, 0], atol=0.06)
+
 
 def test_strength_scales_the_jitter_and_nothing_else():
-    full, half = (torch.cat([torch.cat(MultiCrop(32, 16, strength=s).draw((32, 32), rng)[1]) for rng in generators(50)]) for s in (1., .5))
+    full, half = (
+        torch.cat([torch.cat(MultiCrop(32, 16, strength=s).draw((32, 32), rng)[1]) for rng in generators(50)])
+        for s in (1.0, 0.5)
+    )
     torch.testing.assert_close(half[:, 4:7] - 1, (full[:, 4:7] - 1) / 2)
     torch.testing.assert_close(half[:, 7], full[:, 7] / 2)
     assert torch.equal(half[:, [0, 1, 2, 3, 8, 9, 10]], full[:, [0, 1, 2, 3, 8, 9, 10]])
 
-@pytest.mark.parametrize('wrong', [dict(n_global=0), dict(n_local=-1), dict(global_scale=(0., 1.)), dict(local_scale=(.4, .1)), dict(ratio=(2., 1.)), dict(global_size=0), dict(photometric=[Photometric()])])
+
+@pytest.mark.parametrize(
+    'wrong',
+    [
+        dict(n_global=0),
+        dict(n_local=-1),
+        dict(global_scale=(0.0, 1.0)),
+        dict(local_scale=(0.4, 0.1)),
+        dict(ratio=(2.0, 1.0)),
+        dict(global_size=0),
+        dict(photometric=[Photometric()]),
+    ],
+)
 def test_wrong_settings_are_one_clear_line(wrong):
-    with pytest.raises(ValueError, match='MultiCrop: .*' + next(iter(wrong))) as e: MultiCrop(**wrong)
+    with pytest.raises(ValueError, match='MultiCrop: .*' + next(iter(wrong))) as e:
+        MultiCrop(**wrong)
     assert '\n' not in str(e.value)
+
 
 @pytest.mark.parametrize('more', [{}, dict(n_query=3, query_size=8)])
 def test_colours_on_the_device_are_the_same_bits(more):
     images = [noise_image(50, 60, i) for i in range(5)]
     now, later = (MultiCrop(32, 16, colour_on_device=c, **more)(images, generators(5)) for c in (False, True))
-    assert all(c.dtype == torch.uint8 for c in later.crops) and now.w_pho is None and len(later.w_pho) == 2 + bool(more)
+    assert (
+        all(c.dtype == torch.uint8 for c in later.crops)
+        and now.w_pho is None
+        and len(later.w_pho) == 2 + bool(more)
+    )
     done = later.to('cpu')
-    assert done.w_pho is None and all(torch.equal(a, b) for a, b in zip(done.crops + done.w_geo, now.crops + now.w_geo))
-    if more: assert torch.equal(done.queries, now.queries) and torch.equal(done.w_query, now.w_query)
+    assert done.w_pho is None and all(
+        torch.equal(a, b) for a, b in zip(done.crops + done.w_geo, now.crops + now.w_geo)
+    )
+    if more:
+        assert torch.equal(done.queries, now.queries) and torch.equal(done.w_query, now.w_query)

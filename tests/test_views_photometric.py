@@ -1,11 +1,23 @@
 """Photometric transforms: the distribution and the pixels are torchvision's; a sample never notices its batch or the threads."""
+
 import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as TF
 from PIL import ImageFilter
 from torchvision.transforms import ColorJitter
-from glsd.views.photometric import OPS, W_PHO, Photometric, _transform, apply_photometric, denormalize, normalize, photometric_vector
+
+from glsd.views.photometric import (
+    OPS,
+    W_PHO,
+    Photometric,
+    _transform,
+    apply_photometric,
+    denormalize,
+    normalize,
+    photometric_vector,
+)
+
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -14,27 +26,48 @@ def one_thread():
     yield
     torch.set_num_threads(before)
 
+
 def smooth_image(h=61, w=47, seed=0):
     "uint8 [3,h,w]: colour blobs, all hues, with black and white parts."
-    z = torch.rand(1, 3, 6, 6, generator=torch.Generator().manual_seed(seed)) * 2 - .5
+    z = torch.rand(1, 3, 6, 6, generator=torch.Generator().manual_seed(seed)) * 2 - 0.5
     return (torch.nn.functional.interpolate(z, (h, w), mode='bicubic')[0].clamp(0, 1) * 255).byte()
+
 
 def draws(n, seed=0, **options):
     rng, p = np.random.default_rng(seed), Photometric(**options)
     return np.stack([p.draw(rng) for _ in range(n)])
 
+
 def torchvision_chain(crop, w):
     "The same program with torchvision's functional ops on uint8."
     for op in w[:4].astype(int):
-        if op >= 0: crop = getattr(TF, 'adjust_' + OPS[op])(crop, float(w[4 + op]))
-    if w[8]: crop = TF.rgb_to_grayscale(crop, 3)
-    if w[9]: crop = TF.gaussian_blur(crop, [17, 17], [float(w[9])] * 2)
+        if op >= 0:
+            crop = getattr(TF, 'adjust_' + OPS[op])(crop, float(w[4 + op]))
+    if w[8]:
+        crop = TF.rgb_to_grayscale(crop, 3)
+    if w[9]:
+        crop = TF.gaussian_blur(crop, [17, 17], [float(w[9])] * 2)
     return TF.solarize(crop, 128) if w[10] else crop
 
-@pytest.mark.parametrize('shape, n', [((224, 224), 4), ((200, 131), 3), ((96, 96), 40), ((33, 31), 60), ((7, 5), 80), ((1, 9), 20), ((9, 1), 20), ((1, 1), 9)])
+
+@pytest.mark.parametrize(
+    'shape, n',
+    [
+        ((224, 224), 4),
+        ((200, 131), 3),
+        ((96, 96), 40),
+        ((33, 31), 60),
+        ((7, 5), 80),
+        ((1, 9), 20),
+        ((9, 1), 20),
+        ((1, 1), 9),
+    ],
+)
 def test_a_sample_is_the_same_alone_in_any_batch_and_on_any_number_of_threads(shape, n):
-    crops = torch.randint(0, 256, (n, 3, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    w = draws(n, p_blur=.6, p_solarize=.3)
+    crops = torch.randint(
+        0, 256, (n, 3, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
+    w = draws(n, p_blur=0.6, p_solarize=0.3)
     together = apply_photometric(crops, w)
     assert together.isfinite().all()
     order = torch.randperm(n, generator=torch.Generator().manual_seed(2))
@@ -44,17 +77,29 @@ def test_a_sample_is_the_same_alone_in_any_batch_and_on_any_number_of_threads(sh
         torch.set_num_threads(threads)
         assert torch.equal(apply_photometric(crops, w), together)
 
-@pytest.mark.parametrize('op, values', [('brightness', (.6, .8, 1.2, 1.4)), ('contrast', (.6, .8, 1.2, 1.4)), ('saturation', (0., .8, 1.2, 2.)), ('hue', (-.5, -.3, -.1, .05, .1, .5))])
+
+@pytest.mark.parametrize(
+    'op, values',
+    [
+        ('brightness', (0.6, 0.8, 1.2, 1.4)),
+        ('contrast', (0.6, 0.8, 1.2, 1.4)),
+        ('saturation', (0.0, 0.8, 1.2, 2.0)),
+        ('hue', (-0.5, -0.3, -0.1, 0.05, 0.1, 0.5)),
+    ],
+)
 def test_each_jitter_operation_is_torchvisions(op, values):
     image = smooth_image()
     for value in values:
-        ours = denormalize(apply_photometric(image[None], photometric_vector(op, **{op: value})[None]))[0].float()
+        ours = denormalize(apply_photometric(image[None], photometric_vector(op, **{op: value})[None]))[
+            0
+        ].float()
         theirs = getattr(TF, 'adjust_' + op)
         pil = TF.pil_to_tensor(theirs(TF.to_pil_image(image), value))
         assert (ours - theirs(image, value)).abs().mean() < 1
-        assert (ours - pil).abs().mean() < 2        # PIL keeps hue in 256 steps
+        assert (ours - pil).abs().mean() < 2  # PIL keeps hue in 256 steps
 
-@pytest.mark.parametrize('sigma', [.1, .3, .7, 1., 1.5, 2.])
+
+@pytest.mark.parametrize('sigma', [0.1, 0.3, 0.7, 1.0, 1.5, 2.0])
 def test_blur_is_torchvisions_inside_and_pils_everywhere(sigma):
     image = smooth_image(seed=3)
     ours = denormalize(apply_photometric(image[None], photometric_vector(sigma=sigma)[None]))[0].float()
@@ -64,13 +109,17 @@ def test_blur_is_torchvisions_inside_and_pils_everywhere(sigma):
     assert (ours - theirs)[:, inside, inside].abs().mean() < 1
     assert (ours - pil).abs().mean() < 2
 
+
 def test_whole_programs_are_torchvisions_within_two_grey_levels():
-    w = draws(150, seed=5, p_blur=.5, p_solarize=0.)
+    w = draws(150, seed=5, p_blur=0.5, p_solarize=0.0)
     crops = torch.stack([smooth_image(seed=i) for i in range(150)])
     ours = denormalize(apply_photometric(crops, w)).float()
     theirs = torch.stack([torchvision_chain(c, v) for c, v in zip(crops, w)]).float()
     gaps = (ours - theirs).abs().mean((1, 2, 3))
-    assert gaps.mean() < 1.5 and gaps.max() < 4     # torchvision cuts off the fraction after each of up to six operations
+    assert (
+        gaps.mean() < 1.5 and gaps.max() < 4
+    )  # torchvision cuts off the fraction after each of up to six operations
+
 
 def test_gray_and_solarize_are_torchvisions():
     image = smooth_image(seed=7)
@@ -79,41 +128,49 @@ def test_gray_and_solarize_are_torchvisions():
     assert (gray.int() - TF.rgb_to_grayscale(image, 3).int()).abs().max() <= 1
     assert torch.equal(solarized, TF.solarize(image, 128))
 
+
 def test_every_drawn_number_is_distributed_like_torchvisions():
     n = 12_000
-    ours = draws(n, p_blur=.5, p_solarize=.2)
-    jitter = ColorJitter(.4, .4, .2, .1)
+    ours = draws(n, p_blur=0.5, p_solarize=0.2)
+    jitter = ColorJitter(0.4, 0.4, 0.2, 0.1)
     torch.manual_seed(0)
-    theirs = [jitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue) for _ in range(n)]
+    theirs = [
+        jitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue) for _ in range(n)
+    ]
     quantiles = np.linspace(0, 1, 21)
-    for column, width in zip(range(4), (.8, .8, .4, .2)):
+    for column, width in zip(range(4), (0.8, 0.8, 0.4, 0.2)):
         a, b = ours[:, 4 + column], np.array([t[1 + column] for t in theirs])
-        np.testing.assert_allclose(np.quantile(a, quantiles), np.quantile(b, quantiles), atol=.035 * width)
-        np.testing.assert_allclose([a.mean(), a.std()], [b.mean(), b.std()], atol=.01 * width)
-    assert abs(np.corrcoef(ours[:, 4:8].T) - np.eye(4)).max() < .05       # and they are independent
+        np.testing.assert_allclose(np.quantile(a, quantiles), np.quantile(b, quantiles), atol=0.035 * width)
+        np.testing.assert_allclose([a.mean(), a.std()], [b.mean(), b.std()], atol=0.01 * width)
+    assert abs(np.corrcoef(ours[:, 4:8].T) - np.eye(4)).max() < 0.05  # and they are independent
     jittered = ours[ours[:, 0] >= 0, :4]
     orders, counts = np.unique(jittered, axis=0, return_counts=True)
-    assert len(orders) == 24 and abs(counts - len(jittered) / 24).max() < 5 * (len(jittered) / 24)**.5
+    assert len(orders) == 24 and abs(counts - len(jittered) / 24).max() < 5 * (len(jittered) / 24) ** 0.5
     shares = (ours[:, 0] >= 0).mean(), ours[:, 8].mean(), (ours[:, 9] > 0).mean(), ours[:, 10].mean()
-    np.testing.assert_allclose(shares, [.8, .2, .5, .2], atol=.02)
+    np.testing.assert_allclose(shares, [0.8, 0.2, 0.5, 0.2], atol=0.02)
     sigma = ours[ours[:, 9] > 0, 9]
-    np.testing.assert_allclose(np.quantile(sigma, quantiles), .1 + 1.9 * quantiles, atol=.07)
+    np.testing.assert_allclose(np.quantile(sigma, quantiles), 0.1 + 1.9 * quantiles, atol=0.07)
+
 
 def test_a_draw_takes_the_same_number_of_random_numbers_whatever_comes_out():
-    for options in (dict(), dict(p_jitter=0.), dict(p_jitter=1., p_gray=1., p_blur=0., p_solarize=1.)):
+    for options in (dict(), dict(p_jitter=0.0), dict(p_jitter=1.0, p_gray=1.0, p_blur=0.0, p_solarize=1.0)):
         rng, other = np.random.default_rng(0), np.random.default_rng(0)
         Photometric(**options).draw(rng)
         Photometric().draw(other)
         assert rng.random() == other.random()
 
+
 def test_crops_of_any_memory_layout_and_no_crops_at_all():
     crops, w = torch.stack([smooth_image(seed=i) for i in range(6)]), draws(6)
-    assert torch.equal(apply_photometric(crops.contiguous(memory_format=torch.channels_last), w), apply_photometric(crops, w))
+    assert torch.equal(
+        apply_photometric(crops.contiguous(memory_format=torch.channels_last), w), apply_photometric(crops, w)
+    )
     before = crops.clone()
-    out = apply_photometric(crops[:1], photometric_vector('hue', hue=.2)[None])
+    out = apply_photometric(crops[:1], photometric_vector('hue', hue=0.2)[None])
     assert torch.equal(crops, before) and not out.is_inference()
     assert apply_photometric(crops[:0], w[:0]).shape == (0, 3, 61, 47)
     assert apply_photometric(crops, torch.from_numpy(w)).is_contiguous()
+
 
 def test_the_result_can_be_trained_on():
     x = apply_photometric(smooth_image()[None], draws(1))
@@ -121,19 +178,30 @@ def test_the_result_can_be_trained_on():
     layer(x).sum().backward()
     assert layer.weight.grad.abs().sum() > 0
 
+
 def test_normalize_takes_bytes_and_floats():
     image = smooth_image()
     torch.testing.assert_close(normalize(image), normalize(image.float()))
     assert torch.equal(denormalize(normalize(image[None])), image[None])
 
-@pytest.mark.parametrize('crops, w', [((3, 8, 8), (11,)), ((2, 1, 8, 8), (2, 11)), ((2, 3, 8, 8), (3, 11)), ((2, 3, 8, 8), (2, 10))])
+
+@pytest.mark.parametrize(
+    'crops, w',
+    [((3, 8, 8), (11,)), ((2, 1, 8, 8), (2, 11)), ((2, 3, 8, 8), (3, 11)), ((2, 3, 8, 8), (2, 10))],
+)
 def test_wrong_shapes_are_one_clear_line(crops, w):
-    with pytest.raises(ValueError, match=r'crops must be \[N,3,h,w\]') as e: apply_photometric(torch.zeros(crops, dtype=torch.uint8), np.zeros(w))
+    with pytest.raises(ValueError, match=r'crops must be \[N,3,h,w\]') as e:
+        apply_photometric(torch.zeros(crops, dtype=torch.uint8), np.zeros(w))
     assert '\n' not in str(e.value) and len(W_PHO) == 11
+
 
 @pytest.mark.parametrize('size, n', [(31, 40), (100, 5)])
 def test_what_a_gpu_runs_is_what_numpy_runs(size, n):
     "The same lines on torch tensors, the whole batch as one piece."
-    crops = torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(4))
-    w = draws(n, seed=3, p_blur=.6, p_solarize=.3)
-    torch.testing.assert_close(_transform(crops, w, torch.empty(crops.shape), n), apply_photometric(crops, w), rtol=0, atol=1e-4)
+    crops = torch.randint(
+        0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(4)
+    )
+    w = draws(n, seed=3, p_blur=0.6, p_solarize=0.3)
+    torch.testing.assert_close(
+        _transform(crops, w, torch.empty(crops.shape), n), apply_photometric(crops, w), rtol=0, atol=1e-4
+    )

@@ -6,7 +6,14 @@
 __all__ = ['Backbone', 'Features', 'create_backbone', 'import_all', 'list_backbones', 'register_backbone']
 
 # %% ../../nbs/3_backbones/index.ipynb #5750a3bf
-from .features import Backbone, Features, create_backbone, import_all, list_backbones, register_backbone
+from glsd.backbones.features import (
+    Backbone,
+    Features,
+    create_backbone,
+    import_all,
+    list_backbones,
+    register_backbone,
+)
 
 _all_ = ['Backbone', 'Features', 'create_backbone', 'import_all', 'list_backbones', 'register_backbone']
 import_all('glsd.backbones')  # each module registers its backbones

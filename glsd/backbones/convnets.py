@@ -14,10 +14,18 @@ from .features import Backbone, Features, register_backbone
 
 # %% ../../nbs/3_backbones/5_convnets.ipynb #17a5b0b3
 @register_model
-def resnet_mini_32(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs):
+def resnet_mini_32(
+    pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs
+):
     "A ResNet for crops of 16 to 96 pixels: four blocks, one token for 8 x 8 pixels, d = 128."
-    if pretrained: raise RuntimeError('timm has no published weights of resnet_mini_32: build it with pretrained=False')
-    return ResNet(**{**dict(block=BasicBlock, layers=(1, 1, 1, 1), channels=(32, 64, 96, 128), output_stride=8), **kwargs})
+    if pretrained:
+        raise RuntimeError('timm has no published weights of resnet_mini_32: build it with pretrained=False')
+    return ResNet(
+        **{
+            **dict(block=BasicBlock, layers=(1, 1, 1, 1), channels=(32, 64, 96, 128), output_stride=8),
+            **kwargs,
+        }
+    )
 
 # %% ../../nbs/3_backbones/5_convnets.ipynb #0aa73fd2
 @register_backbone(resnet50=dict(timm_name='resnet50'), resnet_mini=dict(timm_name='resnet_mini_32'))
@@ -26,7 +34,8 @@ class ResNetBackbone(Backbone):
 
     Crops must be whole multiples of the stride: timm's network takes others, but then tokens do not divide the crop evenly.
     """
-    def __init__(self, timm_name: str, drop_path: float = 0., **timm_kwargs):
+
+    def __init__(self, timm_name: str, drop_path: float = 0.0, **timm_kwargs):
         super().__init__(timm_name, drop_path, **timm_kwargs)
         self.patch = self.stride
 

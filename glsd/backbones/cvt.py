@@ -18,6 +18,7 @@ from .features import Backbone, Features, register_backbone
 # %% ../../nbs/3_backbones/6_cvt.ipynb #51c889a0
 class ConvEmbed(nn.Module):
     "Overlapping patches: a convolution that shrinks the map by `stride`, and a LayerNorm. [N, c, h, w] -> [N, H*W, dim], (H, W). CvT Sec. 3.1."
+
     def __init__(self, in_chans: int, dim: int, kernel: int, stride: int):
         super().__init__()
         self.proj = nn.Conv2d(in_chans, dim, kernel, stride, (kernel - 1) // 2 if kernel < 7 else 2)
@@ -33,11 +34,16 @@ class ConvAttention(nn.Module):
 
     x [N, (1 +) H*W, dim] with `size` (H, W); a CLS in front passes by the convolutions.
     """
+
     def __init__(self, dim: int, num_heads: int, stride_kv: int = 2):
         super().__init__()
+
         def depthwise(stride):
-            return nn.Sequential(nn.Conv2d(dim, dim, 3, stride, 1, groups=dim, bias=False), nn.BatchNorm2d(dim))
-        self.num_heads, self.scale = num_heads, dim ** -.5           # as published: of the whole width, not of a head's
+            return nn.Sequential(
+                nn.Conv2d(dim, dim, 3, stride, 1, groups=dim, bias=False), nn.BatchNorm2d(dim)
+            )
+
+        self.num_heads, self.scale = num_heads, dim**-0.5  # as published: of the whole width, not of a head's
         self.convs = nn.ModuleList([depthwise(s) for s in (1, stride_kv, stride_kv)])
         self.qkv = nn.ModuleList([nn.Linear(dim, dim) for _ in 'qkv'])
         self.proj = nn.Linear(dim, dim)
@@ -46,14 +52,17 @@ class ConvAttention(nn.Module):
         n_cls = x.shape[1] - size[0] * size[1]
         cls, maps = x[:, :n_cls], x[:, n_cls:].mT.unflatten(2, size)
         seen = [torch.cat([cls, conv(maps).flatten(2).mT], 1) for conv in self.convs]
-        q, k, v = (linear(z).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for linear, z in zip(self.qkv, seen))
+        q, k, v = (
+            linear(z).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for linear, z in zip(self.qkv, seen)
+        )
         x = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
         return self.proj(x.transpose(1, 2).flatten(2))
 
 # %% ../../nbs/3_backbones/6_cvt.ipynb #87d4044e
 class ConvBlock(nn.Module):
     "Attention and MLP, each behind a LayerNorm and beside a shortcut, as in ViT."
-    def __init__(self, dim: int, num_heads: int, drop_path: float = 0.):
+
+    def __init__(self, dim: int, num_heads: int, drop_path: float = 0.0):
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(dim), ConvAttention(dim, num_heads)
         self.norm2, self.mlp = nn.LayerNorm(dim), Mlp(dim, 4 * dim, act_layer=QuickGELU)
@@ -70,45 +79,71 @@ class CvT(nn.Module):
     Stages of (dim, depth, heads, kernel, stride) in columns; CLS joins in the last stage. Images of any multiple of the
     strides' product. `forward_features` [N, 1 + H*W, d], behind the LayerNorm; num_classes=0: `forward` gives CLS [N, d].
     """
+
     num_prefix_tokens = 1
 
-    def __init__(self, num_classes: int = 1000, drop_path_rate: float = 0., in_chans: int = 3, dims=(64, 192, 384),
-                 depths=(1, 2, 10), heads=(1, 3, 6), kernels=(7, 3, 3), strides=(4, 2, 2)):
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        drop_path_rate: float = 0.0,
+        in_chans: int = 3,
+        dims=(64, 192, 384),
+        depths=(1, 2, 10),
+        heads=(1, 3, 6),
+        kernels=(7, 3, 3),
+        strides=(4, 2, 2),
+    ):
         super().__init__()
         self.embeds = nn.ModuleList([ConvEmbed(*a) for a in zip((in_chans, *dims), dims, kernels, strides)])
-        rates = [[0.] * n for n in depths[:-1]] + [np.linspace(0, drop_path_rate, depths[-1]).tolist()]   # published: last stage only
-        self.stages = nn.ModuleList([nn.ModuleList([ConvBlock(d, h, r) for r in rs]) for d, h, rs in zip(dims, heads, rates)])
+        rates = [[0.0] * n for n in depths[:-1]] + [
+            np.linspace(0, drop_path_rate, depths[-1]).tolist()
+        ]  # published: last stage only
+        self.stages = nn.ModuleList(
+            [nn.ModuleList([ConvBlock(d, h, r) for r in rs]) for d, h, rs in zip(dims, heads, rates)]
+        )
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dims[-1]))
         self.norm, self.num_classes, self.num_features = nn.LayerNorm(dims[-1]), num_classes, dims[-1]
         self.head = nn.Linear(dims[-1], num_classes) if num_classes else nn.Identity()
         reductions = np.cumprod(strides).tolist()
-        self.feature_info = [dict(num_chs=d, reduction=r, module=f'stages.{i}') for i, (d, r) in enumerate(zip(dims, reductions))]
-        trunc_normal_(self.cls_token, std=.02)
+        self.feature_info = [
+            dict(num_chs=d, reduction=r, module=f'stages.{i}')
+            for i, (d, r) in enumerate(zip(dims, reductions))
+        ]
+        trunc_normal_(self.cls_token, std=0.02)
         for m in self.modules():
-            if isinstance(m, nn.Linear): trunc_normal_(m.weight, std=.02), nn.init.zeros_(m.bias)
+            if isinstance(m, nn.Linear):
+                trunc_normal_(m.weight, std=0.02), nn.init.zeros_(m.bias)
 
     def forward_features(self, x: Tensor) -> Tensor:
         for embed, blocks in zip(self.embeds, self.stages):
             x, size = embed(x)
-            if blocks is self.stages[-1]: x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
-            for block in blocks: x = block(x, size)
-            if blocks is not self.stages[-1]: x = x.mT.unflatten(2, size)
+            if blocks is self.stages[-1]:
+                x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
+            for block in blocks:
+                x = block(x, size)
+            if blocks is not self.stages[-1]:
+                x = x.mT.unflatten(2, size)
         return self.norm(x)
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor: return x[:, 0] if pre_logits else self.head(x[:, 0])
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return x[:, 0] if pre_logits else self.head(x[:, 0])
 
-    def forward(self, x: Tensor) -> Tensor: return self.forward_head(self.forward_features(x))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
 
 # %% ../../nbs/3_backbones/6_cvt.ipynb #6ce21575
 def without_weights(name: str, pretrained: bool):
     "RuntimeError if somebody asks for published weights: timm has none of this architecture."
-    if pretrained: raise RuntimeError(f'timm has no published weights of {name}: build it with pretrained=False')
+    if pretrained:
+        raise RuntimeError(f'timm has no published weights of {name}: build it with pretrained=False')
+
 
 @register_model
 def cvt_13(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs):
     "CvT-13: 20 M parameters."
     without_weights('cvt_13', pretrained)
     return CvT(**kwargs)
+
 
 @register_model
 def cvt_mini_32(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs):
@@ -121,7 +156,8 @@ def cvt_mini_32(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=No
 @register_backbone(cvt_13=dict(timm_name='cvt_13'), cvt_mini=dict(timm_name='cvt_mini_32'))
 class CvTBackbone(Backbone):
     "CvT: pooled is CLS, tokens are the map of the last stage, both behind the last LayerNorm."
-    def __init__(self, timm_name: str, drop_path: float = 0., **timm_kwargs):
+
+    def __init__(self, timm_name: str, drop_path: float = 0.0, **timm_kwargs):
         super().__init__(timm_name, drop_path, **timm_kwargs)
         self.patch = self.stride
 

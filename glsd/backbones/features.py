@@ -6,7 +6,9 @@
 __all__ = ['Features', 'QueryFeatures', 'Backbone', 'register_backbone', 'list_backbones', 'create_backbone', 'import_all']
 
 # %% ../../nbs/3_backbones/1_features.ipynb #1052e98a
-import difflib, importlib, pkgutil
+import difflib
+import importlib
+import pkgutil
 from typing import NamedTuple
 
 import timm
@@ -20,12 +22,15 @@ class Features(NamedTuple):
     The global representation of the paper is a row of `pooled`, its dense representation
     a row of `tokens`, and a local representation is one vector of that.
     """
-    pooled: Tensor            # [N, d]       one vector per crop
-    tokens: Tensor            # [N, H*W, d]  one vector per place, row by row from the top left
-    grid: tuple[int, int]     # (H, W)
+
+    pooled: Tensor  # [N, d]       one vector per crop
+    tokens: Tensor  # [N, H*W, d]  one vector per place, row by row from the top left
+    grid: tuple[int, int]  # (H, W)
+
 
 class QueryFeatures(Features):
     """`Features` with `queries` [N, Q, d] beside them, answers to query crops for a method that asks for them (ADCLR)."""
+
     def __new__(cls, pooled, tokens, grid, queries):
         f = super().__new__(cls, pooled, tokens, grid)
         f.queries = queries
@@ -39,9 +44,10 @@ class Backbone(nn.Module):
     `timm.create_model(timm_name, num_classes=0, **timm_kwargs)` has the same state-dict keys and shapes as `model`.
     `takes`: what else `features` understands, see `forward`. `embed_dim`: width behind the patch embedding.
     """
+
     takes = ()
 
-    def __init__(self, timm_name: str, drop_path: float = 0., **timm_kwargs):
+    def __init__(self, timm_name: str, drop_path: float = 0.0, **timm_kwargs):
         super().__init__()
         self.timm_name, self.timm_kwargs = timm_name, timm_kwargs
         self.model = timm.create_model(timm_name, num_classes=0, drop_path_rate=drop_path, **timm_kwargs)
@@ -62,22 +68,30 @@ class Backbone(nn.Module):
         """
         h, w = x.shape[-2:]
         if h < self.patch or w < self.patch or h % self.patch or w % self.patch:
-            raise ValueError(f'a crop of {h}x{w} pixels does not divide into the {self.patch}-pixel patches of '
-                             f'{self.timm_name}: choose sizes that are multiples of {self.patch}')
+            raise ValueError(
+                f'a crop of {h}x{w} pixels does not divide into the {self.patch}-pixel patches of '
+                f'{self.timm_name}: choose sizes that are multiples of {self.patch}'
+            )
         cannot = [name for name in asked if name not in self.takes]
         if cannot:
-            raise ValueError(f'{self.timm_name} cannot take {cannot[0]!r}' + (f', only {", ".join(self.takes)}' if self.takes else '')
-                             + ': choose another backbone (a ViT takes masks and queries) or another objective')
+            raise ValueError(
+                f'{self.timm_name} cannot take {cannot[0]!r}'
+                + (f', only {", ".join(self.takes)}' if self.takes else '')
+                + ': choose another backbone (a ViT takes masks and queries) or another objective'
+            )
         return self.features(x, **asked)
 
 # %% ../../nbs/3_backbones/1_features.ipynb #21fd17b5
 _backbones = {}
 
+
 def register_backbone(**variants: dict):
     """Class decorator: `name=dict(arguments)` for each variant that `create_backbone(name)` shall build."""
+
     def register(cls):
         _backbones.update({name: (cls, arguments) for name, arguments in variants.items()})
         return cls
+
     return register
 
 # %% ../../nbs/3_backbones/1_features.ipynb #81076158
@@ -85,7 +99,8 @@ def list_backbones() -> list[str]:
     """All names that `create_backbone` knows."""
     return sorted(_backbones)
 
-def create_backbone(name: str, drop_path: float = 0., **kwargs) -> Backbone:
+
+def create_backbone(name: str, drop_path: float = 0.0, **kwargs) -> Backbone:
     """Build the backbone `name` with random weights.
 
     drop_path: largest rate of stochastic depth (the student's; the teacher gets 0). Other keywords go to

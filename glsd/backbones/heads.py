@@ -20,6 +20,7 @@ class Prototypes(nn.Module):
 
     The weight is normalised in the forward pass. `fixed` keeps the lengths g at 1; otherwise they are learned.
     """
+
     def __init__(self, dim: int, out_dim: int, fixed: bool = True):
         super().__init__()
         self.weight = nn.Parameter(nn.Linear(dim, out_dim, bias=False).weight.detach())
@@ -42,22 +43,32 @@ class DINOHead(nn.Module):
     product to the loss: `Factored` logits.
     Source: DINO (Caron et al. 2021), Sec. 3.1 and appendix C; GLSD, Sec. 3.4.
     """
-    def __init__(self, in_dim: int, out_dim: int = 65536, hidden_dim: int = 2048, bottleneck_dim: int = 256,
-                 n_layers: int = 3, norm_last_layer: bool = True, batch_norm: bool = False):
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int = 65536,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        n_layers: int = 3,
+        norm_last_layer: bool = True,
+        batch_norm: bool = False,
+    ):
         super().__init__()
         widths = [in_dim] + [hidden_dim] * (n_layers - 1) + [bottleneck_dim]
         layers = []
         for i, o in zip(widths, widths[1:]):
             linear = nn.Linear(i, o)
-            nn.init.trunc_normal_(linear.weight, std=i ** -.5 if batch_norm else .02)
+            nn.init.trunc_normal_(linear.weight, std=i**-0.5 if batch_norm else 0.02)
             nn.init.zeros_(linear.bias)
             layers += [linear] + [nn.BatchNorm1d(o)] * batch_norm + [nn.GELU()]
-        self.mlp = nn.Sequential(*layers[:-1 - batch_norm])  # the bottleneck has neither BatchNorm nor GELU
+        self.mlp = nn.Sequential(*layers[: -1 - batch_norm])  # the bottleneck has neither BatchNorm nor GELU
         self.last_layer = Prototypes(bottleneck_dim, out_dim, norm_last_layer)
 
     def forward(self, x: Tensor, directions: Tensor | None = None, fused: bool = False):
         z = F.normalize(self.mlp(x.flatten(0, -2)).unflatten(0, x.shape[:-1]), dim=-1)
-        if not fused: return self.last_layer(z, directions)
+        if not fused:
+            return self.last_layer(z, directions)
         return Factored(z, self.last_layer.directions() if directions is None else directions)
 
 # %% ../../nbs/3_backbones/4_heads.ipynb #3933bea6
@@ -68,28 +79,50 @@ class Factored:
     Leading dimensions can be cut, flattened, split and averaged as a tensor's; `dense()` multiplies out, `float()` in float32.
     ValueError if the factors do not fit, or the prototypes themselves are cut.
     """
+
     z: Tensor
     directions: Tensor
 
     def __post_init__(self):
         if self.z.shape[-1:] != self.directions.shape[-1:]:
-            raise ValueError(f'z {tuple(self.z.shape)} times directions {tuple(self.directions.shape)}: cut leading dimensions only, or use dense()')
+            raise ValueError(
+                f'z {tuple(self.z.shape)} times directions {tuple(self.directions.shape)}: cut leading dimensions only, or use dense()'
+            )
 
     @property
-    def shape(self) -> torch.Size: return torch.Size((*self.z.shape[:-1], len(self.directions)))
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.z.shape[:-1], len(self.directions)))
 
     @property
-    def device(self) -> torch.device: return self.z.device
+    def device(self) -> torch.device:
+        return self.z.device
 
-    def dense(self) -> Tensor: return F.linear(self.z, self.directions)
-    def float(self) -> Tensor: return self.dense().float()
-    def detach(self): return Factored(self.z.detach(), self.directions.detach())
-    def flatten(self, first: int, last: int): return Factored(self.z.flatten(first, last), self.directions)
-    def split(self, size: int) -> list: return [Factored(z, self.directions) for z in self.z.split(size)]
-    def new_zeros(self, *size, **options) -> Tensor: return self.z.new_zeros(*size, **options)
-    def __len__(self): return len(self.z)
-    def __getitem__(self, index): return Factored(self.z[index], self.directions)
-    def __mul__(self, factor): return Factored(self.z * factor, self.directions)
+    def dense(self) -> Tensor:
+        return F.linear(self.z, self.directions)
+
+    def float(self) -> Tensor:
+        return self.dense().float()
+
+    def detach(self):
+        return Factored(self.z.detach(), self.directions.detach())
+
+    def flatten(self, first: int, last: int):
+        return Factored(self.z.flatten(first, last), self.directions)
+
+    def split(self, size: int) -> list:
+        return [Factored(z, self.directions) for z in self.z.split(size)]
+
+    def new_zeros(self, *size, **options) -> Tensor:
+        return self.z.new_zeros(*size, **options)
+
+    def __len__(self):
+        return len(self.z)
+
+    def __getitem__(self, index):
+        return Factored(self.z[index], self.directions)
+
+    def __mul__(self, factor):
+        return Factored(self.z * factor, self.directions)
 
     def mean(self, dim, dtype=None) -> Tensor:
         "Over leading dimensions: the product with the mean of z. float32 also under autocast."
@@ -100,15 +133,18 @@ class Factored:
 @dataclass
 class Outputs:
     """What an objective gets from one branch, batch first: the views of an image follow each other, globals first."""
-    pooled: Tensor                    # [B, V, d]
-    tokens: Tensor                    # [B, S, d]  S tokens of all views: view after view, row by row
-    grids: list[tuple[int, int]]      # (H, W) of each of the V views
-    w_geo: Tensor                     # [B, V, 7]
+
+    pooled: Tensor  # [B, V, d]
+    tokens: Tensor  # [B, S, d]  S tokens of all views: view after view, row by row
+    grids: list[tuple[int, int]]  # (H, W) of each of the V views
+    w_geo: Tensor  # [B, V, 7]
     logits: dict[str, Tensor | Factored]  # head -> [B, V, K] on 'pooled', [B, S, K] on 'tokens'
-    n_global: int = 2                 # the first views are the global ones
-    queries: Tensor | None = None     # [B, n_global * Q, d]  answers to the query crops, view after view (ADCLR)
-    asked: list = field(default_factory=list)  # what the backbone was given beside the crops of each group (iBOT: masks)
-    keep: bool = True                 # False: nobody reads the logits after the loss, which may write over them
+    n_global: int = 2  # the first views are the global ones
+    queries: Tensor | None = None  # [B, n_global * Q, d]  answers to the query crops, view after view (ADCLR)
+    asked: list = field(
+        default_factory=list
+    )  # what the backbone was given beside the crops of each group (iBOT: masks)
+    keep: bool = True  # False: nobody reads the logits after the loss, which may write over them
 
 # %% ../../nbs/3_backbones/4_heads.ipynb #ded38e30
 def batch_first(x: Tensor, batch: int) -> Tensor:
@@ -127,15 +163,24 @@ class Branch(nn.Module):
     wide, logits are K wide. `fused`: every `DINOHead` answers with `Factored` logits. ValueError for a head that reads
     something else.
     """
-    def __init__(self, backbone: Backbone, heads: dict, modules: dict | None = None, fused: bool = False, **head_kwargs):
+
+    def __init__(
+        self, backbone: Backbone, heads: dict, modules: dict | None = None, fused: bool = False, **head_kwargs
+    ):
         super().__init__()
         for name, source in heads.items():
             if source not in ('pooled', 'tokens', 'queries') and not callable(source):
-                raise ValueError(f"head {name!r} reads {source!r}: a head reads 'pooled', 'tokens', 'queries' or a function's answer")
+                raise ValueError(
+                    f"head {name!r} reads {source!r}: a head reads 'pooled', 'tokens', 'queries' or a function's answer"
+                )
         self.backbone, self.sources, self.fused, modules = backbone, dict(heads), fused, modules or {}
-        self.heads = nn.ModuleDict({name: DINOHead(backbone.dim, **head_kwargs) for name in heads if name not in modules})
+        self.heads = nn.ModuleDict(
+            {name: DINOHead(backbone.dim, **head_kwargs) for name in heads if name not in modules}
+        )
         self.heads.update({name: m for name, m in modules.items() if not isinstance(m, str)})
-        self.heads.update({name: self.heads[other] for name, other in modules.items() if isinstance(other, str)})
+        self.heads.update(
+            {name: self.heads[other] for name, other in modules.items() if isinstance(other, str)}
+        )
 
     def forward(self, views, n_groups: int | None = None, asked=()) -> Outputs:
         groups, B = views.crops[:n_groups], views.crops[0].shape[1]
@@ -146,12 +191,13 @@ class Branch(nn.Module):
         w_geo = torch.cat([w.transpose(0, 1) for w in views.w_geo[:n_groups]], 1)
         queries = batch_first(features[0].queries, B) if hasattr(features[0], 'queries') else None
         out = Outputs(pooled, tokens, grids, w_geo, {}, len(groups[0]), queries, asked)
-        kept = {}                          # a head that several names share normalises its prototypes once
+        kept = {}  # a head that several names share normalises its prototypes once
         for name, source in self.sources.items():
             head, x = self.heads[name], source(out, self.heads) if callable(source) else getattr(out, source)
             options = {}
             if isinstance(head, DINOHead):
-                if head not in kept: kept[head] = head.last_layer.directions()
+                if head not in kept:
+                    kept[head] = head.last_layer.directions()
                 options = dict(directions=kept[head], fused=self.fused)
             out.logits[name] = head(x, **options)
         return out

@@ -7,7 +7,8 @@ __all__ = ['to_windows', 'from_windows', 'shift_mask', 'pad_with', 'window_atten
            'swin_mini_patch4_window4_32']
 
 # %% ../../nbs/3_backbones/3_swin.ipynb #21bb7cda
-import functools, math
+import functools
+import math
 
 import torch
 from timm.models import register_model
@@ -24,6 +25,7 @@ def to_windows(x: Tensor, window: tuple[int, int]) -> Tensor:
     h, w = window
     return x.view(N, H // h, h, W // w, w, c).transpose(2, 3).reshape(N, -1, h * w, c)
 
+
 def from_windows(x: Tensor, window: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """Put windows [N, n, window area, c] back into token maps [N, H, W, c] of the given size."""
     (h, w), (H, W) = window, size
@@ -32,7 +34,9 @@ def from_windows(x: Tensor, window: tuple[int, int], size: tuple[int, int]) -> T
 # %% ../../nbs/3_backbones/3_swin.ipynb #eec653db
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def shift_mask(size: tuple[int, int], window: tuple[int, int], shift: tuple[int, int], device='cpu') -> Tensor:
+def shift_mask(
+    size: tuple[int, int], window: tuple[int, int], shift: tuple[int, int], device='cpu'
+) -> Tensor:
     """Who may look at whom once the map is rolled by -shift: 0 or -inf, [n, 1, window area, window area].
 
     Built once for each size. Tokens that the roll brought from the other end of an axis (its last `shift`
@@ -41,7 +45,7 @@ def shift_mask(size: tuple[int, int], window: tuple[int, int], shift: tuple[int,
     wrapped = [(torch.arange(n, device=device) >= n - s).int() for n, s in zip(size, shift)]
     kind = 2 * wrapped[0][:, None] + wrapped[1]
     kind = to_windows(kind[None, ..., None], window)[0]
-    return torch.where(kind == kind.transpose(1, 2), 0., -math.inf)[:, None]
+    return torch.where(kind == kind.transpose(1, 2), 0.0, -math.inf)[:, None]
 
 # %% ../../nbs/3_backbones/3_swin.ipynb #8333a715
 def pad_with(x: Tensor, value: Tensor, size: tuple[int, int]) -> Tensor:
@@ -78,18 +82,22 @@ def window_attention(block: nn.Module, x: Tensor) -> Tensor:
 # %% ../../nbs/3_backbones/3_swin.ipynb #0a2abadd
 class WindowBlock(SwinTransformerBlock):
     "timm's block with `window_attention` in place of its own."
+
     def forward(self, x):
         x = x + self.drop_path1(window_attention(self, self.norm1(x)))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
+
 _any = dict(strict_img_size=False)  # timm's own model takes other sizes as well
+
 
 @register_backbone(
     swin_tiny_w7=dict(timm_name='swin_tiny_patch4_window7_224', **_any),
     swin_tiny_w14=dict(timm_name='swin_tiny_patch4_window7_224', window_size=14, **_any),
     swin_small_w7=dict(timm_name='swin_small_patch4_window7_224', **_any),
     swin_base_w7=dict(timm_name='swin_base_patch4_window7_224', **_any),
-    swin_mini=dict(timm_name='swin_mini_patch4_window4_32', **_any))
+    swin_mini=dict(timm_name='swin_mini_patch4_window4_32', **_any),
+)
 class SwinBackbone(Backbone):
     """Swin Transformer on timm's weights, equal to the reference at any crop size (Liu et al. 2021, arXiv 2103.14030).
 
@@ -97,13 +105,16 @@ class SwinBackbone(Backbone):
     Windows and shifts are chosen for timm's `img_size` (224 by default) and stay the same for other crops.
     `mask` is given on the grid of the tokens that come out; it hides the patches under each of them.
     """
+
     takes = 'mask', 'mask_token'
 
-    def __init__(self, timm_name: str, drop_path: float = 0., eps: float = 1e-6, **timm_kwargs):
+    def __init__(self, timm_name: str, drop_path: float = 0.0, eps: float = 1e-6, **timm_kwargs):
         super().__init__(timm_name, drop_path, **timm_kwargs)
         for module in self.modules():
-            if isinstance(module, nn.LayerNorm): module.eps = eps
-            if type(module) is SwinTransformerBlock: module.__class__ = WindowBlock      # its weights and their names stay
+            if isinstance(module, nn.LayerNorm):
+                module.eps = eps
+            if type(module) is SwinTransformerBlock:
+                module.__class__ = WindowBlock  # its weights and their names stay
 
     def features(self, x: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Features:
         x = self.model.patch_embed(x)
@@ -118,13 +129,25 @@ class SwinBackbone(Backbone):
         times = self.stride // self.patch
         grid = [-(-n // times) for n in size]
         if mask.shape[1:] != (grid[0] * grid[1],):
-            raise ValueError(f'a mask for {grid[0]} x {grid[1]} tokens must be [N, {grid[0] * grid[1]}]; it is {list(mask.shape)}')
+            raise ValueError(
+                f'a mask for {grid[0]} x {grid[1]} tokens must be [N, {grid[0] * grid[1]}]; it is {list(mask.shape)}'
+            )
         mask = mask.unflatten(1, grid).repeat_interleave(times, 1).repeat_interleave(times, 2)
-        return mask[:, :size[0], :size[1]].flatten(1)
+        return mask[:, : size[0], : size[1]].flatten(1)
 
 # %% ../../nbs/3_backbones/3_swin.ipynb #c8e8c126
 @register_model
-def swin_mini_patch4_window4_32(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs):
+def swin_mini_patch4_window4_32(
+    pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs
+):
     """A Swin for crops of 16 to 96 pixels: convolutional stem, two stages of two blocks, window 4, d = 128."""
-    small = dict(img_size=32, patch_size=4, window_size=4, embed_dim=64, depths=(2, 2), num_heads=(2, 4), embed_layer=ConvStem)
+    small = dict(
+        img_size=32,
+        patch_size=4,
+        window_size=4,
+        embed_dim=64,
+        depths=(2, 2),
+        num_heads=(2, 4),
+        embed_layer=ConvStem,
+    )
     return SwinTransformer(**{**small, **kwargs})

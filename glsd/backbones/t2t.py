@@ -31,6 +31,7 @@ def positive_features(x: Tensor, w: Tensor) -> Tensor:
     "exp(w x - |x|^2 / 2) / sqrt(m): [N, T, d] and w [m, d] -> [N, T, m], whose products estimate exp(x y). Performer (Choromanski et al. 2021)."
     return torch.exp(x @ w.T - x.square().sum(-1, keepdim=True) / 2) / math.sqrt(len(w))
 
+
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
     "Attention without scores: each query reads one summary of all keys and values. [N, T, d] -> [N, T, d], cost ~ T."
     q, k = positive_features(q, w), positive_features(k, w)
@@ -42,10 +43,18 @@ class TokenPerformer(nn.Module):
 
     `w` [dim/2, dim]: orthogonal random directions, drawn once and kept. Attention in float32. T2T Sec. 3.1, its Performer variant.
     """
+
     def __init__(self, in_dim: int, dim: int = 64):
         super().__init__()
-        self.norm1, self.kqv, self.proj = nn.LayerNorm(in_dim), nn.Linear(in_dim, 3 * dim), nn.Linear(dim, dim)
-        self.norm2, self.mlp = nn.LayerNorm(dim), nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim))
+        self.norm1, self.kqv, self.proj = (
+            nn.LayerNorm(in_dim),
+            nn.Linear(in_dim, 3 * dim),
+            nn.Linear(dim, dim),
+        )
+        self.norm2, self.mlp = (
+            nn.LayerNorm(dim),
+            nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim)),
+        )
         self.register_buffer('w', nn.init.orthogonal_(torch.empty(dim // 2, dim)) * math.sqrt(dim // 2))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,46 +77,67 @@ class T2TViT(nn.Module):
     `splits`: (kernel, stride) of each soft split. Images of any multiple of the strides' product; positions, made for
     `img_size`, are stretched to others. `forward_features` [N, 1 + H*W, d]; num_classes=0: `forward` gives CLS [N, d].
     """
+
     num_prefix_tokens = 1
 
-    def __init__(self, num_classes: int = 1000, drop_path_rate: float = 0., in_chans: int = 3, img_size: int = 224, embed_dim: int = 384,
-                 depth: int = 14, num_heads: int = 6, mlp_ratio: float = 3., token_dim: int = 64, splits=((7, 4), (3, 2), (3, 2))):
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        drop_path_rate: float = 0.0,
+        in_chans: int = 3,
+        img_size: int = 224,
+        embed_dim: int = 384,
+        depth: int = 14,
+        num_heads: int = 6,
+        mlp_ratio: float = 3.0,
+        token_dim: int = 64,
+        splits=((7, 4), (3, 2), (3, 2)),
+    ):
         super().__init__()
         self.splits, self.stride = splits, math.prod(stride for _, stride in splits)
-        widths = [c * kernel ** 2 for c, (kernel, _) in zip((in_chans, token_dim, token_dim), splits)]
+        widths = [c * kernel**2 for c, (kernel, _) in zip((in_chans, token_dim, token_dim), splits)]
         self.steps = nn.ModuleList([TokenPerformer(width, token_dim) for width in widths[:-1]])
         self.project = nn.Linear(widths[-1], embed_dim)
         self.cls_token, self.grid = nn.Parameter(torch.zeros(1, 1, embed_dim)), (img_size // self.stride,) * 2
         self.register_buffer('pos_embed', sinusoid(1 + math.prod(self.grid), embed_dim))
-        self.blocks = nn.ModuleList([Block(embed_dim, num_heads, mlp_ratio, drop_path=rate, norm_layer=nn.LayerNorm)
-                                     for rate in np.linspace(0, drop_path_rate, depth).tolist()])
+        self.blocks = nn.ModuleList(
+            [
+                Block(embed_dim, num_heads, mlp_ratio, drop_path=rate, norm_layer=nn.LayerNorm)
+                for rate in np.linspace(0, drop_path_rate, depth).tolist()
+            ]
+        )
         self.norm, self.num_classes, self.num_features = nn.LayerNorm(embed_dim), num_classes, embed_dim
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         self.feature_info = [dict(num_chs=embed_dim, reduction=self.stride, module='blocks')]
-        trunc_normal_(self.cls_token, std=.02)
+        trunc_normal_(self.cls_token, std=0.02)
         for m in self.modules():
             if isinstance(m, nn.Linear):
-                trunc_normal_(m.weight, std=.02)
-                if m.bias is not None: nn.init.zeros_(m.bias)
+                trunc_normal_(m.weight, std=0.02)
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
 
     def tokens_to_token(self, x: Tensor) -> Tensor:
         "Images [N, 3, h, w] -> tokens [N, H*W, embed_dim]: split, rearrange, split, rearrange, split, project."
         for i, (kernel, stride) in enumerate(self.splits):
             size = x.shape[-2] // stride, x.shape[-1] // stride
             x = soft_split(x, kernel, stride)
-            if i < len(self.steps): x = self.steps[i](x).mT.unflatten(2, size)
+            if i < len(self.steps):
+                x = self.steps[i](x).mT.unflatten(2, size)
         return self.project(x)
 
     def forward_features(self, x: Tensor) -> Tensor:
         grid = x.shape[-2] // self.stride, x.shape[-1] // self.stride
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.tokens_to_token(x)], 1)
         x = x + resize_positions(self.pos_embed, self.grid, grid)
-        for block in self.blocks: x = block(x)
+        for block in self.blocks:
+            x = block(x)
         return self.norm(x)
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor: return x[:, 0] if pre_logits else self.head(x[:, 0])
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return x[:, 0] if pre_logits else self.head(x[:, 0])
 
-    def forward(self, x: Tensor) -> Tensor: return self.forward_head(self.forward_features(x))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
 
 # %% ../../nbs/3_backbones/7_t2t.ipynb #6d221333
 @register_model
@@ -116,11 +146,14 @@ def t2t_vit_14(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=Non
     without_weights('t2t_vit_14', pretrained)
     return T2TViT(**kwargs)
 
+
 @register_model
 def t2t_mini_32(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs):
     "A T2T-ViT for crops of 16 to 96 pixels: one token for 8 x 8 pixels, d = 96."
     without_weights('t2t_mini_32', pretrained)
-    small = dict(img_size=32, embed_dim=96, depth=2, num_heads=3, token_dim=32, splits=((3, 2), (3, 2), (3, 2)))
+    small = dict(
+        img_size=32, embed_dim=96, depth=2, num_heads=3, token_dim=32, splits=((3, 2), (3, 2), (3, 2))
+    )
     return T2TViT(**{**small, **kwargs})
 
 # %% ../../nbs/3_backbones/7_t2t.ipynb #485d152f

@@ -17,7 +17,9 @@ from torch.func import functional_call
 from .features import Backbone, Features, QueryFeatures, register_backbone
 
 # %% ../../nbs/3_backbones/2_vit.ipynb #dd727aad
-def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int], antialias: bool = True) -> Tensor:
+def resize_positions(
+    table: Tensor, old: tuple[int, int], new: tuple[int, int], antialias: bool = True
+) -> Tensor:
     """Stretch a position embedding [1, (CLS +) H*W, d] from grid `old` to grid `new`, bicubic; CLS stays as it is.
 
     antialias=True is timm's way, False that of DINO's code, which also adds 0.1 to the new size before it
@@ -30,16 +32,19 @@ def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int], 
     if antialias:
         grid = F.interpolate(grid, new, mode='bicubic', antialias=True)
     else:
-        grid = F.interpolate(grid, scale_factor=[(n + .1) / o for n, o in zip(new, old)], mode='bicubic')
+        grid = F.interpolate(grid, scale_factor=[(n + 0.1) / o for n, o in zip(new, old)], mode='bicubic')
     return torch.cat([table[:, :first], grid.flatten(2).transpose(1, 2)], 1)
 
 # %% ../../nbs/3_backbones/2_vit.ipynb #6b7d4c10
 def hide(x: Tensor, mask: Tensor | None, mask_token: Tensor | None) -> Tensor:
     """Tokens x [N, T, d] with `mask_token` [d] wherever mask [N, T] is True; without a mask, x itself. ValueError if they do not fit."""
-    if mask is None: return x
+    if mask is None:
+        return x
     if mask_token is None or mask.shape != x.shape[:2]:
-        raise ValueError(f'a mask for {list(x.shape)} tokens must be {list(x.shape[:2])}, with a mask_token [{x.shape[-1]}]; it is '
-                         f'{list(mask.shape)}' + (' and there is no mask_token' if mask_token is None else ''))
+        raise ValueError(
+            f'a mask for {list(x.shape)} tokens must be {list(x.shape[:2])}, with a mask_token [{x.shape[-1]}]; it is '
+            f'{list(mask.shape)}' + (' and there is no mask_token' if mask_token is None else '')
+        )
     return torch.where(mask[..., None], mask_token.to(x.dtype), x)
 
 # %% ../../nbs/3_backbones/2_vit.ipynb #a90cb881
@@ -50,19 +55,31 @@ def with_queries(block: nn.Module, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor
     Stochastic depth draws once for an image, for its raw tokens and its queries.
     """
     attn, width = block.attn, block.attn.attn_dim
-    def heads(t): return t.unflatten(-1, (-1, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
+
+    def heads(t):
+        return t.unflatten(-1, (-1, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
+
     def read(q):
-        z = F.scaled_dot_product_attention(q, k, v, dropout_p=attn.attn_drop.p if attn.training else 0.)
+        z = F.scaled_dot_product_attention(q, k, v, dropout_p=attn.attn_drop.p if attn.training else 0.0)
         return block.ls1(attn.proj_drop(attn.proj(attn.norm(z.transpose(1, 2).flatten(2)))))
+
     q, k, v = heads(attn.qkv(block.norm1(x)))
-    asked, = heads(F.linear(block.norm1(z), attn.qkv.weight[:width], None if attn.qkv.bias is None else attn.qkv.bias[:width]))
+    (asked,) = heads(
+        F.linear(
+            block.norm1(z), attn.qkv.weight[:width], None if attn.qkv.bias is None else attn.qkv.bias[:width]
+        )
+    )
     k = attn.k_norm(k)
     x, z = _add(block.drop_path1, (x, z), [read(attn.q_norm(t)) for t in (q, asked)])
     return _add(block.drop_path2, (x, z), [block.ls2(block.mlp(block.norm2(t))) for t in (x, z)])
 
+
 class QueryBlock(Block):
     "timm's block, which may be given queries: see `with_queries`."
-    def forward(self, x, z=None, **kwargs): return super().forward(x, **kwargs) if z is None else with_queries(self, x, z)
+
+    def forward(self, x, z=None, **kwargs):
+        return super().forward(x, **kwargs) if z is None else with_queries(self, x, z)
+
 
 def _add(drop, old, new):
     "Residual sums; an image's parts are dropped together."
@@ -75,6 +92,7 @@ def _add(drop, old, new):
 _any = dict(dynamic_img_size=True)  # timm's own model takes other sizes as well
 _mean = dict(class_token=False, global_pool='avg', fc_norm=False, **_any)
 
+
 @register_backbone(
     vit_tiny_p16=dict(timm_name='vit_tiny_patch16_224', **_any),
     vit_tiny_p8=dict(timm_name='vit_tiny_patch16_224', patch_size=8, **_any),
@@ -86,7 +104,8 @@ _mean = dict(class_token=False, global_pool='avg', fc_norm=False, **_any)
     vit_tiny_p8_mean=dict(timm_name='vit_tiny_patch16_224', patch_size=8, **_mean),
     vit_small_p16_mean=dict(timm_name='vit_small_patch16_224', **_mean),
     vit_small_p8_mean=dict(timm_name='vit_small_patch8_224', **_mean),
-    vit_mini=dict(timm_name='vit_mini_patch8_32', **_any))
+    vit_mini=dict(timm_name='vit_mini_patch8_32', **_any),
+)
 class ViTBackbone(Backbone):
     """Vision Transformer on timm's weights (Dosovitskiy et al. 2021); LayerNorm eps is 1e-6 in timm and in DINO's code.
 
@@ -94,34 +113,52 @@ class ViTBackbone(Backbone):
     their mean. antialias: how positions are resized for other crop sizes, see `resize_positions`.
     `mask` hides patches behind the patch embedding; `queries` have no position, and read only, see `with_queries`.
     """
+
     takes = 'mask', 'mask_token', 'queries', 'bidirectional'
 
-    def __init__(self, timm_name: str, drop_path: float = 0., antialias: bool = True, **timm_kwargs):
+    def __init__(self, timm_name: str, drop_path: float = 0.0, antialias: bool = True, **timm_kwargs):
         super().__init__(timm_name, drop_path, **timm_kwargs)
         self.antialias = antialias
         for block in self.model.blocks:
-            if type(block) is Block: block.__class__ = QueryBlock               # its weights and their names stay
+            if type(block) is Block:
+                block.__class__ = QueryBlock  # its weights and their names stay
 
-    def features(self, x: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None,
-                 queries: Tensor | None = None, bidirectional: bool = False) -> Features:
+    def features(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        mask_token: Tensor | None = None,
+        queries: Tensor | None = None,
+        bidirectional: bool = False,
+    ) -> Features:
         model = self.model
         x = model.patch_embed(x)
         grid, first = tuple(x.shape[1:3]), int(model.cls_token is not None)
         x = hide(x.flatten(1, 2), mask, mask_token)
-        if first: x = torch.cat([model.cls_token.expand(len(x), -1, -1), x], 1)
+        if first:
+            x = torch.cat([model.cls_token.expand(len(x), -1, -1), x], 1)
         x = x + resize_positions(model.pos_embed, model.patch_embed.grid_size, grid, self.antialias)
         z = None if queries is None else self.embed_queries(queries)
         x, z = self.attend(x, z, bidirectional)
         x = model.norm(x)
         tokens = x[:, first:]
         pooled = x[:, 0] if first else tokens.mean(1)
-        return Features(pooled, tokens, grid) if z is None else QueryFeatures(pooled, tokens, grid, model.norm(z))
+        return (
+            Features(pooled, tokens, grid)
+            if z is None
+            else QueryFeatures(pooled, tokens, grid, model.norm(z))
+        )
 
-    def attend(self, x: Tensor, z: Tensor | None, bidirectional: bool = False) -> tuple[Tensor, Tensor | None]:
+    def attend(
+        self, x: Tensor, z: Tensor | None, bidirectional: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         "Raw tokens x and queries z through all blocks; `bidirectional`: as one plain sequence, the ablation of ADCLR."
-        if z is None: return self.model.blocks(x), None
-        if bidirectional: return self.model.blocks(torch.cat([x, z], 1)).split([x.shape[1], z.shape[1]], 1)
-        for block in self.model.blocks: x, z = block(x, z)
+        if z is None:
+            return self.model.blocks(x), None
+        if bidirectional:
+            return self.model.blocks(torch.cat([x, z], 1)).split([x.shape[1], z.shape[1]], 1)
+        for block in self.model.blocks:
+            x, z = block(x, z)
         return x, z
 
     def embed_queries(self, queries: Tensor) -> Tensor:
@@ -130,10 +167,14 @@ class ViTBackbone(Backbone):
         A BatchNorm in it uses its running averages and does not move them: no query hears of another one.
         """
         if queries.ndim != 5 or queries.shape[-2:] != (self.patch, self.patch):
-            raise ValueError(f'queries for {self.timm_name} are crops of one patch, [N, Q, 3, {self.patch}, {self.patch}]; '
-                             f'these are {list(queries.shape)}: set query_size={self.patch}')
+            raise ValueError(
+                f'queries for {self.timm_name} are crops of one patch, [N, Q, 3, {self.patch}, {self.patch}]; '
+                f'these are {list(queries.shape)}: set query_size={self.patch}'
+            )
         stem, training = self.model.patch_embed, self.model.patch_embed.training
-        kept = {name: b.clone() for name, b in stem.named_buffers()}     # the next crops move them before the backward pass
+        kept = {
+            name: b.clone() for name, b in stem.named_buffers()
+        }  # the next crops move them before the backward pass
         z = functional_call(stem.eval(), kept, queries.flatten(0, 1))
         stem.train(training)
         return z.unflatten(0, queries.shape[:2]).flatten(2)
@@ -144,18 +185,39 @@ class ConvStem(PatchEmbed):
 
     The first shrinks by half the patch, the second by two, the third looks around, the last (1 x 1) sets the width.
     """
+
     def __init__(self, *args, patch_size: int = 8, in_chans: int = 3, embed_dim: int = 96, **kwargs):
         super().__init__(*args, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, **kwargs)
+
         def layer(i, o, kernel, stride):
-            return nn.Sequential(nn.Conv2d(i, o, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(o), nn.GELU())
+            return nn.Sequential(
+                nn.Conv2d(i, o, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(o), nn.GELU()
+            )
+
         half = patch_size // 2
-        self.proj = nn.Sequential(layer(in_chans, 32, 2 * half - 1, half), layer(32, 64, 3, 2), layer(64, 64, 3, 1),
-                                  nn.Conv2d(64, embed_dim, 1))
+        self.proj = nn.Sequential(
+            layer(in_chans, 32, 2 * half - 1, half),
+            layer(32, 64, 3, 2),
+            layer(64, 64, 3, 1),
+            nn.Conv2d(64, embed_dim, 1),
+        )
 
 # %% ../../nbs/3_backbones/2_vit.ipynb #e309f7c8
 @register_model
-def vit_mini_patch8_32(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs):
+def vit_mini_patch8_32(
+    pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs
+):
     """A ViT for crops of 16 to 96 pixels: convolutional stem, two blocks, d = 96, mean of the tokens in place of CLS."""
-    small = dict(img_size=32, patch_size=8, embed_dim=96, depth=2, num_heads=3, mlp_ratio=2, class_token=False,
-                 global_pool='avg', fc_norm=False, embed_layer=ConvStem)
+    small = dict(
+        img_size=32,
+        patch_size=8,
+        embed_dim=96,
+        depth=2,
+        num_heads=3,
+        mlp_ratio=2,
+        class_token=False,
+        global_pool='avg',
+        fc_norm=False,
+        embed_layer=ConvStem,
+    )
     return VisionTransformer(**{**small, **kwargs})

@@ -15,5 +15,22 @@ from .loading import LoaderError, eval_loader, make_loader, sample_rng
 from .shards import ShardError, ShardFolder, open_images, write_shards
 from .toyworld import ToyWorld
 
-_all_ = ['FetchError', 'get', 'ImageError', 'ImageFolder', 'Subset', 'balanced_subset', 'read_image', 'save_list',
-         'LoaderError', 'eval_loader', 'make_loader', 'sample_rng', 'ShardError', 'ShardFolder', 'open_images', 'write_shards', 'ToyWorld']
+_all_ = [
+    'FetchError',
+    'get',
+    'ImageError',
+    'ImageFolder',
+    'Subset',
+    'balanced_subset',
+    'read_image',
+    'save_list',
+    'LoaderError',
+    'eval_loader',
+    'make_loader',
+    'sample_rng',
+    'ShardError',
+    'ShardFolder',
+    'open_images',
+    'write_shards',
+    'ToyWorld',
+]

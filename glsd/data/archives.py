@@ -31,7 +31,8 @@ def progress(*args, **kwargs):
     return tqdm(*args, delay=2, mininterval=1, **kwargs)
 
 
-def _size(path): return path.stat().st_size if path.exists() else 0
+def _size(path):
+    return path.stat().st_size if path.exists() else 0
 
 
 def _append(url, part):
@@ -39,22 +40,29 @@ def _append(url, part):
     have = _size(part)
     request = urllib.request.Request(url, headers={'Range': f'bytes={have}-'} if have else {})
     with urllib.request.urlopen(request, timeout=60) as answer:
-        if answer.status != 206: have = 0                      # the server starts from the first byte
+        if answer.status != 206:
+            have = 0  # the server starts from the first byte
         length = answer.headers['Content-Length']
         total = length and have + int(length)
-        with open(part, 'ab' if have else 'wb') as out, \
-             progress(desc=part.stem, initial=have, total=total, unit='B', unit_scale=True) as bar:
+        with (
+            open(part, 'ab' if have else 'wb') as out,
+            progress(desc=part.stem, initial=have, total=total, unit='B', unit_scale=True) as bar,
+        ):
             while block := answer.read(2**20):
                 out.write(block)
                 bar.update(len(block))
-    if total and _size(part) < total: raise ConnectionError(f'the connection was cut at byte {_size(part)} of {total}')
+    if total and _size(part) < total:
+        raise ConnectionError(f'the connection was cut at byte {_size(part)} of {total}')
 
 # %% ../../nbs/2_data/4_archives.ipynb #1b85cb52
 def md5sum(path):
     "The md5 of a file, in hexadecimal digits."
     path = Path(path)
     digest = hashlib.md5()
-    with open(path, 'rb') as f, progress(desc=f'checking {path.name}', total=_size(path), unit='B', unit_scale=True) as bar:
+    with (
+        open(path, 'rb') as f,
+        progress(desc=f'checking {path.name}', total=_size(path), unit='B', unit_scale=True) as bar,
+    ):
         while block := f.read(2**22):
             digest.update(block)
             bar.update(len(block))
@@ -68,18 +76,27 @@ def download(url, path, md5=None):
     path, part = Path(path), Path(f'{path}.part')
     while not path.exists():
         have = _size(part)
-        try: _append(url, part)
+        try:
+            _append(url, part)
         except urllib.error.HTTPError as e:
-            if e.code != 416: raise FetchError(f'{url}: the server says {e.code} {e.reason}') from None
-            if (e.headers['Content-Range'] or '') != f'bytes */{have}': part.unlink()       # longer than the file
-            if not part.exists(): continue
+            if e.code != 416:
+                raise FetchError(f'{url}: the server says {e.code} {e.reason}') from None
+            if (e.headers['Content-Range'] or '') != f'bytes */{have}':
+                part.unlink()  # longer than the file
+            if not part.exists():
+                continue
         except NETWORK as e:
-            if _size(part) > have: continue
-            raise FetchError(f'cannot download {url}: {getattr(e, "reason", None) or e}; without a network, '
-                             f'fetch it elsewhere and give it as the source ({have} bytes are kept)') from None
+            if _size(part) > have:
+                continue
+            raise FetchError(
+                f'cannot download {url}: {getattr(e, "reason", None) or e}; without a network, '
+                f'fetch it elsewhere and give it as the source ({have} bytes are kept)'
+            ) from None
         if md5 and md5sum(part) != md5:
             part.unlink()
-            raise FetchError(f'{url} is not the file it should be: its md5 is not {md5}; try again, or give another source')
+            raise FetchError(
+                f'{url} is not the file it should be: its md5 is not {md5}; try again, or give another source'
+            )
         os.replace(part, path)
     return path
 
@@ -88,40 +105,52 @@ def members(source):
     """(name, open function) of each file in a folder, a zip or a tar (a path, or a binary file): read while iterating.
 
     Raises FetchError on an absolute path, a `..` or a link in an archive."""
-    if isinstance(source, Path) and source.is_dir(): yield from _of_folder(source)
-    elif isinstance(source, Path) and zipfile.is_zipfile(source): yield from _of_zip(source)
-    else: yield from _of_tar(source)
+    if isinstance(source, Path) and source.is_dir():
+        yield from _of_folder(source)
+    elif isinstance(source, Path) and zipfile.is_zipfile(source):
+        yield from _of_zip(source)
+    else:
+        yield from _of_tar(source)
 
 
 def _of_folder(folder):
     for f in sorted(folder.rglob('*')):
-        if f.is_file(): yield f.relative_to(folder).as_posix(), lambda f=f: open(f, 'rb')
+        if f.is_file():
+            yield f.relative_to(folder).as_posix(), lambda f=f: open(f, 'rb')
 
 
 def _of_zip(path):
     with zipfile.ZipFile(path) as z:
         for m in z.infolist():
-            if not m.is_dir(): yield _inside(m.filename, path), lambda m=m: z.open(m)
+            if not m.is_dir():
+                yield _inside(m.filename, path), lambda m=m: z.open(m)
 
 
 def _of_tar(source):
     given = dict(name=source) if isinstance(source, Path) else dict(fileobj=source)
     with tarfile.open(**given) as tar:
         for m in tar:
-            if m.issym() or m.islnk(): raise FetchError(f'{_name(source)} holds a link, {m.name!r}: nothing was unpacked')
-            if m.isfile(): yield _inside(m.name, source), lambda m=m: tar.extractfile(m)
+            if m.issym() or m.islnk():
+                raise FetchError(f'{_name(source)} holds a link, {m.name!r}: nothing was unpacked')
+            if m.isfile():
+                yield _inside(m.name, source), lambda m=m: tar.extractfile(m)
 
 
-def _name(source): return getattr(source, 'name', source)
+def _name(source):
+    return getattr(source, 'name', source)
 
 
 def _inside(name, source):
     path = PurePosixPath(name.replace('\\', '/'))
-    if path.is_absolute() or '..' in path.parts: raise FetchError(f'{_name(source)} holds the path {name!r}, which leads out of it: nothing was unpacked')
+    if path.is_absolute() or '..' in path.parts:
+        raise FetchError(
+            f'{_name(source)} holds the path {name!r}, which leads out of it: nothing was unpacked'
+        )
     return path.as_posix()
 
 # %% ../../nbs/2_data/4_archives.ipynb #b584c43d
 def copy_out(open_, path):
     "Write what `open_()` reads to `path`, making its folder."
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open_() as f, open(path, 'wb') as out: shutil.copyfileobj(f, out)
+    with open_() as f, open(path, 'wb') as out:
+        shutil.copyfileobj(f, out)

@@ -23,8 +23,9 @@ import tarfile
 import warnings
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -36,9 +37,9 @@ from .folders import class_order
 class DataSet(NamedTuple):
     file: str
     md5: str
-    url: str            # None: cannot be downloaded without an account
-    counts: dict        # images per split when complete
-    lay_out: Callable   # (archive or folder, empty folder to fill, verify)
+    url: str  # None: cannot be downloaded without an account
+    counts: dict  # images per split when complete
+    lay_out: Callable  # (archive or folder, empty folder to fill, verify)
 
 
 DATASETS = {}
@@ -46,55 +47,77 @@ DATASETS = {}
 
 def dataset(file, md5, url=None, **counts):
     "Register `lay_out(source, out, verify)` as the data set of its name."
+
     def register(lay_out):
         DATASETS[lay_out.__name__] = DataSet(file, md5, url, counts, lay_out)
         return lay_out
+
     return register
 
 # %% ../../nbs/2_data/5_fetching.ipynb #12e148f5
 class _ArraysOnly(pickle.Unpickler):
     "Unpickles dicts, lists, numbers and numpy arrays, and refuses to call anything else."
+
     def find_class(self, module, name):
-        if name == '_reconstruct': return np.empty(0).__reduce__()[0]        # its module's name differs between versions
-        if (module, name) in (('numpy', 'ndarray'), ('numpy', 'dtype')): return getattr(np, name)
+        if name == '_reconstruct':
+            return np.empty(0).__reduce__()[0]  # its module's name differs between versions
+        if (module, name) in (('numpy', 'ndarray'), ('numpy', 'dtype')):
+            return getattr(np, name)
         raise pickle.UnpicklingError(f'it wants to call {module}.{name}')
 
 # %% ../../nbs/2_data/5_fetching.ipynb #f5c287bd
 CIFAR10 = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
 
 
-@dataset('cifar-10-python.tar.gz', 'c58f30108f718f92721af3b95e74349a',
-         'https://www.cs.toronto.edu/~kriz/', train=50_000, val=10_000)
+@dataset(
+    'cifar-10-python.tar.gz',
+    'c58f30108f718f92721af3b95e74349a',
+    'https://www.cs.toronto.edu/~kriz/',
+    train=50_000,
+    val=10_000,
+)
 def cifar10(source, out, verify=True):
     "CIFAR-10 as 32 x 32 PNG files; its test batch is `val`."
     for name, open_ in members(source):
         batch = PurePosixPath(name).name
-        if not re.fullmatch(r'data_batch_\d|test_batch', batch): continue
+        if not re.fullmatch(r'data_batch_\d|test_batch', batch):
+            continue
         split = out / ('val' if batch == 'test_batch' else 'train')
-        for c in CIFAR10: (split / c).mkdir(parents=True, exist_ok=True)
-        with open_() as f: content = _ArraysOnly(f, encoding='bytes').load()
+        for c in CIFAR10:
+            (split / c).mkdir(parents=True, exist_ok=True)
+        with open_() as f:
+            content = _ArraysOnly(f, encoding='bytes').load()
         images = content[b'data'].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         for k, (image, label) in enumerate(zip(images, content[b'labels'])):
             Image.fromarray(image).save(split / CIFAR10[label] / f'{batch}_{k:05}.png')
 
 # %% ../../nbs/2_data/5_fetching.ipynb #b719d850
-@dataset('tiny-imagenet-200.zip', '90528d7ca1a48142e341f4ef8d21d0de',
-         'http://cs231n.stanford.edu/', train=100_000, val=10_000)
+@dataset(
+    'tiny-imagenet-200.zip',
+    '90528d7ca1a48142e341f4ef8d21d0de',
+    'http://cs231n.stanford.edu/',
+    train=100_000,
+    val=10_000,
+)
 def tiny_imagenet(source, out, verify=True):
     "Tiny-ImageNet as `train/WNID/*.JPEG` and `val/WNID/*.JPEG`; `words.txt` tells what a WNID means. No test labels exist."
     label = {}
     for name, open_ in members(source):
-        if name.endswith('val/val_annotations.txt'): label = dict(line.split('\t')[:2] for line in open_().read().decode().splitlines())
-        if PurePosixPath(name).name == 'words.txt': copy_out(open_, out / 'words.txt')
+        if name.endswith('val/val_annotations.txt'):
+            label = dict(line.split('\t')[:2] for line in open_().read().decode().splitlines())
+        if PurePosixPath(name).name == 'words.txt':
+            copy_out(open_, out / 'words.txt')
     for name, open_ in progress(members(source), 'writing tiny_imagenet'):
-        if m := re.search(r'(?:^|/)train/(n\d{8})/images/([\w-]+\.JPEG)$', name): copy_out(open_, out / 'train' / m[1] / m[2])
+        if m := re.search(r'(?:^|/)train/(n\d{8})/images/([\w-]+\.JPEG)$', name):
+            copy_out(open_, out / 'train' / m[1] / m[2])
         elif m := re.search(r'(?:^|/)val/images/([\w-]+\.JPEG)$', name):
             wnid = label.get(m[1], '')
-            if not re.fullmatch(r'n\d{8}', wnid): raise FetchError(f'{source}: val_annotations.txt has no class for {m[1]}')
+            if not re.fullmatch(r'n\d{8}', wnid):
+                raise FetchError(f'{source}: val_annotations.txt has no class for {m[1]}')
             copy_out(open_, out / 'val' / wnid / m[1])
 
 # %% ../../nbs/2_data/5_fetching.ipynb #7223ecdd
-PERCENT = {1: 10, 2: 20, 5: 50, 10: 100, 20: 200}         # per cent -> images a class
+PERCENT = {1: 10, 2: 20, 5: 50, 10: 100, 20: 200}  # per cent -> images a class
 WNID = r'n\d{8}'
 
 
@@ -107,11 +130,14 @@ def imagenet_subsets(source, out, verify=True):
     most, lists = max(PERCENT.values()), {p: [] for p in PERCENT}
     for c, wnid, where in progress(_classes(source), 'writing imagenet_subsets'):
         names = sorted(name for name, _ in _images(where))
-        if len(names) < most: raise FetchError(f'{source}: class {wnid} has {len(names)} images, fewer than {most}')
+        if len(names) < most:
+            raise FetchError(f'{source}: class {wnid} has {len(names)} images, fewer than {most}')
         order = [names[i] for i in class_order(len(names), 0, c)]
         _place(where, set(order[:most]), out / 'train' / wnid)
-        for p, n in PERCENT.items(): lists[p] += [f'{wnid}/{name}' for name in order[:n]]
-    for p, files in lists.items(): (out / f'train_{p}pct.txt').write_text(''.join(f'{f}\n' for f in sorted(files)))
+        for p, n in PERCENT.items():
+            lists[p] += [f'{wnid}/{name}' for name in order[:n]]
+    for p, files in lists.items():
+        (out / f'train_{p}pct.txt').write_text(''.join(f'{f}\n' for f in sorted(files)))
     _imagenet_val(source if (source / 'train').is_dir() else source.parent, out / 'val', verify)
 
 # %% ../../nbs/2_data/5_fetching.ipynb #6bf7b9d6
@@ -119,7 +145,9 @@ def _classes(source):
     "(number, wnid, where its images are) of each class; `where` is a folder, or a function that opens a tar."
     if source.is_dir():
         folders = (source / 'train' if (source / 'train').is_dir() else source).iterdir()
-        yield from ((c, d.name, d) for c, d in enumerate(sorted(d for d in folders if re.fullmatch(WNID, d.name))))
+        yield from (
+            (c, d.name, d) for c, d in enumerate(sorted(d for d in folders if re.fullmatch(WNID, d.name)))
+        )
     else:
         tars = sorted(name for name, _ in members(source) if re.fullmatch(WNID + r'\.tar', name))
         yield from ((tars.index(name), name[:-4], open_) for name, open_ in members(source) if name in tars)
@@ -134,36 +162,50 @@ def _place(where, names, folder):
     "Copies the named images out of a tar, or links those of a folder."
     folder.mkdir(parents=True)
     for name, open_ in _images(where):
-        if name not in names: continue
-        if isinstance(where, Path): _link((where / name).resolve(), folder / name)
-        else: copy_out(open_, folder / name)
+        if name not in names:
+            continue
+        if isinstance(where, Path):
+            _link((where / name).resolve(), folder / name)
+        else:
+            copy_out(open_, folder / name)
 
 
 def _link(file, path):
-    try: os.link(file, path)
-    except OSError: os.symlink(file, path)              # another disk, or somebody else's file
+    try:
+        os.link(file, path)
+    except OSError:
+        os.symlink(file, path)  # another disk, or somebody else's file
 
 # %% ../../nbs/2_data/5_fetching.ipynb #4438ec5f
-VAL_FILES = {'ILSVRC2012_img_val.tar': '29b22e2961454d5413ddabcf34fc5622',
-             'ILSVRC2012_devkit_t12.tar.gz': 'fa75699e90414af021442c21a62c3abf'}
+VAL_FILES = {
+    'ILSVRC2012_img_val.tar': '29b22e2961454d5413ddabcf34fc5622',
+    'ILSVRC2012_devkit_t12.tar.gz': 'fa75699e90414af021442c21a62c3abf',
+}
 
 
 def _imagenet_val(beside, out, verify):
     folders = [d for d in (beside / 'val').glob('*') if re.fullmatch(WNID, d.name)]
-    for d in folders: _place(d, {name for name, _ in _images(d)}, out / d.name)
-    if folders: return
+    for d in folders:
+        _place(d, {name for name, _ in _images(d)}, out / d.name)
+    if folders:
+        return
     if missing := [f for f in VAL_FILES if not (beside / f).is_file()]:
         warnings.warn(f'no validation images: {" and ".join(missing)} not found in {beside}')
         return
     images, devkit = (_checked(beside / f, md5, verify) for f, md5 in VAL_FILES.items())
     wnid = _devkit_labels(devkit)
     for name, open_ in progress(members(images), 'writing val'):
-        if m := re.search(r'ILSVRC2012_val_(\d{8})\.JPEG$', name): copy_out(open_, out / wnid[int(m[1]) - 1] / m[0])
+        if m := re.search(r'ILSVRC2012_val_(\d{8})\.JPEG$', name):
+            copy_out(open_, out / wnid[int(m[1]) - 1] / m[0])
 
 # %% ../../nbs/2_data/5_fetching.ipynb #4b89455d
 def _devkit_labels(devkit):
     "The wnid of each validation image, in order."
-    texts = {PurePosixPath(n).name: open_().read() for n, open_ in members(devkit) if n.endswith(('meta.mat', 'ground_truth.txt'))}
+    texts = {
+        PurePosixPath(n).name: open_().read()
+        for n, open_ in members(devkit)
+        if n.endswith(('meta.mat', 'ground_truth.txt'))
+    }
     wnids = _wnids(texts['meta.mat'])
     return [wnids[int(k) - 1] for k in texts['ILSVRC2012_validation_ground_truth.txt'].split()]
 
@@ -172,20 +214,34 @@ def _wnids(mat):
     "The wnids in a MATLAB 5 file, in the order of ILSVRC2012_ID (1, 2, ...); characters take one byte or two."
     blob, at = b'', 128
     while at < len(mat):
-        kind, size = struct.unpack('<II', mat[at:at + 8])
-        block = mat[at + 8:at + 8 + size]
+        kind, size = struct.unpack('<II', mat[at : at + 8])
+        block = mat[at + 8 : at + 8 + size]
         blob, at = blob + (zlib.decompress(block) if kind == 15 else block), at + 8 + size
     return [w.replace(b'\0', b'').decode() for w in re.findall(rb'n(?:\0?\d){8}', blob)]
 
 
 def _checked(path, md5, verify):
     if verify and md5sum(path) != md5:
-        raise FetchError(f'{path} is not the published file: its md5 is not {md5}; get it again (verify=False, --no-verify: take it as it is)')
+        raise FetchError(
+            f'{path} is not the published file: its md5 is not {md5}; get it again (verify=False, --no-verify: take it as it is)'
+        )
     return path
 
 # %% ../../nbs/2_data/5_fetching.ipynb #2887acee
-BROKEN = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError, pickle.UnpicklingError,
-          struct.error, ValueError, TypeError, KeyError, IndexError)
+BROKEN = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    gzip.BadGzipFile,
+    EOFError,
+    zlib.error,
+    lzma.LZMAError,
+    pickle.UnpicklingError,
+    struct.error,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+)
 
 
 def get(name, root, source=None, verify=True):
@@ -197,50 +253,83 @@ def get(name, root, source=None, verify=True):
     name = name.lower().replace('-', '_')
     if name not in DATASETS:
         near = difflib.get_close_matches(name, DATASETS, 1, 0) or list(DATASETS)
-        raise ValueError(f'unknown data set {name!r}: did you mean {near[0]}? There are {", ".join(DATASETS)}')
+        raise ValueError(
+            f'unknown data set {name!r}: did you mean {near[0]}? There are {", ".join(DATASETS)}'
+        )
     root, out = Path(root), Path(root) / name
-    if (out / 'dataset.json').exists(): return out
-    if out.exists() and any(out.iterdir()): raise FetchError(f'{out} exists already, but is not finished or not from here: move it away, or choose another root')
+    if (out / 'dataset.json').exists():
+        return out
+    if out.exists() and any(out.iterdir()):
+        raise FetchError(
+            f'{out} exists already, but is not finished or not from here: move it away, or choose another root'
+        )
     stage = root / f'.{name}.part'
     try:
         _make(DATASETS[name], source, stage, verify)
         os.replace(stage, out)
-    except FetchError: raise
-    except BROKEN as e: raise FetchError(f'the source of {name} is broken or not what it should be ({e}): get it again') from None
+    except FetchError:
+        raise
+    except BROKEN as e:
+        raise FetchError(
+            f'the source of {name} is broken or not what it should be ({e}): get it again'
+        ) from None
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT): raise
-        raise FetchError(f'the disk of {root} is full: make room and call again (a download goes on where it stopped)') from None
-    finally: shutil.rmtree(stage, ignore_errors=True)
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise FetchError(
+            f'the disk of {root} is full: make room and call again (a download goes on where it stopped)'
+        ) from None
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
     return out
 
 # %% ../../nbs/2_data/5_fetching.ipynb #bc811035
 def _make(data, source, stage, verify):
-    shutil.rmtree(stage, ignore_errors=True)                     # what a killed call left behind
+    shutil.rmtree(stage, ignore_errors=True)  # what a killed call left behind
     stage.mkdir(parents=True)
     archive = _find(data, source, stage.parent, verify)
     data.lay_out(archive, stage, verify)
-    counts = {d.name: sum(len(files) for *_, files in os.walk(d)) for d in sorted(stage.iterdir()) if d.is_dir()}
-    if not counts.get('train'): raise FetchError(f'{archive} has no training images in it: is it {data.file}, or a folder with its contents?')
+    counts = {
+        d.name: sum(len(files) for *_, files in os.walk(d)) for d in sorted(stage.iterdir()) if d.is_dir()
+    }
+    if not counts.get('train'):
+        raise FetchError(
+            f'{archive} has no training images in it: is it {data.file}, or a folder with its contents?'
+        )
     if verify and any(n != data.counts[split] for split, n in counts.items()):
-        raise FetchError(f'{archive} has {counts} images instead of {data.counts} (verify=False, --no-verify: take it as it is)')
-    (stage / 'dataset.json').write_text(json.dumps({'archive': data.file, 'md5': data.md5 if verify else None, 'images': counts}) + '\n')
-    if archive == _downloaded(data, stage.parent): archive.unlink()
+        raise FetchError(
+            f'{archive} has {counts} images instead of {data.counts} (verify=False, --no-verify: take it as it is)'
+        )
+    (stage / 'dataset.json').write_text(
+        json.dumps({'archive': data.file, 'md5': data.md5 if verify else None, 'images': counts}) + '\n'
+    )
+    if archive == _downloaded(data, stage.parent):
+        archive.unlink()
 
 # %% ../../nbs/2_data/5_fetching.ipynb #89a0a592
-def _is_url(source): return str(source).startswith(('http://', 'https://'))
+def _is_url(source):
+    return str(source).startswith(('http://', 'https://'))
 
 
-def _downloaded(data, root): return root / f'.{data.file}'       # hidden: an archive without the dot is the user's
+def _downloaded(data, root):
+    return root / f'.{data.file}'  # hidden: an archive without the dot is the user's
 
 
 def _find(data, source, root, verify):
     "The archive (downloaded where needed; its sum checked), or the folder with its contents."
-    if source is None and not data.url: raise FetchError(f'{data.file} needs an account at its site: download it there, then give it, or the folder that it is in, as the source')
-    if source is None: return download(data.url + data.file, _downloaded(data, root), data.md5)
-    if _is_url(source): return download(str(source), _downloaded(data, root), data.md5 if verify else None)
+    if source is None and not data.url:
+        raise FetchError(
+            f'{data.file} needs an account at its site: download it there, then give it, or the folder that it is in, as the source'
+        )
+    if source is None:
+        return download(data.url + data.file, _downloaded(data, root), data.md5)
+    if _is_url(source):
+        return download(str(source), _downloaded(data, root), data.md5 if verify else None)
     path = Path(source)
-    if not path.exists(): raise FileNotFoundError(f'no such archive or folder: {source}')
-    if (path / data.file).is_file(): path = path / data.file
+    if not path.exists():
+        raise FileNotFoundError(f'no such archive or folder: {source}')
+    if (path / data.file).is_file():
+        path = path / data.file
     return path if path.is_dir() else _checked(path, data.md5, verify)
 
 # %% ../../nbs/2_data/5_fetching.ipynb #bd93b19a
@@ -248,11 +337,17 @@ def command(name, argv=None):
     "The command line of one data set: --root, --source, --no-verify; wrong input ends with one line and code 2."
     parser = argparse.ArgumentParser(description=DATASETS[name].lay_out.__doc__)
     parser.add_argument('--root', required=True, help=f'the data set is written to ROOT/{name}')
-    parser.add_argument('--source', help=f'{DATASETS[name].file}, a folder with it or with its contents, or a URL')
+    parser.add_argument(
+        '--source', help=f'{DATASETS[name].file}, a folder with it or with its contents, or a URL'
+    )
     parser.add_argument('--no-verify', action='store_true', help='take an archive whose sum differs')
     args = parser.parse_args(argv)
-    try: print(get(name, args.root, args.source, not args.no_verify))
-    except (ValueError, OSError) as e: print(f'error: {e}', file=sys.stderr)
-    except KeyboardInterrupt: print('stopped; the same command goes on from here', file=sys.stderr)
-    else: return 0
+    try:
+        print(get(name, args.root, args.source, not args.no_verify))
+    except (ValueError, OSError) as e:
+        print(f'error: {e}', file=sys.stderr)
+    except KeyboardInterrupt:
+        print('stopped; the same command goes on from here', file=sys.stderr)
+    else:
+        return 0
     return 2

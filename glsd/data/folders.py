@@ -23,8 +23,10 @@ def to_rgb(img):
 
     Raises ValueError for float and 32-bit pixels, whose range a file does not tell."""
     img = ImageOps.exif_transpose(img)
-    if img.mode == 'F': raise ValueError('its pixels are floats of unknown range: save it with 8 or 16 bits')
-    if img.mode.startswith('I'): img = _upper_byte(np.asarray(img))
+    if img.mode == 'F':
+        raise ValueError('its pixels are floats of unknown range: save it with 8 or 16 bits')
+    if img.mode.startswith('I'):
+        img = _upper_byte(np.asarray(img))
     if img.mode in ('LA', 'PA', 'RGBA') or 'transparency' in img.info:
         img = img.convert('RGBA')
         img = Image.alpha_composite(Image.new('RGBA', img.size, 'white'), img)
@@ -33,7 +35,8 @@ def to_rgb(img):
 
 def _upper_byte(a):
     # Pillow keeps the upper byte of 16-bit *colour* images too, so grey and colour are treated alike
-    if a.min() < 0 or a.max() > 65535: raise ValueError('its pixels have 32 bits: save it with 8 or 16')
+    if a.min() < 0 or a.max() > 65535:
+        raise ValueError('its pixels have 32 bits: save it with 8 or 16')
     return Image.fromarray((a >> 8).astype(np.uint8))
 
 # %% ../../nbs/2_data/2_folders.ipynb #b64c595f
@@ -48,7 +51,8 @@ def _is_plain_jpeg(img):
 def _decode(data):
     img = Image.open(BytesIO(data))
     if _is_plain_jpeg(img):
-        from torchvision.io import ImageReadMode, decode_jpeg          # here, as importing it takes seconds
+        from torchvision.io import ImageReadMode, decode_jpeg  # here, as importing it takes seconds
+
         return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
     return torch.from_numpy(np.array(to_rgb(img))).permute(2, 0, 1)
 
@@ -58,23 +62,29 @@ def read_image(path):
 
     Plain JPEGs go through torchvision.io, all others through Pillow. Of an animation, the first frame.
     Raises FileNotFoundError, or ImageError naming the file: not an image, truncated, float pixels."""
-    try: data = Path(path).read_bytes()
-    except FileNotFoundError: raise FileNotFoundError(f'no such image: {path}') from None
-    except OSError as e: raise ImageError(f'cannot read {path}: {_reason(e)}') from None
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(f'no such image: {path}') from None
+    except OSError as e:
+        raise ImageError(f'cannot read {path}: {_reason(e)}') from None
     return decode_image(data, path)
 
 
 def decode_image(data, name):
     "The bytes of an image file -> uint8 [3, H, W], as `read_image`; `name` is for the message of an ImageError."
-    try: return _decode(data)
-    except Exception as e:          # decoders raise nearly anything on a broken file, SyntaxError included
+    try:
+        return _decode(data)
+    except Exception as e:  # decoders raise nearly anything on a broken file, SyntaxError included
         raise ImageError(f'cannot read {name}: {_reason(e)}') from None
 
 
 def _reason(e):
-    text = str(e).rsplit('.cpp:', 1)[-1]        # torchvision puts its own source line in front
-    if 'cannot identify' in text: return 'it is not an image, or of a format that Pillow does not know'
-    if 'truncated' in text.lower(): return 'it is truncated'
+    text = str(e).rsplit('.cpp:', 1)[-1]  # torchvision puts its own source line in front
+    if 'cannot identify' in text:
+        return 'it is not an image, or of a format that Pillow does not know'
+    if 'truncated' in text.lower():
+        return 'it is truncated'
     return ' '.join(text.split()) or type(e).__name__
 
 # %% ../../nbs/2_data/2_folders.ipynb #116a21b9
@@ -104,41 +114,54 @@ class ImageFolder:
     `files`: only these, relative to `root` (a sequence, or a list file as `save_list` writes it).
     `on_error='skip'` decodes each file once and leaves out what cannot be read (`.skipped`: messages).
     Raises FileNotFoundError (no folder, a listed file is missing) or ValueError (no image in it)."""
+
     def __init__(self, root, on_error='raise', files=None):
         self.root, self.skipped = Path(root), []
-        if on_error not in ('raise', 'skip'): raise ValueError(f"on_error is 'raise' or 'skip', not {on_error!r}")
-        if not self.root.is_dir(): raise FileNotFoundError(f'no such folder: {root}')
+        if on_error not in ('raise', 'skip'):
+            raise ValueError(f"on_error is 'raise' or 'skip', not {on_error!r}")
+        if not self.root.is_dir():
+            raise FileNotFoundError(f'no such folder: {root}')
         self.files = list_images(root) if files is None else _listed(self.root, files, on_error)
-        if on_error == 'skip': self._skip_unreadable()
-        if not self.files: raise ValueError(f'no image below {root} that can be read (looked for {" ".join(SUFFIXES)})')
+        if on_error == 'skip':
+            self._skip_unreadable()
+        if not self.files:
+            raise ValueError(f'no image below {root} that can be read (looked for {" ".join(SUFFIXES)})')
         self.classes = sorted({f.split('/')[0] for f in self.files if '/' in f})
         number = {c: k for k, c in enumerate(self.classes)}
         self.labels = np.array([number[f.split('/')[0]] if '/' in f else -1 for f in self.files], np.int64)
 
-    def __len__(self): return len(self.files)
+    def __len__(self):
+        return len(self.files)
 
-    def __getitem__(self, i): return read_image(self.root / self.files[i]), int(self.labels[i])
+    def __getitem__(self, i):
+        return read_image(self.root / self.files[i]), int(self.labels[i])
 
     def _skip_unreadable(self):
-        with ThreadPoolExecutor(os.cpu_count()) as pool:       # decoders release the interpreter's lock
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoders release the interpreter's lock
             problems = list(pool.map(lambda f: _problem(self.root / f), self.files))
         self.skipped = [p for p in problems if p]
         self.files = [f for f, p in zip(self.files, problems) if not p]
         if self.skipped:
-            warnings.warn(f'{len(self.skipped)} of {len(problems)} images are left out; the first: {self.skipped[0]}')
+            warnings.warn(
+                f'{len(self.skipped)} of {len(problems)} images are left out; the first: {self.skipped[0]}'
+            )
 
 # %% ../../nbs/2_data/2_folders.ipynb #5551ac10
 def _problem(path):
-    try: read_image(path)
-    except (ImageError, OSError) as e: return str(e)
+    try:
+        read_image(path)
+    except (ImageError, OSError) as e:
+        return str(e)
 
 
 def _listed(root, files, on_error):
     if isinstance(files, (str, os.PathLike)):
-        if not Path(files).is_file(): raise FileNotFoundError(f'no such list of images: {files}')
+        if not Path(files).is_file():
+            raise FileNotFoundError(f'no such list of images: {files}')
         files = Path(files).read_text(errors='surrogateescape').splitlines()
     for f in files if on_error == 'raise' else ():
-        if not (root / f).is_file(): raise FileNotFoundError(f'{f} is in the list, but not below {root}')
+        if not (root / f).is_file():
+            raise FileNotFoundError(f'{f} is in the list, but not below {root}')
     return list(files)
 
 # %% ../../nbs/2_data/2_folders.ipynb #bd5fb2c6
@@ -149,28 +172,37 @@ def class_order(n, seed, c):
 # %% ../../nbs/2_data/2_folders.ipynb #1f0b0969
 class Subset:
     "Some samples of a data set, as a data set of its own: `Subset(ds, indices)[k]` is `ds[indices[k]]`."
+
     def __init__(self, dataset, indices):
         self.dataset, self.indices = dataset, np.asarray(indices, np.int64)
         self.labels, self.classes = dataset.labels[self.indices], dataset.classes
 
-    def __len__(self): return len(self.indices)
+    def __len__(self):
+        return len(self.indices)
 
-    def __getitem__(self, k): return self.dataset[int(self.indices[k])]
+    def __getitem__(self, k):
+        return self.dataset[int(self.indices[k])]
 
     @property
-    def files(self): return [self.dataset.files[i] for i in self.indices]
+    def files(self):
+        return [self.dataset.files[i] for i in self.indices]
 
 
 def balanced_subset(dataset, per_class, seed=0):
     """`per_class` samples of each class as a `Subset`, in the data set's order; nested in `per_class` for a seed.
 
     Raises ValueError without labels, or naming the class that has too few."""
-    if per_class < 1: raise ValueError(f'per_class is {per_class}: take at least one image a class')
-    if not dataset.classes: raise ValueError('a balanced subset needs labels, and this data set has none: put each class into a folder')
+    if per_class < 1:
+        raise ValueError(f'per_class is {per_class}: take at least one image a class')
+    if not dataset.classes:
+        raise ValueError(
+            'a balanced subset needs labels, and this data set has none: put each class into a folder'
+        )
     chosen = []
     for c, name in enumerate(dataset.classes):
         members = np.flatnonzero(dataset.labels == c)
-        if len(members) < per_class: raise ValueError(f'class {name} has {len(members)} images, fewer than the {per_class} asked for')
+        if len(members) < per_class:
+            raise ValueError(f'class {name} has {len(members)} images, fewer than the {per_class} asked for')
         chosen.append(members[class_order(len(members), seed, c)[:per_class]])
     return Subset(dataset, np.sort(np.concatenate(chosen)))
 

@@ -17,12 +17,14 @@ from torch.utils.data import DataLoader
 from ..views.photometric import normalize
 
 # %% ../../nbs/2_data/3_loading.ipynb #2c87488e
-_ORDER = 2**64 - 1                  # the index that no image has: the order of an epoch is drawn from it
+_ORDER = 2**64 - 1  # the index that no image has: the order of an epoch is drawn from it
 
 
 def sample_rng(seed, epoch, index):
     "The numpy Generator of a sample (Philox): a function of three integers >= 0, and of nothing else."
-    return np.random.Generator(np.random.Philox(key=np.array([seed, index], np.uint64), counter=[0, 0, 0, epoch]))
+    return np.random.Generator(
+        np.random.Philox(key=np.array([seed, index], np.uint64), counter=[0, 0, 0, epoch])
+    )
 
 # %% ../../nbs/2_data/3_loading.ipynb #b38287ca
 def epoch_order(n, seed, epoch):
@@ -37,6 +39,7 @@ def order_of(dataset, seed, epoch):
 # %% ../../nbs/2_data/3_loading.ipynb #56dd813d
 class _ViewBatches:
     "`batches[indices]` -> Views; what a worker process holds."
+
     def __init__(self, dataset, multicrop, seed, epoch):
         self.dataset, self.multicrop, self.seed, self.epoch = dataset, multicrop, seed, epoch
 
@@ -56,42 +59,63 @@ class LoaderError(RuntimeError):
 @contextmanager
 def worker_deaths():
     "In this block the death of a worker is a `LoaderError` of one line, wherever this process was when it was told."
-    try: yield
+    try:
+        yield
     except RuntimeError as e:
-        if isinstance(e, LoaderError) or 'DataLoader worker' not in str(e): raise
+        if isinstance(e, LoaderError) or 'DataLoader worker' not in str(e):
+            raise
         reason = str(e).split('. ')[0].rstrip('.')
-        raise LoaderError(f'{reason}: memory (or /dev/shm) may have run out; try fewer workers, 0 for none') from None
+        raise LoaderError(
+            f'{reason}: memory (or /dev/shm) may have run out; try fewer workers, 0 for none'
+        ) from None
 
 
 class _Guarded:
     "Returns errors about the data instead of raising them, so that they cross from a worker without its traceback."
-    def __init__(self, batches): self.batches = batches
+
+    def __init__(self, batches):
+        self.batches = batches
 
     def __getitem__(self, indices):
-        try: return self.batches[indices]
-        except (ValueError, OSError) as e: return e
+        try:
+            return self.batches[indices]
+        except (ValueError, OSError) as e:
+            return e
 
 
-def _as_it_is(batch): return batch
+def _as_it_is(batch):
+    return batch
 
 
 class Loader:
     "Iterates over `batches[indices]` for each array in `index`, made in this process or in `workers` others."
-    def __init__(self, batches, index, workers=0): self.batches, self.index, self.workers = batches, index, workers
 
-    def __len__(self): return len(self.index)
+    def __init__(self, batches, index, workers=0):
+        self.batches, self.index, self.workers = batches, index, workers
+
+    def __len__(self):
+        return len(self.index)
 
     def __iter__(self):
         # a generator of its own, since DataLoader would otherwise draw from torch's global one
-        loader = DataLoader(_Guarded(self.batches), None, sampler=self.index, num_workers=self.workers,
-                            collate_fn=_as_it_is, generator=torch.Generator())
+        loader = DataLoader(
+            _Guarded(self.batches),
+            None,
+            sampler=self.index,
+            num_workers=self.workers,
+            collate_fn=_as_it_is,
+            generator=torch.Generator(),
+        )
         with worker_deaths():
             for batch in loader:
-                if isinstance(batch, Exception): raise batch
+                if isinstance(batch, Exception):
+                    raise batch
                 yield batch
 
 # %% ../../nbs/2_data/3_loading.ipynb #5ed32c9d
-def make_loader(dataset, multicrop, batch_size, seed=0, epoch=0, workers=0, drop_last=True, start=0, rank=0, world=1):
+def make_loader(
+    dataset, multicrop, batch_size, seed=0, epoch=0, workers=0, drop_last=True, start=0, rank=0, world=1
+):
     """One epoch of `Views`, from batch number `start` on; `len()` is the number of batches still to come.
 
     The views of an image depend on (seed, epoch, its index) alone: not on `workers`, `start`, `batch_size` or `world`.
@@ -100,13 +124,18 @@ def make_loader(dataset, multicrop, batch_size, seed=0, epoch=0, workers=0, drop
     the data set's own errors for unreadable images, LoaderError when a worker dies."""
     n = len(dataset)
     if drop_last and n < batch_size:
-        raise ValueError(f'{n} images are fewer than a batch of {batch_size}: use a batch size of at most {n}, or more images')
+        raise ValueError(
+            f'{n} images are fewer than a batch of {batch_size}: use a batch size of at most {n}, or more images'
+        )
     ends = range(batch_size, n + (1 if drop_last else batch_size), batch_size)
-    if not 0 <= start <= len(ends): raise ValueError(f'cannot start at batch {start}: the epoch has {len(ends)}')
+    if not 0 <= start <= len(ends):
+        raise ValueError(f'cannot start at batch {start}: the epoch has {len(ends)}')
     order = order_of(dataset, seed, epoch)
     if batch_size % world or (world > 1 and not drop_last):
-        raise ValueError(f'a batch of {batch_size} cannot be shared equally by {world} processes: choose a multiple of {world}, and drop the last batch')
-    index = [np.split(order[end - batch_size:end], world)[rank] for end in ends[start:]]
+        raise ValueError(
+            f'a batch of {batch_size} cannot be shared equally by {world} processes: choose a multiple of {world}, and drop the last batch'
+        )
+    index = [np.split(order[end - batch_size : end], world)[rank] for end in ends[start:]]
     return Loader(_ViewBatches(dataset, multicrop, seed, epoch), index, workers)
 
 # %% ../../nbs/2_data/3_loading.ipynb #52b2c051
@@ -114,7 +143,8 @@ def eval_crop(image, size):
     """uint8 [3, H, W] -> uint8 [3, size, size]: shorter side to size * 256/224 (bicubic), then the middle.
 
     An image of size x size stays as it is. Of strips longer than 8 times their width, the middle is used."""
-    if image.shape[-2:] == (size, size): return image
+    if image.shape[-2:] == (size, size):
+        return image
     image = _middle(image, *[min(s, 8 * min(image.shape[-2:])) for s in image.shape[-2:]])
     h, w = image.shape[-2:]
     scaled = [int(round(size * 256 / 224) * s / min(h, w)) for s in (h, w)]
@@ -123,11 +153,12 @@ def eval_crop(image, size):
 
 def _middle(image, h, w):
     top, left = round((image.shape[-2] - h) / 2), round((image.shape[-1] - w) / 2)
-    return image[..., top:top + h, left:left + w]
+    return image[..., top : top + h, left : left + w]
 
 # %% ../../nbs/2_data/3_loading.ipynb #e60148da
 class _EvalBatches:
-    def __init__(self, dataset, size): self.dataset, self.size = dataset, size
+    def __init__(self, dataset, size):
+        self.dataset, self.size = dataset, size
 
     def __getitem__(self, indices):
         images, labels = zip(*(self.dataset[i] for i in indices.tolist()))

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .folders import ImageFolder, Subset, SUFFIXES, decode_image
+from .folders import SUFFIXES, ImageFolder, Subset, decode_image
 from .loading import epoch_order, sample_rng
 
 # %% ../../nbs/2_data/6_shards.ipynb #591bb871
@@ -33,10 +33,20 @@ def walk(path):
     try:
         with open(path, 'rb') as f, tarfile.open(path, 'r:') as tar:
             for m in tar:
-                if m.isfile(): yield m, lambda: tar.extractfile(m).read(), zlib.crc32(os.pread(f.fileno(), 512, m.offset_data - 512))
-            if os.pread(f.fileno(), 512, tar.offset) != bytes(512): raise tarfile.ReadError
+                if m.isfile():
+                    yield (
+                        m,
+                        lambda: tar.extractfile(m).read(),
+                        zlib.crc32(os.pread(f.fileno(), 512, m.offset_data - 512)),
+                    )
+            if os.pread(f.fileno(), 512, tar.offset) != bytes(512):
+                raise tarfile.ReadError
     except tarfile.ReadError:
-        last = f'is cut in or behind its member {tar.members[-1].name}' if tar and tar.members else 'is empty, or no tar file'
+        last = (
+            f'is cut in or behind its member {tar.members[-1].name}'
+            if tar and tar.members
+            else 'is empty, or no tar file'
+        )
         raise ShardError(f'{path} {last}: fetch or write it again') from None
 
 # %% ../../nbs/2_data/6_shards.ipynb #e1ed9d5b
@@ -55,21 +65,32 @@ def index_shard(path):
     images, labels = {}, {}
     for m, read, check in walk(path):
         key, ext = split_name(m.name)
-        if '.' + ext in SUFFIXES: images.setdefault(key, (m.name.encode(), m.offset_data, m.size, check))
+        if '.' + ext in SUFFIXES:
+            images.setdefault(key, (m.name.encode(), m.offset_data, m.size, check))
         label = _label(ext, read, f'{path}: {m.name}')
-        if label is not None: labels[key] = label
-    for key in labels.keys() - images.keys(): raise ShardError(f'{path}: {key} has a label, but no image')
+        if label is not None:
+            labels[key] = label
+    for key in labels.keys() - images.keys():
+        raise ShardError(f'{path}: {key} has a label, but no image')
     if labels:
-        for key in images.keys() - labels.keys(): raise ShardError(f'{path}: {key} has no label, and others have one')
+        for key in images.keys() - labels.keys():
+            raise ShardError(f'{path}: {key} has no label, and others have one')
     rows = [(*row, labels.get(key, -1)) for key, row in images.items()]
-    return {c: np.array(list(v), t) for (c, t), v in zip(_COLUMNS.items(), zip(*rows) if rows else [[]] * len(_COLUMNS))}
+    return {
+        c: np.array(list(v), t)
+        for (c, t), v in zip(_COLUMNS.items(), zip(*rows) if rows else [[]] * len(_COLUMNS))
+    }
 
 
 def _label(ext, read, where):
-    if ext not in ('cls', 'json'): return None
-    try: label = int(read()) if ext == 'cls' else json.loads(read()).get('label')
-    except (ValueError, AttributeError): label = where
-    if label is not None and not isinstance(label, int): raise ShardError(f'{where} holds no whole number as the label')
+    if ext not in ('cls', 'json'):
+        return None
+    try:
+        label = int(read()) if ext == 'cls' else json.loads(read()).get('label')
+    except (ValueError, AttributeError):
+        label = where
+    if label is not None and not isinstance(label, int):
+        raise ShardError(f'{where} holds no whole number as the label')
     return label
 
 # %% ../../nbs/2_data/6_shards.ipynb #487d8b63
@@ -80,43 +101,63 @@ class ShardFolder:
     Classes are named in shards.json as `write_shards` makes it, and numbers otherwise. `window`: how many shards an epoch mixes
     at a time, see `order`. Raises FileNotFoundError or ShardError: no shards, a missing or cut one, labels that do not fit;
     on access ImageError naming shard and member, ShardError for a shard that changed."""
+
     def __init__(self, root, window=8):
         self.root, self.window, self._open = Path(root), window, {}
-        if window < 1: raise ValueError(f'window is {window}: mix at least one shard at a time')
-        if not self.root.is_dir(): raise FileNotFoundError(f'no such folder: {root}')
+        if window < 1:
+            raise ValueError(f'window is {window}: mix at least one shard at a time')
+        if not self.root.is_dir():
+            raise FileNotFoundError(f'no such folder: {root}')
         plan = _read_plan(self.root)
         self.shards, stats = _list_shards(self.root, plan)
         index = _load_index(self.root, self.shards, stats) or _build_index(self.root, self.shards, stats)
         self.shard, self.labels = index['shard'], index['label']
-        self._name, self._offset, self._size, self._check = (index[c] for c in ('name', 'offset', 'size', 'check'))
+        self._name, self._offset, self._size, self._check = (
+            index[c] for c in ('name', 'offset', 'size', 'check')
+        )
         self.classes = plan.get('classes') or [str(k) for k in range(self.labels.max(initial=-1) + 1)]
-        if not len(self): raise ShardError(f'no image in the {len(self.shards)} shards of {root}')
-        if self.labels.max() >= len(self.classes): raise ShardError(f'{root}: there is a label {self.labels.max()}, and shards.json names {len(self.classes)} classes')
+        if not len(self):
+            raise ShardError(f'no image in the {len(self.shards)} shards of {root}')
+        if self.labels.max() >= len(self.classes):
+            raise ShardError(
+                f'{root}: there is a label {self.labels.max()}, and shards.json names {len(self.classes)} classes'
+            )
 
-    def __len__(self): return len(self.labels)
+    def __len__(self):
+        return len(self.labels)
 
-    def __getitem__(self, i): return decode_image(self.read(i), self.name(i)), int(self.labels[i])
+    def __getitem__(self, i):
+        return decode_image(self.read(i), self.name(i)), int(self.labels[i])
 
-    def name(self, i): return f'{self.root / self.shards[self.shard[i]]}: {self._name[i].decode()}'
+    def name(self, i):
+        return f'{self.root / self.shards[self.shard[i]]}: {self._name[i].decode()}'
 
-    def keys(self): return [split_name(name.decode())[0] for name in self._name]
+    def keys(self):
+        return [split_name(name.decode())[0] for name in self._name]
 
     def read(self, i):
         "The bytes of the image's file."
         f, start = self._file(self.shard[i]), self._offset[i] - 512
         data = os.pread(f.fileno(), 512 + self._size[i], start)
-        if len(data) == 512 + self._size[i] and zlib.crc32(data[:512]) == self._check[i]: return data[512:]
-        raise ShardError(f'{self.name(i)} is not where the index says: the shard has changed; remove {INDEX} there to have it made again')
+        if len(data) == 512 + self._size[i] and zlib.crc32(data[:512]) == self._check[i]:
+            return data[512:]
+        raise ShardError(
+            f'{self.name(i)} is not where the index says: the shard has changed; remove {INDEX} there to have it made again'
+        )
 
     def _file(self, s):
         f = self._open.get(s)
         if f is None:
-            try: f = self._open[s] = open(self.root / self.shards[s], 'rb', buffering=0)
-            except FileNotFoundError: raise ShardError(f'{self.root / self.shards[s]} is gone: put it back') from None
-            if len(self._open) > 2 * self.window: self._open.pop(next(iter(self._open)))
+            try:
+                f = self._open[s] = open(self.root / self.shards[s], 'rb', buffering=0)
+            except FileNotFoundError:
+                raise ShardError(f'{self.root / self.shards[s]} is gone: put it back') from None
+            if len(self._open) > 2 * self.window:
+                self._open.pop(next(iter(self._open)))
         return f
 
-    def __getstate__(self): return {**vars(self), '_open': {}}         # open files cannot be sent to another process
+    def __getstate__(self):
+        return {**vars(self), '_open': {}}  # open files cannot be sent to another process
 
     def order(self, seed, epoch):
         """The order of an epoch, int64 [n], a function of (seed, epoch) alone: shards shuffled, `window` of them at a time,
@@ -127,34 +168,45 @@ class ShardFolder:
 
 
 INDEX, PLAN = 'index.npz', 'shards.json'
-_SHARDS = 2**64 - 2                 # an index that no image has: the order of the shards is drawn from it
+_SHARDS = 2**64 - 2  # an index that no image has: the order of the shards is drawn from it
 
 # %% ../../nbs/2_data/6_shards.ipynb #7d1ad144
 def _read_plan(root):
-    try: return json.loads((root / PLAN).read_text())
-    except FileNotFoundError: return {}
-    except ValueError: raise ShardError(f'{root / PLAN} is not JSON: remove it, and classes are numbers') from None
+    try:
+        return json.loads((root / PLAN).read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        raise ShardError(f'{root / PLAN} is not JSON: remove it, and classes are numbers') from None
 
 
 def _list_shards(root, plan):
     found = {p.name: p.stat() for p in sorted(root.glob('*.tar')) if p.name[0] != '.'}
     for k in range(plan.get('shards', 0)):
-        if _shard_name(k) not in found: raise ShardError(f'{root / _shard_name(k)} is missing, of {plan["shards"]} shards: put it back, or write them again')
-    if not found: raise ShardError(f'no shards in {root}: it has no *.tar')
+        if _shard_name(k) not in found:
+            raise ShardError(
+                f'{root / _shard_name(k)} is missing, of {plan["shards"]} shards: put it back, or write them again'
+            )
+    if not found:
+        raise ShardError(f'no shards in {root}: it has no *.tar')
     return list(found), np.array([(f.st_size, f.st_mtime_ns) for f in found.values()])
 
 
-def _shard_name(k): return f'{k:06}.tar'
+def _shard_name(k):
+    return f'{k:06}.tar'
 
 
 def _load_index(root, shards, stats):
     "The index beside the shards, or None if there is none that fits them."
     try:
-        with np.load(root / INDEX) as z: index = dict(z)
+        with np.load(root / INDEX) as z:
+            index = dict(z)
         then = dict(zip(index['shards'].tolist(), index['stats'].tolist()))
         columns = {c: index[c] for c in ('shard', *_COLUMNS)}
-    except Exception: return None                     # absent, cut, or of another kind: it is made again
-    for gone in then.keys() - set(shards): raise ShardError(f'{root / gone} is missing: put it back, or remove {INDEX} there to do without it')
+    except Exception:
+        return None  # absent, cut, or of another kind: it is made again
+    for gone in then.keys() - set(shards):
+        raise ShardError(f'{root / gone} is missing: put it back, or remove {INDEX} there to do without it')
     return columns if then == dict(zip(shards, stats.tolist())) else None
 
 
@@ -163,18 +215,25 @@ def _build_index(root, shards, stats):
     index = {c: np.concatenate([p[c] for p in parts]) for c in _COLUMNS}
     index['shard'] = np.repeat(np.arange(len(shards)), [len(p['label']) for p in parts])
     labelled = [p['label'].max() >= 0 for p in parts if len(p['label'])]
-    if any(labelled) and not all(labelled): raise ShardError(f'{root}: some shards have labels, others have none')
-    try: _write_beside(root / INDEX, lambda f: np.savez(f, shards=np.array(shards), stats=stats, **index))
-    except OSError: pass                              # a read-only folder: the index stays in memory
+    if any(labelled) and not all(labelled):
+        raise ShardError(f'{root}: some shards have labels, others have none')
+    try:
+        _write_beside(root / INDEX, lambda f: np.savez(f, shards=np.array(shards), stats=stats, **index))
+    except OSError:
+        pass  # a read-only folder: the index stays in memory
     return index
 
 
 def _write_beside(path, write):
-    part = path.with_name(f'{path.name}.{os.urandom(4).hex()}.part')       # several processes, on several machines, may write the same
+    part = path.with_name(
+        f'{path.name}.{os.urandom(4).hex()}.part'
+    )  # several processes, on several machines, may write the same
     try:
-        with open(part, 'wb') as f: write(f)
+        with open(part, 'wb') as f:
+            write(f)
         os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
+    finally:
+        part.unlink(missing_ok=True)
 
 # %% ../../nbs/2_data/6_shards.ipynb #340aab0c
 def write_shards(source, out, per_shard=1000, seed=0):
@@ -183,26 +242,44 @@ def write_shards(source, out, per_shard=1000, seed=0):
     `per_shard` images a file, shuffled by `seed` (None: in the source's order). A call that was cut goes on where it was.
     Raises ValueError if `out` holds something else."""
     dataset = ImageFolder(source) if isinstance(source, (str, os.PathLike)) else source
-    if per_shard < 1: raise ValueError(f'per_shard is {per_shard}: put at least one image into a shard')
+    if per_shard < 1:
+        raise ValueError(f'per_shard is {per_shard}: put at least one image into a shard')
     out, n = Path(out), len(dataset)
     order = np.arange(n) if seed is None else epoch_order(n, seed, 0)
     parts = np.split(order, range(per_shard, n, per_shard))
-    _keep_plan(out, dict(images=n, shards=len(parts), per_shard=per_shard, seed=seed, source=_digest(dataset), classes=list(dataset.classes)))
+    _keep_plan(
+        out,
+        dict(
+            images=n,
+            shards=len(parts),
+            per_shard=per_shard,
+            seed=seed,
+            source=_digest(dataset),
+            classes=list(dataset.classes),
+        ),
+    )
     for k, part in enumerate(parts):
-        if not (out / _shard_name(k)).exists(): _write_beside(out / _shard_name(k), lambda f: _write_shard(f, dataset, part))
+        if not (out / _shard_name(k)).exists():
+            _write_beside(out / _shard_name(k), lambda f: _write_shard(f, dataset, part))
     return ShardFolder(out)
 
 
 def _keep_plan(out, plan):
     out.mkdir(parents=True, exist_ok=True)
-    if _read_plan(out) not in ({}, plan): raise ValueError(f'{out} holds shards of other images or of another per_shard or seed: choose another folder')
-    if not _read_plan(out) and any(out.iterdir()): raise ValueError(f'{out} is not empty: choose another folder for the shards')
+    if _read_plan(out) not in ({}, plan):
+        raise ValueError(
+            f'{out} holds shards of other images or of another per_shard or seed: choose another folder'
+        )
+    if not _read_plan(out) and any(out.iterdir()):
+        raise ValueError(f'{out} is not empty: choose another folder for the shards')
     _write_beside(out / PLAN, lambda f: f.write(json.dumps(plan, indent=1).encode()))
 
 
 def _digest(dataset):
     files = '\n'.join(getattr(dataset, 'files', ()))
-    return hashlib.sha1(files.encode(errors='surrogateescape') + np.asarray(dataset.labels).tobytes()).hexdigest()
+    return hashlib.sha1(
+        files.encode(errors='surrogateescape') + np.asarray(dataset.labels).tobytes()
+    ).hexdigest()
 
 
 def _write_shard(f, dataset, indices):
@@ -210,19 +287,23 @@ def _write_shard(f, dataset, indices):
         for i in indices.tolist():
             data, suffix = _encoded(dataset, i)
             _add(tar, f'{i:08}{suffix}', data)
-            if dataset.classes: _add(tar, f'{i:08}.cls', str(int(dataset.labels[i])).encode())
+            if dataset.classes:
+                _add(tar, f'{i:08}.cls', str(int(dataset.labels[i])).encode())
 
 
 def _add(tar, name, data):
-    member = tarfile.TarInfo(name)          # no time, no owner: the same images make the same bytes
+    member = tarfile.TarInfo(name)  # no time, no owner: the same images make the same bytes
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))
 
 
 def _encoded(dataset, i):
-    if isinstance(dataset, Subset): return _encoded(dataset.dataset, int(dataset.indices[i]))
-    if isinstance(dataset, ShardFolder): return dataset.read(i), os.path.splitext(dataset.name(i))[1].lower()
-    if isinstance(dataset, ImageFolder): return (dataset.root / dataset.files[i]).read_bytes(), os.path.splitext(dataset.files[i])[1].lower()
+    if isinstance(dataset, Subset):
+        return _encoded(dataset.dataset, int(dataset.indices[i]))
+    if isinstance(dataset, ShardFolder):
+        return dataset.read(i), os.path.splitext(dataset.name(i))[1].lower()
+    if isinstance(dataset, ImageFolder):
+        return (dataset.root / dataset.files[i]).read_bytes(), os.path.splitext(dataset.files[i])[1].lower()
     out = io.BytesIO()
     Image.fromarray(dataset[i][0].permute(1, 2, 0).numpy()).save(out, 'PNG')
     return out.getvalue(), '.png'

@@ -7,6 +7,7 @@ __all__ = ['TEXTURES', 'SHAPES', 'triangle_wave', 'Scene', 'draw_scene', 'layers
 
 # %% ../../nbs/2_data/1_toyworld.ipynb #640791fd
 from dataclasses import dataclass, replace
+
 import numpy as np
 import torch
 
@@ -18,67 +19,71 @@ def triangle_wave(t):
 # %% ../../nbs/2_data/1_toyworld.ipynb #9e9669e4
 def _dots(u, v):
     du, dv = u - np.rint(u), v - np.rint(v)
-    return 1 - np.float32(np.pi) * (du * du + dv * dv)      # beyond d = 1/2 too low, but that is cut off anyway
+    return 1 - np.float32(np.pi) * (du * du + dv * dv)  # beyond d = 1/2 too low, but that is cut off anyway
 
 # %% ../../nbs/2_data/1_toyworld.ipynb #8b26ba7b
 def _checks(u, v):
     product = (2 * triangle_wave(u) - 1) * (2 * triangle_wave(v) - 1)
     q = np.maximum(np.abs(product), np.float32(1e-6))
-    return .5 + .5 * np.sign(product) * (q - q * np.log(q))
+    return 0.5 + 0.5 * np.sign(product) * (q - q * np.log(q))
 
 # %% ../../nbs/2_data/1_toyworld.ipynb #181436ee
-TEXTURES = {                                                # (u, v) in periods -> values spread evenly over 0..1
-    'bars':   lambda u, v: triangle_wave(u),
-    'bands':  lambda u, v: triangle_wave(v),
+TEXTURES = {  # (u, v) in periods -> values spread evenly over 0..1
+    'bars': lambda u, v: triangle_wave(u),
+    'bands': lambda u, v: triangle_wave(v),
     'checks': _checks,
-    'dots':   _dots,
-    'rings':  lambda u, v: triangle_wave(np.sqrt(u * u + v * v)),
-    'zigzag': lambda u, v: triangle_wave(u + .6 * triangle_wave(.7 * v)),
+    'dots': _dots,
+    'rings': lambda u, v: triangle_wave(np.sqrt(u * u + v * v)),
+    'zigzag': lambda u, v: triangle_wave(u + 0.6 * triangle_wave(0.7 * v)),
 }
 
 # %% ../../nbs/2_data/1_toyworld.ipynb #83d7076b
-def _contrast(value): return np.clip(3 * value - 1, 0, 1)
+def _contrast(value):
+    return np.clip(3 * value - 1, 0, 1)
 
 # %% ../../nbs/2_data/1_toyworld.ipynb #ca23a06f
 def _cross(x, y):
-    x, y = np.abs(x), np.abs(y)                             # two bars, three times as long as wide
-    return np.maximum(np.maximum(x, y) / 1.189, np.minimum(x, y) / .396)
+    x, y = np.abs(x), np.abs(y)  # two bars, three times as long as wide
+    return np.maximum(np.maximum(x, y) / 1.189, np.minimum(x, y) / 0.396)
 
-SHAPES = {                                                  # (x, y) -> below 1 inside; all have the area of the unit disc
-    'disc':     lambda x, y: np.sqrt(x * x + y * y),
-    'triangle': lambda x, y: np.maximum(-y, .866 * np.abs(x) + .5 * y) / .778,
-    'square':   lambda x, y: np.maximum(np.abs(x), np.abs(y)) / .886,
-    'cross':    _cross,
+
+SHAPES = {  # (x, y) -> below 1 inside; all have the area of the unit disc
+    'disc': lambda x, y: np.sqrt(x * x + y * y),
+    'triangle': lambda x, y: np.maximum(-y, 0.866 * np.abs(x) + 0.5 * y) / 0.778,
+    'square': lambda x, y: np.maximum(np.abs(x), np.abs(y)) / 0.886,
+    'cross': _cross,
 }
 
 # %% ../../nbs/2_data/1_toyworld.ipynb #28599aa8
 @dataclass(frozen=True)
 class Scene:
     "`n` objects of one class before three crossing waves; float32, in units of the side of the image."
+
     label: int
-    centre: np.ndarray      # [n, 2] (x, y), y down
-    radius: np.ndarray      # [n] of the disc of the same area
-    angle: np.ndarray       # [n] of the object, radians
-    grain: np.ndarray       # [n, 3] texture: periods per side, angle relative to the shape, phase
-    tone: np.ndarray        # [n + 1, 2, 3] RGB of its two tones; the last are the background's
-    waves: np.ndarray       # [3, 3] background: periods per side along x and y, phase
+    centre: np.ndarray  # [n, 2] (x, y), y down
+    radius: np.ndarray  # [n] of the disc of the same area
+    angle: np.ndarray  # [n] of the object, radians
+    grain: np.ndarray  # [n, 3] texture: periods per side, angle relative to the shape, phase
+    tone: np.ndarray  # [n + 1, 2, 3] RGB of its two tones; the last are the background's
+    waves: np.ndarray  # [3, 3] background: periods per side along x and y, phase
 
 # %% ../../nbs/2_data/1_toyworld.ipynb #8f43f14f
-_QUADRANTS = np.array([[.27, .27], [.73, .27], [.27, .73], [.73, .73]], np.float32)
+_QUADRANTS = np.array([[0.27, 0.27], [0.73, 0.27], [0.27, 0.73], [0.73, 0.73]], np.float32)
+
 
 def _places(rng, u):
     "Centres [n, 2] and radii [n] of one to three objects."
     n = int(rng.integers(1, 4))
-    centre = u(.25, .75, 1, 2) if n == 1 else _QUADRANTS[rng.permutation(4)[:n]] + u(-.1, .1, n, 2)
-    return centre, np.sqrt(u(.1, .14, 1) / n).repeat(n) * u(.92, 1.08, n)
+    centre = u(0.25, 0.75, 1, 2) if n == 1 else _QUADRANTS[rng.permutation(4)[:n]] + u(-0.1, 0.1, n, 2)
+    return centre, np.sqrt(u(0.1, 0.14, 1) / n).repeat(n) * u(0.92, 1.08, n)
 
 # %% ../../nbs/2_data/1_toyworld.ipynb #849c528b
 def _tones(rng, u, n):
     "RGB [n, 2, 3] of two tones each; the last row is the background's, with a quarter of the contrast."
-    contrast = u(.3, .4, n, 1, 1)
-    contrast[-1] *= .25
-    contrast[rng.random(n) < .5] *= -1                      # dark on light, or light on dark
-    return u(.46, .54, n, 1, 1) + contrast * np.array([[-1], [1]], np.float32) + u(-.02, .02, n, 1, 3)
+    contrast = u(0.3, 0.4, n, 1, 1)
+    contrast[-1] *= 0.25
+    contrast[rng.random(n) < 0.5] *= -1  # dark on light, or light on dark
+    return u(0.46, 0.54, n, 1, 1) + contrast * np.array([[-1], [1]], np.float32) + u(-0.02, 0.02, n, 1, 3)
 
 # %% ../../nbs/2_data/1_toyworld.ipynb #46a108d6
 def draw_scene(rng, label):
@@ -86,40 +91,44 @@ def draw_scene(rng, label):
     u = lambda low, high, *shape: rng.uniform(low, high, shape).astype(np.float32)
     centre, radius = _places(rng, u)
     n = len(radius)
-    grain = np.stack([u(4, 5, n), u(-.15, .15, n), u(0, 1, n)], -1)
+    grain = np.stack([u(4, 5, n), u(-0.15, 0.15, n), u(0, 1, n)], -1)
     way, period = rng.uniform(0, 2 * np.pi, 3), rng.uniform(1, 4, 3)
     waves = np.stack([np.cos(way) * period, np.sin(way) * period, rng.random(3)], -1).astype(np.float32)
-    return Scene(label, centre, radius, u(-.4, .4, n), grain, _tones(rng, u, n + 1), waves)
+    return Scene(label, centre, radius, u(-0.4, 0.4, n), grain, _tones(rng, u, n + 1), waves)
 
 # %% ../../nbs/2_data/1_toyworld.ipynb #e8e6e377
 def _turn(x, y, angle, scale):
     c, s = scale * np.cos(angle), scale * np.sin(angle)
     return c * x + s * y, c * y - s * x
 
-def _mix(tone, share): return tone[0][:, None, None] + (tone[1] - tone[0])[:, None, None] * share
 
-def _columns(a): return (c[:, None, None] for c in a.T)     # [n, k] -> k arrays that broadcast over [n, H, W]
+def _mix(tone, share):
+    return tone[0][:, None, None] + (tone[1] - tone[0])[:, None, None] * share
+
+
+def _columns(a):
+    return (c[:, None, None] for c in a.T)  # [n, k] -> k arrays that broadcast over [n, H, W]
 
 # %% ../../nbs/2_data/1_toyworld.ipynb #d658a587
 def layers(scene, size, shape, texture):
     "What every object would cover, and its pattern: two arrays [n, size, size] between 0 and 1."
-    at = (np.arange(size, dtype=np.float32) + .5) / size
+    at = (np.arange(size, dtype=np.float32) + 0.5) / size
     (cx, cy), (periods, tilt, phase) = _columns(scene.centre), _columns(scene.grain)
     radius, angle = _columns(np.stack([scene.radius, scene.angle], -1))
-    dx, dy = at - cx, at[:, None] - cy                                   # [n, 1, W] and [n, H, 1]: nothing large yet
+    dx, dy = at - cx, at[:, None] - cy  # [n, 1, W] and [n, H, 1]: nothing large yet
     x, y = _turn(dx, dy, angle, 1 / radius)
-    covered = np.clip(.5 + radius * size - radius * size * SHAPES[shape](x, y), 0, 1)
+    covered = np.clip(0.5 + radius * size - radius * size * SHAPES[shape](x, y), 0, 1)
     u, v = _turn(dx, dy, angle + tilt, periods)
     return covered, _contrast(TEXTURES[texture](u + phase, v + phase))
 
 # %% ../../nbs/2_data/1_toyworld.ipynb #6ab31457
 def paint(scene, size, shape, texture):
     "Image [3, size, size], mostly between 0 and 1, and masks bool [n, size, size] of what is visible of every object."
-    at = (np.arange(size, dtype=np.float32) + .5) / size
+    at = (np.arange(size, dtype=np.float32) + 0.5) / size
     a, b, phase = _columns(scene.waves)
     image = _mix(scene.tone[-1], triangle_wave(a * at + b * at[:, None] + phase).sum(0) / 3)
     covered, pattern = layers(scene, size, shape, texture)
-    masks = covered > .5
+    masks = covered > 0.5
     for i, tone in enumerate(scene.tone[:-1]):
         image += (_mix(tone, pattern[i]) - image) * covered[i]
         masks[:i] &= ~masks[i]
@@ -137,16 +146,24 @@ def boxes_of(masks):
 # %% ../../nbs/2_data/1_toyworld.ipynb #ed9f8d6c
 def _moved(scene, time, reach, pace, spin):
     "The scene after `time` frames: centres swing by up to `reach` [n, 2], objects turn by `spin` [n] radians a frame."
-    return replace(scene, centre=scene.centre + reach * np.sin(np.float32(pace * time)), angle=scene.angle + spin * np.float32(time))
+    return replace(
+        scene,
+        centre=scene.centre + reach * np.sin(np.float32(pace * time)),
+        angle=scene.angle + spin * np.float32(time),
+    )
 
 # %% ../../nbs/2_data/1_toyworld.ipynb #a764bb0b
 def _check(n, size, split, shapes, textures):
-    if n < 0 or size < 8: raise ValueError(f'a toy world needs n >= 0 and a size of at least 8 pixels, not n={n}, size={size}')
-    if split not in ('train', 'val'): raise ValueError(f"split is 'train' or 'val', not {split!r}")
+    if n < 0 or size < 8:
+        raise ValueError(f'a toy world needs n >= 0 and a size of at least 8 pixels, not n={n}, size={size}')
+    if split not in ('train', 'val'):
+        raise ValueError(f"split is 'train' or 'val', not {split!r}")
     for names, known in ((shapes, SHAPES), (textures, TEXTURES)):
         for name in names:
-            if name not in known: raise ValueError(f'no {name!r} in the toy world; there are: {", ".join(known)}')
-        if not names: raise ValueError(f'the toy world needs at least one of: {", ".join(known)}')
+            if name not in known:
+                raise ValueError(f'no {name!r} in the toy world; there are: {", ".join(known)}')
+        if not names:
+            raise ValueError(f'the toy world needs at least one of: {", ".join(known)}')
 
 # %% ../../nbs/2_data/1_toyworld.ipynb #82df3b9a
 class ToyWorld:
@@ -154,7 +171,10 @@ class ToyWorld:
 
     `world[i]` -> (image uint8 [3, size, size], label int). `shapes`, `textures`: names out of SHAPES and TEXTURES.
     ValueError for an unknown name or split, or an impossible size; IndexError for an index outside."""
-    def __init__(self, n=1000, size=64, split='train', seed=0, shapes=('disc', 'triangle'), textures=tuple(TEXTURES)):
+
+    def __init__(
+        self, n=1000, size=64, split='train', seed=0, shapes=('disc', 'triangle'), textures=tuple(TEXTURES)
+    ):
         _check(n, size, split, shapes, textures)
         self.n, self.size, self.split, self.seed = n, size, split, seed
         self.kinds = [(shape, texture) for shape in shapes for texture in textures]
@@ -163,9 +183,11 @@ class ToyWorld:
         self._cache = torch.empty(n if n * 3 * size**2 <= 2**28 else 0, 3, size, size, dtype=torch.uint8)
         self._known = np.zeros(len(self._cache), bool)
 
-    def __len__(self): return self.n
+    def __len__(self):
+        return self.n
 
-    def __getitem__(self, i): return self.render([i])[0], int(self.labels[i])
+    def __getitem__(self, i):
+        return self.render([i])[0], int(self.labels[i])
 
     def render(self, indices):
         "Images uint8 [len(indices), 3, size, size] at once, bit for bit those of single access."
@@ -180,25 +202,34 @@ class ToyWorld:
         "Image i in motion: uint8 [frames, 3, H, W], the first frame being the image, and masks bool [frames, n_obj, H, W]."
         scene, rng = self._draw(i), self._rng(i, 1)
         n = len(scene.radius)
-        motion = rng.uniform(-.12, .12, (n, 2)).astype(np.float32), rng.uniform(.15, .35), rng.uniform(-.08, .08, n).astype(np.float32)
+        motion = (
+            rng.uniform(-0.12, 0.12, (n, 2)).astype(np.float32),
+            rng.uniform(0.15, 0.35),
+            rng.uniform(-0.08, 0.08, n).astype(np.float32),
+        )
         images, masks = zip(*(self._paint(i, _moved(scene, t, *motion), t) for t in range(frames)))
         return torch.stack(images), torch.from_numpy(np.stack(masks))
 
-    def _rng(self, i, stream): return np.random.default_rng([self.seed, 2 * self._index(i) + (self.split == 'val'), stream])
+    def _rng(self, i, stream):
+        return np.random.default_rng([self.seed, 2 * self._index(i) + (self.split == 'val'), stream])
 
     def _index(self, i):
-        if not -self.n <= i < self.n: raise IndexError(f'image {i} of a toy world with {self.n}')
+        if not -self.n <= i < self.n:
+            raise IndexError(f'image {i} of a toy world with {self.n}')
         return int(i) % self.n
 
-    def _draw(self, i): return draw_scene(self._rng(i, 0), int(self.labels[i]))
+    def _draw(self, i):
+        return draw_scene(self._rng(i, 0), int(self.labels[i]))
 
     def _paint(self, i, scene, frame=0):
         image, masks = paint(scene, self.size, *self.kinds[scene.label])
         noise = self._rng(i, 2 + frame).random((self.size, self.size), np.float32)
-        return torch.from_numpy((np.clip(image + (.06 * noise - .03), 0, 1) * 255).astype(np.uint8)), masks
+        return torch.from_numpy((np.clip(image + (0.06 * noise - 0.03), 0, 1) * 255).astype(np.uint8)), masks
 
     def _image(self, i):
         i = self._index(i)
-        if i >= len(self._cache): return self._paint(i, self._draw(i))[0]
-        if not self._known[i]: self._cache[i], self._known[i] = self._paint(i, self._draw(i))[0], True
+        if i >= len(self._cache):
+            return self._paint(i, self._draw(i))[0]
+        if not self._known[i]:
+            self._cache[i], self._known[i] = self._paint(i, self._draw(i))[0], True
         return self._cache[i]

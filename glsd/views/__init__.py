@@ -8,8 +8,19 @@ __all__ = ['Matches', 'match_threshold', 'match_tokens', 'token_centers', 'token
 
 # %% ../../nbs/1_views/index.ipynb #f27d8a6a
 from .geometry import Matches, match_threshold, match_tokens, token_centers, token_diagonal
-from .photometric import Photometric, apply_photometric, denormalize, normalize
 from .multicrop import MultiCrop, Views
+from .photometric import Photometric, apply_photometric, denormalize, normalize
 
-_all_ = ['Matches', 'match_threshold', 'match_tokens', 'token_centers', 'token_diagonal',
-         'Photometric', 'apply_photometric', 'denormalize', 'normalize', 'MultiCrop', 'Views']
+_all_ = [
+    'Matches',
+    'match_threshold',
+    'match_tokens',
+    'token_centers',
+    'token_diagonal',
+    'Photometric',
+    'apply_photometric',
+    'denormalize',
+    'normalize',
+    'MultiCrop',
+    'Views',
+]

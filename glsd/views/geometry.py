@@ -14,14 +14,17 @@ import torch
 def _split(w_geo, grid):
     "The seven numbers of `w_geo`, each [...], or one line on what is wrong."
     if w_geo.shape[-1:] != (7,) or not w_geo.is_floating_point():
-        raise ValueError(f'w_geo is {w_geo.dtype} of shape {tuple(w_geo.shape)}: give floats [..., 7], (ulx, uly, lrx, lry, h, w, flipped)')
+        raise ValueError(
+            f'w_geo is {w_geo.dtype} of shape {tuple(w_geo.shape)}: give floats [..., 7], (ulx, uly, lrx, lry, h, w, flipped)'
+        )
     if len(grid) != 2 or min(grid) < 1:
         raise ValueError(f'grid is {tuple(grid)}: give (rows, columns), each at least 1')
     return w_geo.unbind(-1)
 
+
 def _mirror(u, f):
     "A fraction of the width [..., n], seen from the other side where the crop [...] is flipped."
-    return torch.where(f[..., None] > .5, 1 - u, u)
+    return torch.where(f[..., None] > 0.5, 1 - u, u)
 
 # %% ../../nbs/1_views/1_geometry.ipynb #b6dee903
 def token_centers(w_geo, grid):
@@ -30,10 +33,10 @@ def token_centers(w_geo, grid):
     `w_geo` [..., 7], `grid` (H, W). GLSD Sec. 3.4.3, the "positional encoding" e, in closed form.
     """
     ulx, uly, lrx, lry, _, _, f = _split(w_geo, grid)
-    v, u = ((torch.arange(n, dtype=w_geo.dtype, device=w_geo.device) + .5) / n for n in grid)
-    x = ulx[..., None] + _mirror(u, f) * (lrx - ulx)[..., None]                    # [..., W]
-    y = uly[..., None] + v * (lry - uly)[..., None]                                # [..., H]
-    x, y = torch.broadcast_tensors(x[..., None, :], y[..., :, None])               # [..., H, W]
+    v, u = ((torch.arange(n, dtype=w_geo.dtype, device=w_geo.device) + 0.5) / n for n in grid)
+    x = ulx[..., None] + _mirror(u, f) * (lrx - ulx)[..., None]  # [..., W]
+    y = uly[..., None] + v * (lry - uly)[..., None]  # [..., H]
+    x, y = torch.broadcast_tensors(x[..., None, :], y[..., :, None])  # [..., H, W]
     return torch.stack([x, y], -1).flatten(-3, -2)
 
 # %% ../../nbs/1_views/1_geometry.ipynb #2d04bdf2
@@ -42,10 +45,10 @@ def _nearest(e, w_geo, grid):
     ulx, uly, lrx, lry, _, _, f = (n[..., None] for n in _split(w_geo, grid))
     (H, W), width, height = grid, lrx - ulx, lry - uly
     u, v = (e[..., 0] - ulx) / width, (e[..., 1] - uly) / height
-    u = torch.where(f > .5, 1 - u, u)
+    u = torch.where(f > 0.5, 1 - u, u)
     column = (torch.ceil(u * W) - 1).clamp(0, W - 1)
     row = (torch.ceil(v * H) - 1).clamp(0, H - 1)
-    distance = torch.hypot((u * W - column - .5) * width / W, (v * H - row - .5) * height / H)
+    distance = torch.hypot((u * W - column - 0.5) * width / W, (v * H - row - 0.5) * height / H)
     return (row * W + column).long(), distance
 
 # %% ../../nbs/1_views/1_geometry.ipynb #2cba5d89
@@ -54,6 +57,7 @@ def token_diagonal(w_geo, grid):
     ulx, uly, lrx, lry, _, _, _ = _split(w_geo, grid)
     return torch.hypot((lrx - ulx) / grid[1], (lry - uly) / grid[0])
 
+
 def match_threshold(w_geo, grid, w_geo_other, grid_other):
     "The distance s [...] that a match must stay under: half the larger token diagonal of both crops. GLSD Sec. 3.4.3."
     return torch.maximum(token_diagonal(w_geo, grid), token_diagonal(w_geo_other, grid_other)) / 2
@@ -61,9 +65,11 @@ def match_threshold(w_geo, grid, w_geo_other, grid_other):
 # %% ../../nbs/1_views/1_geometry.ipynb #f477381c
 class Matches(NamedTuple):
     "For every token of one crop its nearest token of another crop; each field is [..., H*W]."
-    index: torch.Tensor      # long: which token of the other crop, counted row by row
-    distance: torch.Tensor   # between both centres, in pixels of the original image
-    valid: torch.Tensor      # bool: the distance lies strictly under the paper's threshold
+
+    index: torch.Tensor  # long: which token of the other crop, counted row by row
+    distance: torch.Tensor  # between both centres, in pixels of the original image
+    valid: torch.Tensor  # bool: the distance lies strictly under the paper's threshold
+
 
 def match_tokens(w_geo, grid, w_geo_other, grid_other):
     """Match each token of `w_geo` [..., 7] to the nearest one of `w_geo_other` [..., 7]; leading dimensions broadcast.
@@ -71,4 +77,6 @@ def match_tokens(w_geo, grid, w_geo_other, grid_other):
     Returns `Matches` [..., H*W]. GLSD Sec. 3.4.3: k*, d(k) and 1{d(k) < s} of Eq. 6, without a search.
     """
     index, distance = _nearest(token_centers(w_geo, grid), w_geo_other, grid_other)
-    return Matches(index, distance, distance < match_threshold(w_geo, grid, w_geo_other, grid_other)[..., None])
+    return Matches(
+        index, distance, distance < match_threshold(w_geo, grid, w_geo_other, grid_other)[..., None]
+    )

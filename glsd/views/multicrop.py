@@ -9,9 +9,11 @@ __all__ = ['GLOBAL_1', 'GLOBAL_2', 'LOCAL', 'draw_box', 'cut', 'Views', 'Sample'
 import math
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+
 from .photometric import Photometric, apply_photometric
 
 # %% ../../nbs/1_views/3_multicrop.ipynb #4a172355
@@ -26,7 +28,8 @@ def draw_box(size, scale, ratio, rng):
         u, v, x, y = rng.random(4).tolist()
         area, aspect = H * W * (scale[0] + (scale[1] - scale[0]) * u), math.exp(low + (high - low) * v)
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < w <= W and 0 < h <= H: return int(x * (W - w + 1)), int(y * (H - h + 1)), w, h
+        if 0 < w <= W and 0 < h <= H:
+            return int(x * (W - w + 1)), int(y * (H - h + 1)), w, h
     w, h = min(W, max(1, round(H * ratio[1]))), min(H, max(1, round(W / ratio[0])))
     return (W - w) // 2, (H - h) // 2, w, h
 
@@ -45,10 +48,13 @@ def cut(image, w_geo):
         out[:] = crop[..., ::-1] if flipped else crop
     return torch.from_numpy(crops)
 
+
 def _checked(image):
     "The image as [1,3,H,W] with channels last in memory, or one line about what is wrong with it."
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] not in (1, 3) or image.numel() == 0:
-        raise ValueError(f'an image must be uint8 [3,H,W] or grey [1,H,W] and not empty; this is {str(image.dtype)[6:]} {list(image.shape)}')
+        raise ValueError(
+            f'an image must be uint8 [3,H,W] or grey [1,H,W] and not empty; this is {str(image.dtype)[6:]} {list(image.shape)}'
+        )
     return image.expand(3, -1, -1)[None].contiguous(memory_format=torch.channels_last)
 
 # %% ../../nbs/1_views/3_multicrop.ipynb #ee83ab48
@@ -61,6 +67,7 @@ class Views:
     queries [Q,B,3,p,p], crops of one patch, and their w_query [Q,B,7]. With w_pho (per group [V,B,11], the queries' last)
     all crops are uint8 still, and have their colours to come: `finish`.
     """
+
     crops: list
     w_geo: list
     index: torch.Tensor
@@ -70,38 +77,51 @@ class Views:
     w_pho: list = None
 
     @property
-    def batch_size(self): return self.crops[0].shape[1]
+    def batch_size(self):
+        return self.crops[0].shape[1]
 
     @property
-    def n_views(self): return sum(len(c) for c in self.crops)
+    def n_views(self):
+        return sum(len(c) for c in self.crops)
 
     def to(self, device, **kwargs):
         "The same views on `device`, where those that wait for it get their colours; further arguments as for Tensor.to."
+
         def move(x):
-            if isinstance(x, list): return [move(t) for t in x]
+            if isinstance(x, list):
+                return [move(t) for t in x]
             return x if x is None else x.to(device, **kwargs)
+
         return Views(*(move(getattr(self, f.name)) for f in fields(self))).finish()
 
     def finish(self):
         "Colours and normalises crops that are uint8 still, where they are; others are finished."
-        if self.w_pho is None: return self
+        if self.w_pho is None:
+            return self
         crops = self.crops if self.queries is None else [*self.crops, self.queries]
-        crops = [apply_photometric(c.flatten(0, 1), w.flatten(0, 1)).view(c.shape) for c, w in zip(crops, self.w_pho)]
+        crops = [
+            apply_photometric(c.flatten(0, 1), w.flatten(0, 1)).view(c.shape)
+            for c, w in zip(crops, self.w_pho)
+        ]
         queries = None if self.queries is None else crops.pop()
         return replace(self, crops=crops, queries=queries, w_pho=None)
 
 # %% ../../nbs/1_views/3_multicrop.ipynb #a672e542
 class Sample(NamedTuple):
     "One image before colour, an entry per size group, queries last: crops uint8 [V,3,h,w], w_geo [V,7], w_pho [V,11]."
+
     crops: list
     w_geo: list
     w_pho: list
 
 # %% ../../nbs/1_views/3_multicrop.ipynb #c06c6d36
-GLOBAL_1, GLOBAL_2, LOCAL = Photometric(), Photometric(p_blur=.1, p_solarize=.2), Photometric(p_blur=.5)
+GLOBAL_1, GLOBAL_2, LOCAL = Photometric(), Photometric(p_blur=0.1, p_solarize=0.2), Photometric(p_blur=0.5)
+
 
 def _scaled(p, strength):
-    return replace(p, **{name: getattr(p, name) * strength for name in ('brightness', 'contrast', 'saturation', 'hue')})
+    return replace(
+        p, **{name: getattr(p, name) * strength for name in ('brightness', 'contrast', 'saturation', 'hue')}
+    )
 
 # %% ../../nbs/1_views/3_multicrop.ipynb #f1574628
 @dataclass
@@ -113,37 +133,49 @@ class MultiCrop:
     single patch of `query_size` pixels come with the views, drawn after them, in the colours of local views (ADCLR Sec. 3.2).
     `colour_on_device` leaves batches uint8, a quarter of the bytes to send, and the colours to `Views.to(device)`.
     """
+
     global_size: int = 224
     local_size: int = 96
     n_global: int = 2
     n_local: int = 8
-    global_scale: tuple = (.4, 1.)
-    local_scale: tuple = (.05, .4)
-    ratio: tuple = (3/4, 4/3)
-    strength: float = 1.
+    global_scale: tuple = (0.4, 1.0)
+    local_scale: tuple = (0.05, 0.4)
+    ratio: tuple = (3 / 4, 4 / 3)
+    strength: float = 1.0
     photometric: list = None
     n_query: int = 0
     query_size: int = 16
-    query_scale: tuple = (.05, .15)
+    query_scale: tuple = (0.05, 0.15)
     colour_on_device: bool = False
 
     def __post_init__(self):
         if self.n_global < 1 or min(self.n_local, self.n_query) < 0:
-            raise ValueError(f'MultiCrop: n_global={self.n_global} must be at least 1, n_local={self.n_local} and n_query={self.n_query} at least 0')
+            raise ValueError(
+                f'MultiCrop: n_global={self.n_global} must be at least 1, n_local={self.n_local} and n_query={self.n_query} at least 0'
+            )
         _check_range('ratio', self.ratio)
         for name in ('global', 'local', 'query'):
             _check_range(name + '_scale', getattr(self, name + '_scale'), 1)
-            if getattr(self, name + '_size') < 1: raise ValueError(f'MultiCrop: {name}_size must be at least 1 pixel')
+            if getattr(self, name + '_size') < 1:
+                raise ValueError(f'MultiCrop: {name}_size must be at least 1 pixel')
         if self.n_query and self.query_size > self.global_size:
-            raise ValueError(f'MultiCrop: a query of {self.query_size} pixels is larger than the image, a global view of {self.global_size}; '
-                             'query_size is one patch of the backbone')
+            raise ValueError(
+                f'MultiCrop: a query of {self.query_size} pixels is larger than the image, a global view of {self.global_size}; '
+                'query_size is one patch of the backbone'
+            )
         colours = [GLOBAL_1] + [GLOBAL_2] * (self.n_global - 1) + [LOCAL] * self.n_local
         colours = self.photometric or [_scaled(p, self.strength) for p in colours]
         if len(colours) != self.n_global + self.n_local:
-            raise ValueError(f'MultiCrop: photometric has {len(colours)} entries for {self.n_global + self.n_local} views; give one per view')
-        self.groups = [(self.global_size, self.global_scale, colours[:self.n_global])]
-        if self.n_local: self.groups.append((self.local_size, self.local_scale, colours[self.n_global:]))
-        if self.n_query: self.groups.append((self.query_size, self.query_scale, [_scaled(LOCAL, self.strength)] * self.n_query))
+            raise ValueError(
+                f'MultiCrop: photometric has {len(colours)} entries for {self.n_global + self.n_local} views; give one per view'
+            )
+        self.groups = [(self.global_size, self.global_scale, colours[: self.n_global])]
+        if self.n_local:
+            self.groups.append((self.local_size, self.local_scale, colours[self.n_global :]))
+        if self.n_query:
+            self.groups.append(
+                (self.query_size, self.query_scale, [_scaled(LOCAL, self.strength)] * self.n_query)
+            )
 
     def draw(self, size, rng):
         "All random numbers for one image of `size` (H, W): lists of w_geo [V,7] and of w_pho [V,11], an entry per group, queries last."
@@ -153,7 +185,7 @@ class MultiCrop:
         geo, pho = [], []
         for photometric in colours:
             x, y, w, h = draw_box(size, scale, self.ratio, rng)
-            geo.append((x, y, x + w, y + h, out, out, rng.random() < .5))
+            geo.append((x, y, x + w, y + h, out, out, rng.random() < 0.5))
             pho.append(photometric.draw(rng))
         return torch.from_numpy(np.array(geo, dtype=np.float32)), torch.from_numpy(np.array(pho))
 
@@ -180,6 +212,10 @@ class MultiCrop:
         "Views of a list of images uint8 [3,H,W], with one random generator each."
         return self.collate([self.sample(image, rng) for image, rng in zip(images, rngs, strict=True)])
 
+
 def _check_range(name, pair, limit=math.inf):
     if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= limit:
-        raise ValueError(f'MultiCrop: {name}={pair} must be (low, high) with 0 < low <= high' + (f' <= {limit}' if limit < math.inf else ''))
+        raise ValueError(
+            f'MultiCrop: {name}={pair} must be (low, high) with 0 < low <= high'
+            + (f' <= {limit}' if limit < math.inf else '')
+        )

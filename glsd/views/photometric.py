@@ -9,21 +9,27 @@ __all__ = ['MEAN', 'STD', 'OPS', 'W_PHO', 'LUMA', 'normalize', 'denormalize', 'p
 # %% ../../nbs/1_views/2_photometric.ipynb #a859660e
 import math
 from dataclasses import dataclass
+
 import numpy as np
 import torch
 
 # %% ../../nbs/1_views/2_photometric.ipynb #93ab31bb
-MEAN, STD = (.485, .456, .406), (.229, .224, .225)  # ImageNet, per channel, of pixels in 0..1
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, per channel, of pixels in 0..1
+
 
 def _affine(like):
     "(scale, shift), each [3,1,1], that take pixels 0..255 to normalised values, on the device of `like`."
-    mean, std = (torch.tensor(c, dtype=torch.float32, device=like.device)[:, None, None] * 255 for c in (MEAN, STD))
+    mean, std = (
+        torch.tensor(c, dtype=torch.float32, device=like.device)[:, None, None] * 255 for c in (MEAN, STD)
+    )
     return 1 / std, -mean / std
+
 
 def normalize(pixels):
     "Pixels 0..255 [...,3,h,w] (uint8 or float) -> float32 of about zero mean and unit variance (ImageNet's constants)."
     scale, shift = _affine(pixels)
     return pixels * scale + shift
+
 
 def denormalize(x):
     "The inverse of `normalize`, for looking at views: float [...,3,h,w] -> uint8 pixels."
@@ -34,10 +40,14 @@ def denormalize(x):
 OPS = ('brightness', 'contrast', 'saturation', 'hue')
 W_PHO = ('op1', 'op2', 'op3', 'op4', *OPS, 'gray', 'sigma', 'solarize')
 
-def photometric_vector(*ops, brightness=1., contrast=1., saturation=1., hue=0., gray=False, sigma=0., solarize=False):
+
+def photometric_vector(
+    *ops, brightness=1.0, contrast=1.0, saturation=1.0, hue=0.0, gray=False, sigma=0.0, solarize=False
+):
     "A `w_pho` by hand, float32 [11]: the jitter `ops` in the order to apply them, their strengths, then grey, blur and solarize."
     unknown = [op for op in ops if op not in OPS]
-    if unknown or len(ops) > 4: raise ValueError(f'photometric_vector: {unknown or ops} are not up to four of {", ".join(OPS)}')
+    if unknown or len(ops) > 4:
+        raise ValueError(f'photometric_vector: {unknown or ops} are not up to four of {", ".join(OPS)}')
     slots = [OPS.index(op) for op in ops] + [-1] * (4 - len(ops))
     return np.array([*slots, brightness, contrast, saturation, hue, gray, sigma, solarize], dtype=np.float32)
 
@@ -48,44 +58,66 @@ class Photometric:
 
     Factors are uniform in 1 +- amplitude, hue in +- turns, sigma in pixels of the resized crop.
     """
-    brightness: float = .4
-    contrast: float = .4
-    saturation: float = .2
-    hue: float = .1
-    p_jitter: float = .8
-    p_gray: float = .2
-    p_blur: float = 1.
-    sigma: tuple = (.1, 2.)
-    p_solarize: float = 0.
+
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1
+    p_jitter: float = 0.8
+    p_gray: float = 0.2
+    p_blur: float = 1.0
+    sigma: tuple = (0.1, 2.0)
+    p_solarize: float = 0.0
 
     def __post_init__(self):
-        limits = dict(p_jitter=1, p_gray=1, p_blur=1, p_solarize=1, hue=.5, brightness=math.inf, contrast=math.inf, saturation=math.inf)
+        limits = dict(
+            p_jitter=1,
+            p_gray=1,
+            p_blur=1,
+            p_solarize=1,
+            hue=0.5,
+            brightness=math.inf,
+            contrast=math.inf,
+            saturation=math.inf,
+        )
         for name, high in limits.items():
-            if not 0 <= getattr(self, name) <= high: raise ValueError(f'Photometric: {name}={getattr(self, name)} must lie in 0..{high}')
+            if not 0 <= getattr(self, name) <= high:
+                raise ValueError(f'Photometric: {name}={getattr(self, name)} must lie in 0..{high}')
         low, high = self.sigma
-        if not 0 < low <= high: raise ValueError(f'Photometric: sigma={self.sigma} must be (low, high) with 0 < low <= high')
+        if not 0 < low <= high:
+            raise ValueError(f'Photometric: sigma={self.sigma} must be (low, high) with 0 < low <= high')
 
     def draw(self, rng):
         "One `w_pho`, float32 [11], from a numpy Generator; 13 uniform numbers, whatever comes out."
         u = rng.random(13).tolist()
         order = sorted(range(4), key=u.__getitem__) if u[4] < self.p_jitter else (-1,) * 4
-        factors = [_uniform(max(0., 1 - a), 1 + a, x) for a, x in zip((self.brightness, self.contrast, self.saturation), u[5:])]
-        sigma = _uniform(*self.sigma, u[9]) if u[11] < self.p_blur else 0.
+        factors = [
+            _uniform(max(0.0, 1 - a), 1 + a, x)
+            for a, x in zip((self.brightness, self.contrast, self.saturation), u[5:])
+        ]
+        sigma = _uniform(*self.sigma, u[9]) if u[11] < self.p_blur else 0.0
         rest = _uniform(-self.hue, self.hue, u[8]), u[10] < self.p_gray, sigma, u[12] < self.p_solarize
         return np.array([*order, *factors, *rest], dtype=np.float32)
 
-def _uniform(low, high, u): return low + (high - low) * u
+
+def _uniform(low, high, u):
+    return low + (high - low) * u
 
 # %% ../../nbs/1_views/2_photometric.ipynb #40b9bdca
-LUMA = (.299, .587, .114)  # ITU-R 601, as PIL's mode L
+LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL's mode L
 
-def _lib(x): return np if isinstance(x, np.ndarray) else torch
+
+def _lib(x):
+    return np if isinstance(x, np.ndarray) else torch
+
 
 def _luma(x):
     "Grey of float pixels [n,3,px] -> [n,1,px]."
     grey = x[:, :1] * LUMA[0]
-    for c in 1, 2: grey += x[:, c:c + 1] * LUMA[c]
+    for c in 1, 2:
+        grey += x[:, c : c + 1] * LUMA[c]
     return grey
+
 
 def _clip(x):
     "0..255. Bounds are arrays: numpy's minimum with a single number is five times slower."
@@ -93,13 +125,18 @@ def _clip(x):
     lib.maximum(x, black, out=x)
     lib.minimum(x, black + 255, out=x)
 
-def _brightness(x, f): x *= f
+
+def _brightness(x, f):
+    x *= f
+
 
 def _blend(x, dull, f):
     x *= f
     x += dull * (1 - f)
 
-def _saturation(x, f): _blend(x, _luma(x), f)
+
+def _saturation(x, f):
+    _blend(x, _luma(x), f)
 
 # %% ../../nbs/1_views/2_photometric.ipynb #d15258df
 def _contrast(x, f):
@@ -107,7 +144,8 @@ def _contrast(x, f):
     _blend(x, grey.sum(-1)[..., None] / grey.shape[-1], f)
 
 # %% ../../nbs/1_views/2_photometric.ipynb #976da2d0
-_SIGN = -2**31      # the first bit of 32
+_SIGN = -(2**31)  # the first bit of 32
+
 
 def _hue(x, turns):
     "Turns the hue of [n,3,px] in place by `turns` [n,1,1], -0.5 to 0.5: exact HSV, without a division or a case."
@@ -120,7 +158,7 @@ def _hue(x, turns):
     top = high + chroma
     a, side, v = r - g, (g - b).view(lib.int32), lib.empty_like(x)
     a -= b
-    a += top                                                        # |a| C
+    a += top  # |a| C
     side &= _SIGN
     bits = a.view(lib.int32)
     bits |= side
@@ -130,21 +168,25 @@ def _hue(x, turns):
     lib.add(a, chroma, out=v[:, 2:])
     lib.abs(v, out=v)
     v -= chroma * 3
-    lib.abs(v, out=v)                                               # the distance from the far side
+    lib.abs(v, out=v)  # the distance from the far side
     lib.subtract(top, v[:, :1], out=v[:, :1])
     v[:, 1:] -= bottom
     lib.maximum(v, low, out=v)
     lib.minimum(v, high, out=x)
 
+
 _APPLY = (_brightness, _contrast, _saturation, _hue)
 
 # %% ../../nbs/1_views/2_photometric.ipynb #ff6745ae
-def _radius(sigma): return np.floor(2.5 * sigma + .5).astype(int)
+def _radius(sigma):
+    return np.floor(2.5 * sigma + 0.5).astype(int)
+
 
 def _taps(sigma, radius):
     "Half a Gaussian kernel: weights of the centre and of 1..radius pixels away; the whole kernel sums to one."
-    half = [math.exp(-.5 * (r / sigma) ** 2) for r in range(radius + 1)]
+    half = [math.exp(-0.5 * (r / sigma) ** 2) for r in range(radius + 1)]
     return [k / (half[0] + 2 * sum(half[1:])) for k in half]
+
 
 def _pad(x, R):
     "[n,c,h,w] with its edge pixels repeated R times on each side."
@@ -152,15 +194,21 @@ def _pad(x, R):
     x = lib.concatenate([x[..., :1, :]] * R + [x] + [x[..., -1:, :]] * R, -2)
     return lib.concatenate([x[..., :1]] * R + [x] + [x[..., -1:]] * R, -1)
 
+
 def _blur(x, sigma, R):
     "Separable Gaussian blur of [n,c,h,w] -> the same; `sigma` [n], one radius R for all."
     lib, (n, c, h, w) = _lib(x), x.shape
-    taps = _there(np.array([_taps(s, R) for s in sigma.tolist()], dtype=np.float32).T[..., None, None], x)    # [R+1,n,1,1]
+    taps = _there(
+        np.array([_taps(s, R) for s in sigma.tolist()], dtype=np.float32).T[..., None, None], x
+    )  # [R+1,n,1,1]
     x, W = _pad(x, R).reshape(n, c, -1), w + 2 * R
     out, pair, size = lib.empty_like(x), lib.empty_like(x), x.shape[-1]
     for step in W, 1:
         size -= 2 * R * step
-        def away(r): return x[..., (R + r) * step:(R + r) * step + size]
+
+        def away(r):
+            return x[..., (R + r) * step : (R + r) * step + size]
+
         y, p = out[..., :size], pair[..., :size]
         lib.multiply(away(0), taps[0], out=y)
         for r in range(1, R + 1):
@@ -169,6 +217,7 @@ def _blur(x, sigma, R):
             y += p
         x, out = out, x
     return x.reshape(n, c, -1, W)[:, :, :h, :w]
+
 
 def _there(a, x):
     "A numpy array as what x is, where x is."
@@ -182,20 +231,25 @@ def _plan(w):
     rest = 4 * _radius(w[:, 9]) + 2 * (w[:, 8] > 0) + (w[:, 10] > 0)
     return np.column_stack([2 * op + ((factor > 1) & (op < 3)), rest]).tolist(), factor
 
+
 def _groups(keys):
     "(key, the places that have it) for each key; all places are `slice(None)`."
-    if len(set(keys)) == 1: return [(keys[0], slice(None))]
+    if len(set(keys)) == 1:
+        return [(keys[0], slice(None))]
     return [(k, [i for i, key in enumerate(keys) if key == k]) for k in sorted(set(keys))]
 
 # %% ../../nbs/1_views/2_photometric.ipynb #2f1ae16a
 def _jitter(x, keys, factor):
     "In place, the operation that each sample of x [n,3,px] has in one slot."
     for key, rows in _groups(keys):
-        if key < 0: continue
+        if key < 0:
+            continue
         part = x[rows]
         _APPLY[key // 2](part, _there(factor[rows, None, None], x))
-        if key % 2: _clip(part)
-        if rows != slice(None): x[rows] = part
+        if key % 2:
+            _clip(part)
+        if rows != slice(None):
+            x[rows] = part
 
 # %% ../../nbs/1_views/2_photometric.ipynb #ef17aa6d
 def _finish(x, keys, sigma, affine, out):
@@ -203,14 +257,18 @@ def _finish(x, keys, sigma, affine, out):
     lib = _lib(x)
     for key, rows in _groups(keys):
         y = x[rows]
-        if key & 2: y = _luma(y)
+        if key & 2:
+            y = _luma(y)
         y = y.reshape(*y.shape[:2], *out.shape[2:])
-        if key > 3: y = _blur(y, sigma[rows], key // 4)
-        if key & 1: y = lib.minimum(y, 255 - y)
+        if key > 3:
+            y = _blur(y, sigma[rows], key // 4)
+        if key & 1:
+            y = lib.minimum(y, 255 - y)
         place = out[rows]
         lib.multiply(y, affine[0], out=place)
         place += affine[1]
-        if rows != slice(None): out[rows] = place
+        if rows != slice(None):
+            out[rows] = place
 
 # %% ../../nbs/1_views/2_photometric.ipynb #f206231b
 def apply_photometric(crops, w_pho):
@@ -220,11 +278,17 @@ def apply_photometric(crops, w_pho):
     """
     w = np.asarray(torch.as_tensor(w_pho).cpu(), dtype=np.float32)
     if crops.ndim != 4 or crops.shape[1] != 3 or w.shape != (len(crops), len(W_PHO)):
-        raise ValueError(f'apply_photometric: crops must be [N,3,h,w] and w_pho [N,{len(W_PHO)}], not {list(crops.shape)} and {list(w.shape)}')
-    if crops.device.type != 'cpu': return _transform(crops, w, torch.empty_like(crops, dtype=torch.float32), len(w))
+        raise ValueError(
+            f'apply_photometric: crops must be [N,3,h,w] and w_pho [N,{len(W_PHO)}], not {list(crops.shape)} and {list(w.shape)}'
+        )
+    if crops.device.type != 'cpu':
+        return _transform(crops, w, torch.empty_like(crops, dtype=torch.float32), len(w))
     out = np.empty(crops.shape, dtype=np.float32)
     pixels = crops.shape[2] * crops.shape[3]
-    return torch.from_numpy(_transform(crops.numpy(), w, out, 1 if pixels >= 96**2 else 2**18 // max(1, pixels)))
+    return torch.from_numpy(
+        _transform(crops.numpy(), w, out, 1 if pixels >= 96**2 else 2**18 // max(1, pixels))
+    )
+
 
 def _transform(crops, w, out, piece):
     "All pieces of a batch, numpy's or torch's, into `out`."
@@ -234,6 +298,7 @@ def _transform(crops, w, out, piece):
         x = _lib(out).empty_like(out[here]).reshape(-1, 3, out.shape[2] * out.shape[3])
         x[:] = crops[here].reshape(x.shape)
         *slots, rest = zip(*keys[here])
-        for slot, key in enumerate(slots): _jitter(x, key, factor[here, slot])
+        for slot, key in enumerate(slots):
+            _jitter(x, key, factor[here, slot])
         _finish(x, rest, w[here, 9], affine, out[here])
     return out
