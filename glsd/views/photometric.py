@@ -17,23 +17,25 @@ import torch
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, per channel, of pixels in 0..1
 
 
-def _affine(like):
+def _affine(like, mean=MEAN, std=STD):
     "(scale, shift), each [3,1,1], that take pixels 0..255 to normalised values, on the device of `like`."
     mean, std = (
-        torch.tensor(c, dtype=torch.float32, device=like.device)[:, None, None] * 255 for c in (MEAN, STD)
+        torch.tensor(c, dtype=torch.float32, device=like.device)[:, None, None] * 255 for c in (mean, std)
     )
     return 1 / std, -mean / std
 
 
-def normalize(pixels):
-    "Pixels 0..255 [...,3,h,w] (uint8 or float) -> float32 of about zero mean and unit variance (ImageNet's constants)."
-    scale, shift = _affine(pixels)
+def normalize(pixels, mean=MEAN, std=STD):
+    """Pixels 0..255 [...,3,h,w] (uint8 or float) -> float32 of about zero mean and unit variance.
+
+    mean, std: per channel, of pixels in 0..1; ImageNet's by default."""
+    scale, shift = _affine(pixels, mean, std)
     return pixels * scale + shift
 
 
-def denormalize(x):
+def denormalize(x, mean=MEAN, std=STD):
     "The inverse of `normalize`, for looking at views: float [...,3,h,w] -> uint8 pixels."
-    scale, shift = _affine(x)
+    scale, shift = _affine(x, mean, std)
     return ((x - shift) / scale).round().clamp(0, 255).to(torch.uint8)
 
 # %% ../../nbs/1_views/2_photometric.ipynb #01d608de
