@@ -1,4 +1,5 @@
-"""What the chapter cannot show about attention: every kind of block against its own output, odd sizes, masks, and the widget's clicks."""
+"""What the chapter cannot show about attention: every kind of block against its own output, odd sizes,
+masks, and the widget's clicks."""
 
 import json
 
@@ -63,7 +64,8 @@ def network(request):
 
 @torch.no_grad()
 def caught(network, block, run):
-    "What arrives at the block's dropout of attention (timm's plain way of computing it, if it takes it) and at its last layer."
+    """What arrives at the block's dropout of attention (timm's plain way of computing it, if it takes it)
+    and at its last layer."""
     seen, fused, block.attn.fused_attn = {}, block.attn.fused_attn, False
     hooks = [
         getattr(block.attn, name).register_forward_pre_hook(
@@ -95,7 +97,8 @@ def test_attention_is_what_timm_computes(network):
 @torch.no_grad()
 @pytest.mark.parametrize('size', [48, 32])
 def test_weights_times_values_are_what_our_swin_computed(size):
-    "A @ v, put back into place, is what arrives at the block's last layer. Blocks of 12 and 6 columns (8 and 4) with windows of 4."
+    """A @ v, put back into place, is what arrives at the block's last layer. Blocks of 12 and 6 columns (8
+    and 4) with windows of 4."""
     torch.manual_seed(0)
     net = loud(create_backbone('swin_mini').eval())
     for layer, block in enumerate(attention_blocks(net)):

@@ -1,4 +1,5 @@
-"""What the chapter cannot show about correspondence: exactness on many pairs, workers, networks that must win or lose."""
+"""What the chapter cannot show about correspondence: exactness on many pairs, workers, networks that must
+win or lose."""
 
 import json
 

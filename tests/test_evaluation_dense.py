@@ -1,4 +1,5 @@
-"Dense nearest neighbours: void pixels, own mask sizes, perfect tokens, odd grids, and folders that are not in order."
+"""Dense nearest neighbours: void pixels, own mask sizes, perfect tokens, odd grids, and folders that are
+not in order."""
 
 import json
 

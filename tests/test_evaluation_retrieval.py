@@ -1,4 +1,5 @@
-"What the chapter cannot show about retrieval: the published definition on random rankings, faiss, folders, ties."
+"""What the chapter cannot show about retrieval: the published definition on random rankings, faiss,
+folders, ties."""
 
 import json
 
