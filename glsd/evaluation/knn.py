@@ -64,8 +64,7 @@ def top(s: Tensor, k: int, group: int = 16) -> tuple[Tensor, Tensor]:
 def nearest(
     queries: Tensor, bank: Tensor, k: int, chunk: int = 512, block: int = 2**16
 ) -> tuple[Tensor, Tensor]:
-    """Cosine [n, k] and index [n, k] of the `k` nearest rows of `bank` [m, d] for `queries` [n, d], nearest
-    first.
+    """Cosine [n, k] and index [n, k] of the `k` nearest rows of `bank` [m, d] for `queries` [n, d].
 
     Rows are unit vectors. Exact. Memory beside the result: about `chunk` x `block` floats (128 MB)."""
     buffer = queries.new_empty(min(chunk, len(queries)) * min(block, len(bank)))
@@ -155,8 +154,7 @@ def knn_accuracy(
     temperature: float = 0.07,
     chunk: int = 512,
 ) -> dict[int, float]:
-    """Top-1 accuracy in per cent for every `k`: {k: float}, by DINO's protocol (Caron et al. 2021; GLSD Sec.
-    4.3).
+    """Top-1 accuracy in per cent for every `k`: {k: float} (DINO's protocol; GLSD Sec. 4.3).
 
     Features [n, d] of any length, labels [n] >= 0; memory beside them see `nearest`. ValueError on bad
     input."""
@@ -203,11 +201,10 @@ def evaluating(backbone: nn.Module) -> Iterator[Any]:
 
 # %% ../../nbs/8_evaluation/1_knn.ipynb #762f0a27
 def transform_of(backbone: nn.Module) -> EvalTransform:
-    """How a backbone wants its images: its own `mean`, `std`, `crop_pct` and `interpolation`, ImageNet's
-    where it says nothing.
+    """How a backbone wants its images: its own `mean`, `std`, `crop_pct` and `interpolation`.
 
-    A wrapper without attributes of its own (with the network as `backbone`) wants what the network in it
-    wants."""
+    ImageNet's where it says nothing. A wrapper without attributes of its own (with the network as
+    `backbone`) wants what the network in it wants."""
     inner: Any = backbone
     while not hasattr(inner, 'mean') and isinstance(getattr(inner, 'backbone', None), nn.Module):
         inner = inner.backbone
@@ -230,7 +227,8 @@ def progress_bar(batches: Iterable, what: str, show: bool = True) -> Iterable:
 
 def pooled_features(backbone: nn.Module, x: Tensor) -> Tensor:
     """The vectors [N, d] of crops [N, 3, h, w], from a backbone that returns `Features` or vectors.
-    ValueError otherwise."""
+
+    ValueError if it returns something else."""
     f = backbone(x)
     f = getattr(f, 'pooled', f)
     if f.ndim != 2:
@@ -267,19 +265,19 @@ def extract(
 def pixels(
     dataset: ImageDataset, size: int, batch_size: int = 256, workers: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """The normalised pixels themselves as features [n, 3 * size * size], and labels [n]: the control of
-    every result."""
+    """The normalised pixels themselves as features [n, 3 * size * size], and labels [n].
+
+    The control that every result should pass."""
     return extract(nn.Flatten(), dataset, size, batch_size, workers)
 
 # %% ../../nbs/8_evaluation/1_knn.ipynb #78eb69ce
 def knn_monitor(
     train_ds: ImageDataset, test_ds: ImageDataset, size: int, k: int = 20, **options
 ) -> Callable[[nn.Module, int], dict[str, float]]:
-    """A monitor for `pretrain`: (backbone, step) -> {'knn': top-1 in per cent at `k`}; `options` go to
-    `extract`.
+    """A monitor for `pretrain`: (backbone, step) -> {'knn': top-1 in per cent at `k`}.
 
-    Labels that allow no k-NN are refused here, not after the first hour. In a run of several processes
-    each takes a part of the images."""
+    `options` go to `extract`. Labels that allow no k-NN are refused here, not after the first hour. In a run
+    of several processes each takes a part of the images."""
     check_labels(train_ds.labels, test_ds.labels, [k])
 
     def monitor(backbone, step):
@@ -314,11 +312,10 @@ def knn_picture(
     queries: int | Sequence[int] = 4,
     k: int = 6,
 ) -> Figure:
-    """Test images, evenly spaced (or those numbered in a list `queries`), and their `k` nearest training
-    images.
+    """Test images and their `k` nearest training images, framed: green = same class, red = another.
 
-    A block of rows for each of `backbones` {name: backbone}; frames: green = same class, red = another.
-    ValueError as in `knn_accuracy`."""
+    A block of rows for each of `backbones` {name: backbone}. `queries`: so many, evenly spaced, or their
+    numbers. ValueError as in `knn_accuracy`."""
     if not backbones:
         raise ValueError('knn_picture needs at least one backbone')
     check_labels(train_ds.labels, test_ds.labels, [k])
