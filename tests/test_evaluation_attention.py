@@ -81,7 +81,7 @@ def test_attention_is_what_timm_computes(network):
     "Ours comes from `qkv` alone; timm, told not to fuse, shows its own."
     x = torch.randn(2, 3, 48, 48)
     for layer, block in enumerate(attention_blocks(network)):
-        seen = caught(network, block, lambda: block_attention(network, x, layer))
+        seen = caught(network, block, lambda layer=layer: block_attention(network, x, layer))
         A = seen['result'][0]
         torch.testing.assert_close(A.sum(-1), torch.ones(A.shape[:-1]))
         if 'attn_drop' in seen:
@@ -97,8 +97,9 @@ def test_weights_times_values_are_what_our_swin_computed(size):
     and 4) with windows of 4."""
     torch.manual_seed(0)
     net = loud(create_backbone('swin_mini').eval())
+    x = torch.randn(2, 3, size, size)
     for layer, block in enumerate(attention_blocks(net)):
-        seen = caught(net, block, lambda: block_attention(net, torch.randn(2, 3, size, size), layer))
+        seen = caught(net, block, lambda layer=layer: block_attention(net, x, layer))
         A, places, (H, W) = seen['result']
         v = torch.cat([seen['qkv'].flatten(1, 2), block.attn.qkv.bias.expand(2, 1, -1)], 1)[:, places]
         v = v.unflatten(-1, (3, block.attn.num_heads, -1)).movedim(-3, 0)[2].transpose(-2, -3)

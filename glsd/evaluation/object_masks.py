@@ -116,7 +116,7 @@ def attention_panels(backbone: nn.Module, crops: Tensor, block: int = -1) -> dic
         'features': pca_rgb(f.tokens, f.grid),
     }
 
-
+# %% ../../nbs/8_evaluation/9_object_masks.ipynb #50f3648f
 def _sharpest(maps):
     "The number [n] of the head with the smallest entropy."
     p = maps.flatten(2) / maps.flatten(2).sum(-1, keepdim=True)
@@ -134,9 +134,7 @@ def attention_picture(
     images: Sequence[int] = (0, 1, 2),
     block: int = -1,
 ) -> Figure:
-    """A row for each image of each of `backbones`: attention of a block, its masks, features.
-
-    Images are cropped as for k-NN. ValueError: no attention, no backbone, no such image."""
+    "A row for each image of each of `backbones`: attention of a block, its masks, features."
     _check_images(backbones, images, len(dataset))
     rows: list[Any] = []
     for net in backbones.values():
