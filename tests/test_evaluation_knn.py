@@ -229,3 +229,9 @@ def test_the_mode_comes_back_after_an_error():
         assert not net.training
         raise ZeroDivisionError
     assert net.training
+
+
+def test_a_tensor_called_mean_is_not_a_wish():
+    net = Flat()
+    net.register_buffer('mean', torch.zeros(96))
+    assert transform_of(net) == transform_of(Flat())

@@ -206,14 +206,21 @@ def transform_of(backbone: nn.Module) -> EvalTransform:
     ImageNet's where it says nothing. A wrapper without attributes of its own (with the network as
     `backbone`) wants what the network in it wants."""
     inner: Any = backbone
-    while not hasattr(inner, 'mean') and isinstance(getattr(inner, 'backbone', None), nn.Module):
+    while not _says(inner) and isinstance(getattr(inner, 'backbone', None), nn.Module):
         inner = inner.backbone
+    if not _says(inner):
+        return IMAGENET
     own: dict[str, Any] = {
         name: getattr(inner, name, default) for name, default in IMAGENET._asdict().items()
     }
     if own['interpolation'] not in ('bilinear', 'bicubic'):  # timm also knows 'random' and 'lanczos'
         own['interpolation'] = 'bicubic'
     return EvalTransform(tuple(own['mean']), tuple(own['std']), float(own['crop_pct']), own['interpolation'])
+
+
+def _says(module):
+    "Whether it has a mean and a std of its own; a tensor of that name may be anything."
+    return all(isinstance(getattr(module, name, None), (tuple, list)) for name in ('mean', 'std'))
 
 # %% ../../nbs/8_evaluation/1_knn.ipynb #03779b8e
 def progress_bar(batches: Iterable, what: str, show: bool = True) -> Iterable:
