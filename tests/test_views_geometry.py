@@ -1,4 +1,4 @@
-"""Token centres and matches: what is refused. (The chapter holds them against a search over all distances.)"""
+"""Token centres and matches: what is refused. (The chapter holds them against a search of all distances.)"""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Photometric transforms: distribution and pixels as torchvision's; no sample depends on its batch or threads."""
+"""Photometric transforms: distribution and pixels as torchvision's; no sample depends on batch or threads."""
 
 import numpy as np
 import pytest

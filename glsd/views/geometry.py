@@ -85,9 +85,9 @@ def match_threshold(
 class Matches(NamedTuple):
     "For every token of one crop its nearest token of another crop; each field is [..., H*W]."
 
-    index: torch.Tensor  # long: which token of the other crop, counted row by row
-    distance: torch.Tensor  # between both centres, in pixels of the original image
-    valid: torch.Tensor  # bool: the distance lies strictly under the paper's threshold
+    index: Tensor  # type: ignore[assignment]  # long: which token of the other crop, row by row
+    distance: Tensor  # between both centres, in pixels of the original image
+    valid: Tensor  # bool: the distance lies strictly under the paper's threshold
 
 
 def match_tokens(

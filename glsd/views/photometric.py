@@ -122,7 +122,6 @@ def _check_ranges(p: Photometric) -> None:
 # %% ../../nbs/1_views/2_photometric.ipynb #40b9bdca
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL's mode L
 
-
 Array = Any  # float32 numpy array or tensor: the lines below run on both
 
 
@@ -138,7 +137,7 @@ def _luma(x: Array) -> Array:
         grey += x[:, c : c + 1] * LUMA[c]
     return grey
 
-
+# %% ../../nbs/1_views/2_photometric.ipynb #96c75920
 def _clip(x: Array) -> None:
     "To 0..255, in place. Bounds are arrays: numpy's minimum with a single number is five times slower."
     lib, black = _library(x), x[:1, :1] * 0
@@ -174,7 +173,7 @@ def _copy_sign(size: Array, signed: Array) -> None:
     sign &= _SIGN
     bits |= sign
 
-
+# %% ../../nbs/1_views/2_photometric.ipynb #09246303
 def _hue(x: Array, turns: Array) -> None:
     "Turns the hue of [n,3,px] in place by `turns` [n,1,1], -0.5 to 0.5: exact HSV, no division, no cases."
     lib = _library(x)
