@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..backbones.features import Features
 from ..data.loading import sample_rng
-from .knn import ImageDataset, extract, transform_of
+from ..data.toyworld import Dataset
+from .knn import extract, transform_of
 from .ranking import unit_rows
 from .retrieval import RetrievalSet, edit
 from ..views.photometric import Photometric
@@ -41,7 +42,7 @@ EDITS: dict[str, dict[str, Any]] = {
 class Edited:
     "The edited copies of a data set; copy i depends on (seed, i) alone. `options` are those of `edit`."
 
-    def __init__(self, dataset: ImageDataset, options: dict[str, Any], seed: int = 0):
+    def __init__(self, dataset: Dataset, options: dict[str, Any], seed: int = 0):
         self.dataset, self.options, self.seed = dataset, options, seed
         self.labels, self.classes = dataset.labels, dataset.classes
 
@@ -53,7 +54,7 @@ class Edited:
         return edit(image, sample_rng(self.seed, 0, i), **self.options), label
 
 
-def copy_set(dataset: ImageDataset, options: dict[str, Any] = EDITS['strong'], seed: int = 0) -> RetrievalSet:
+def copy_set(dataset: Dataset, options: dict[str, Any] = EDITS['strong'], seed: int = 0) -> RetrievalSet:
     """Copies of a data set as a `RetrievalSet`, for `retrieval_picture`.
 
     Each copy has one easy hit, its original."""
@@ -62,9 +63,9 @@ def copy_set(dataset: ImageDataset, options: dict[str, Any] = EDITS['strong'], s
 # %% ../../nbs/8_evaluation/14_copies.ipynb #96291f97
 def copy_detection(
     backbone: nn.Module,
-    dataset: ImageDataset,
+    dataset: Dataset,
     size: int,
-    distractors: ImageDataset | None = None,
+    distractors: Dataset | None = None,
     edits: dict[str, dict[str, Any]] = EDITS,
     seed: int = 0,
     **options,

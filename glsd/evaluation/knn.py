@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,16 +16,18 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from ..data.folders import Subset
-from ..data.loading import IMAGENET, EvalTransform, eval_loader
+from ..data.loading import CROP_PCT, eval_crop, eval_loader
+from ..data.toyworld import Dataset
+from ..views.photometric import MEAN, STD, normalize
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['vote', 'top', 'nearest', 'check_labels', 'check_k', 'knn_accuracy', 'ImageDataset', 'evaluating', 'transform_of',
-           'progress_bar', 'pooled_features', 'extract', 'pixels', 'knn_monitor', 'evenly_spaced', 'knn_picture',
-           'picture_rows', 'framed']
+__all__ = ['IMAGENET', 'vote', 'top', 'nearest', 'check_labels', 'check_k', 'knn_accuracy', 'evaluating', 'EvalTransform',
+           'transform_of', 'progress_bar', 'pooled_features', 'extract', 'pixels', 'knn_monitor', 'evenly_spaced',
+           'knn_picture', 'picture_rows', 'framed']
 
 # %% ../../nbs/8_evaluation/1_knn.ipynb #8035a369
 def vote(
@@ -178,17 +180,6 @@ def _count_right(bank, labels, queries, truth, ks, temperature, chunk):
     return right
 
 # %% ../../nbs/8_evaluation/1_knn.ipynb #f39e999f
-class ImageDataset(Protocol):
-    "Images uint8 [3, H, W] with labels (-1: none): what `glsd.data` makes, and what every evaluation takes."
-
-    labels: np.ndarray
-    classes: Sequence[str]
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, i: int, /) -> tuple[Tensor, int]: ...
-
-
 @contextmanager
 def evaluating(backbone: nn.Module) -> Iterator[Any]:
     "The backbone in evaluation mode, and its device; afterwards it is in the mode it was in."
@@ -198,6 +189,28 @@ def evaluating(backbone: nn.Module) -> Iterator[Any]:
         yield device
     finally:
         backbone.train(training)
+
+# %% ../../nbs/8_evaluation/1_knn.ipynb #d4235cc6
+class EvalTransform(NamedTuple):
+    """How a network wants its images: mean and std, and how they are cropped and resized.
+
+    `crop_pct`: the share of the shorter side that a crop shows; `interpolation`: 'bicubic' or 'bilinear'."""
+
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
+    crop_pct: float = CROP_PCT
+    interpolation: str = 'bicubic'
+
+    def crop(self, image: Tensor, size: int) -> Tensor:
+        "`eval_crop` with this share and interpolation: uint8 [3, H, W] -> uint8 [3, size, size]."
+        return eval_crop(image, size, self.crop_pct, self.interpolation)
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        "Pixels 0..255 [..., 3, h, w] -> float32, by this mean and std."
+        return normalize(pixels, self.mean, self.std)
+
+
+IMAGENET = EvalTransform()  # how everything that glsd trains sees its images
 
 # %% ../../nbs/8_evaluation/1_knn.ipynb #762f0a27
 def transform_of(backbone: nn.Module) -> EvalTransform:
@@ -246,7 +259,7 @@ def pooled_features(backbone: nn.Module, x: Tensor) -> Tensor:
 @torch.no_grad()  # not inference_mode: a probe may train on these features
 def extract(
     backbone: nn.Module,
-    dataset: ImageDataset,
+    dataset: Dataset,
     size: int,
     batch_size: int = 256,
     workers: int = 0,
@@ -256,11 +269,11 @@ def extract(
 ) -> tuple[Tensor, Tensor]:
     """Features float32 [n, d] and labels [n] of a whole `dataset`, on the CPU, in its order.
 
-    The backbone stays on its device unless `device` is given. `transform`: how images become crops,
-    by default as the backbone wants them. ValueError as in `pooled_features`."""
+    The backbone stays on its device unless `device` is given. `transform`: by default as it wants them."""
     if device is not None:
         backbone.to(device)
-    loader = eval_loader(dataset, size, batch_size, workers, transform or transform_of(backbone))
+    how = (transform or transform_of(backbone))._asdict()
+    loader = eval_loader(dataset, size, batch_size, workers, **how)
     features, labels = [], []
     with evaluating(backbone) as own:
         for images, y, _ in progress_bar(loader, 'features', progress):
@@ -269,9 +282,7 @@ def extract(
     return torch.cat(features), torch.cat(labels)
 
 # %% ../../nbs/8_evaluation/1_knn.ipynb #bb606f21
-def pixels(
-    dataset: ImageDataset, size: int, batch_size: int = 256, workers: int = 0
-) -> tuple[Tensor, Tensor]:
+def pixels(dataset: Dataset, size: int, batch_size: int = 256, workers: int = 0) -> tuple[Tensor, Tensor]:
     """The normalised pixels themselves as features [n, 3 * size * size], and labels [n].
 
     The control that every result should pass."""
@@ -279,7 +290,7 @@ def pixels(
 
 # %% ../../nbs/8_evaluation/1_knn.ipynb #78eb69ce
 def knn_monitor(
-    train_ds: ImageDataset, test_ds: ImageDataset, size: int, k: int = 20, **options
+    train_ds: Dataset, test_ds: Dataset, size: int, k: int = 20, **options
 ) -> Callable[[nn.Module, int], dict[str, float]]:
     """A monitor for `pretrain`: (backbone, step) -> {'knn': top-1 in per cent at `k`}.
 
@@ -313,8 +324,8 @@ def evenly_spaced(total: int, n: int | None) -> np.ndarray:
 # %% ../../nbs/8_evaluation/1_knn.ipynb #26a1a3e8
 def knn_picture(
     backbones: dict[str, nn.Module],
-    train_ds: ImageDataset,
-    test_ds: ImageDataset,
+    train_ds: Dataset,
+    test_ds: Dataset,
     size: int,
     queries: int | Sequence[int] = 4,
     k: int = 6,

@@ -22,7 +22,7 @@ from .frozen import fingerprint_data, fingerprint_weights
 from .knn import extract
 from ..training.checkpoint import written_beside
 from ..training.schedules import cosine_schedule
-from ..views.multicrop import cut, draw_box
+from ..views.multicrop import crop, draw_box
 from ..views.photometric import normalize
 
 # %% ../../nbs/8_evaluation/4_linear.ipynb #8dcb7f1e
@@ -118,7 +118,7 @@ RATIO = (3 / 4, 4 / 3)
 def probe_view(image, size, rng, scale=(0.08, 1.0)):
     "uint8 [3, H, W] -> uint8 [3, size, size]: a random box of `scale` of the area, resized, flipped half of the time."
     x, y, w, h = draw_box(image.shape[-2:], scale, RATIO, rng)
-    return cut(image, torch.tensor([[x, y, x + w, y + h, size, size, rng.random() < 0.5]]))[0]
+    return crop(image, torch.tensor([[x, y, x + w, y + h, size, size, rng.random() < 0.5]]))[0]
 
 
 class _ProbeBatches:

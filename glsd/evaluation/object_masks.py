@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.loading import sample_rng
+from ..data.toyworld import Dataset
 from .attention import attention_maps
-from .knn import ImageDataset, progress_bar, transform_of
+from .knn import progress_bar, transform_of
 from .pairs import with_tokens
 from .similarity import image_rows, marked, pca_rgb, similar_patches
 from .token_matching import mean_ci
@@ -129,7 +130,7 @@ def _all_marked(crops, masks):
 # %% ../../nbs/8_evaluation/9_object_masks.ipynb #f70a3ccd
 def attention_picture(
     backbones: dict[str, nn.Module],
-    dataset: ImageDataset,
+    dataset: Dataset,
     size: int,
     images: Sequence[int] = (0, 1, 2),
     block: int = -1,

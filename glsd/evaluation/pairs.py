@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data.loading import EvalTransform, sample_rng
-from .knn import ImageDataset, evaluating
+from ..data.loading import sample_rng
+from ..data.toyworld import Dataset
+from .knn import EvalTransform, evaluating
 from ..views.geometry import match_tokens, token_diagonal
-from ..views.multicrop import GLOBAL_1, GLOBAL_2, Views, cut
+from ..views.multicrop import GLOBAL_1, GLOBAL_2, Views, crop
 from ..views.photometric import MEAN, STD, Photometric, apply_photometric, photometric_vector
 
 # %% auto #0
@@ -103,7 +104,7 @@ def exact_map(w_geo: Tensor, w_geo_other: Tensor, grid: tuple[int, int]) -> tupl
 class Pairs:
     "`pairs[indices]` -> Views with one group of two crops [2, B, 3, size, size], as `draw_pair` places them."
 
-    dataset: ImageDataset
+    dataset: Dataset
     size: int
     grid: tuple[int, int]
     shift: float = 0.25
@@ -116,7 +117,7 @@ class Pairs:
         image, rng = self.dataset[i][0], sample_rng(self.seed, 0, i)
         H, W = image.shape[-2:]
         w_geo = draw_pair((H, W), self.size, self.grid, rng, self.shift, self.flip)
-        return cut(image, w_geo), w_geo, _draw_colours(self.photometric, rng)
+        return crop(image, w_geo), w_geo, _draw_colours(self.photometric, rng)
 
     def __getitem__(self, indices: Sequence[int]) -> Views:
         drawn = [self.draw(int(i)) for i in indices]

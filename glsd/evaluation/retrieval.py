@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from ..data.folders import read_image
 from ..data.loading import sample_rng
-from ..data.toyworld import ToyWorld
-from .knn import ImageDataset, evenly_spaced, extract, framed, picture_rows, transform_of
+from ..data.toyworld import Dataset, ToyWorld
+from .knn import evenly_spaced, extract, framed, picture_rows, transform_of
 from .ranking import mean_average_precision, search
-from ..views.multicrop import cut, draw_box
+from ..views.multicrop import crop, draw_box
 from ..views.photometric import Photometric, apply_photometric, denormalize
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ class RetrievalSet:
     The dict has lists under easy, hard and junk. ValueError for lists that do not fit: as many as queries,
     numbers of the database, none in two lists of a query."""
 
-    queries: ImageDataset
-    database: ImageDataset
+    queries: Dataset
+    database: Dataset
     lists: list[dict[str, list[int]]] = field(default_factory=list)
 
     def __post_init__(self):
@@ -163,7 +163,7 @@ def edit(
     x, y, w, h = 0, 0, W, H
     if area[0] < 1:
         x, y, w, h = draw_box((H, W), area, (3 / 4 * W / H, 4 / 3 * W / H), rng)
-    copy = cut(image, torch.tensor([[x, y, x + w, y + h, H, W, rng.random() < flip]]))
+    copy = crop(image, torch.tensor([[x, y, x + w, y + h, H, W, rng.random() < flip]]))
     if photometric:
         copy = denormalize(apply_photometric(copy, photometric.draw(rng)[None]))
     return copy[0] if quality is None else _jpeg(copy[0], quality)

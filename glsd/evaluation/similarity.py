@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.loading import IMAGENET, EvalTransform
-from .knn import transform_of
+from .knn import IMAGENET, EvalTransform, transform_of
 from .pairs import with_tokens
 from ..views.photometric import denormalize
 

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.loading import Loader
-from .knn import ImageDataset, evaluating, progress_bar, transform_of
+from ..data.toyworld import Dataset
+from .knn import evaluating, progress_bar, transform_of
 from .pairs import Pairs, exact_map, renormalized, shift_reach, token_grid, with_tokens
 from ..views.multicrop import GLOBAL_1, GLOBAL_2, Views
 from ..views.photometric import Photometric, denormalize
@@ -119,7 +120,7 @@ def _guesses(truth, known, grid):
 @torch.no_grad()
 def correspondence(  # over 25 lines: every option has its own
     backbone: nn.Module,
-    dataset: ImageDataset,
+    dataset: Dataset,
     size: int,
     shift: float = 0.25,
     flip: float = 0.5,
@@ -205,11 +206,7 @@ def _lines(lines, right, hue):
 # %% ../../nbs/8_evaluation/6_token_matching.ipynb #53fd87ef
 @torch.no_grad()
 def correspondence_picture(
-    backbones: dict[str, nn.Module],
-    dataset: ImageDataset,
-    size: int,
-    images: Sequence[int] = (0, 1, 2),
-    **options,
+    backbones: dict[str, nn.Module], dataset: Dataset, size: int, images: Sequence[int] = (0, 1, 2), **options
 ) -> Figure:
     """Figure 5 of the GLSD paper: a row for each of `backbones` {name: backbone}, a column for each image.
 

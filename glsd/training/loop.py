@@ -26,7 +26,7 @@ from torch import nn
 from ..backbones import create_backbone
 from ..backbones.heads import Branch
 from ..data.folders import balanced_subset
-from ..data.loading import make_loader, order_of, worker_deaths
+from ..data.loading import make_loader, order_of, worker_errors
 from ..data.shards import open_images
 from ..data.toyworld import ToyWorld
 from ..objectives import create_objective
@@ -341,7 +341,7 @@ def batches(recipe, dataset, start: int, steps: int, multicrop: MultiCrop | None
             workers=recipe.workers,
             start=first,
             rank=world.rank,
-            world=world.size,
+            world_size=world.size,
         )
         yield from islice(loader, steps - epoch * per_epoch - first)
 
@@ -523,7 +523,7 @@ def train(trainer, out, dataset, monitors, progress):
     journal = Journal(out, trainer, every, r.checkpoint_minutes, progress) if world.rank == 0 else None
     skipped = 0
     try:
-        with sigterm() as asked_to_stop, worker_deaths():
+        with sigterm() as asked_to_stop, worker_errors():
             for views in batches(r, dataset, trainer.done, trainer.steps, trainer.multicrop, world):
                 if journal:
                     journal.loaded = time.perf_counter()
