@@ -2,6 +2,7 @@
 win or lose."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -163,7 +164,7 @@ class Broken(PixelPatches):
 
     def forward(self, x):
         f = super().forward(x)
-        return f._replace(tokens=f.tokens * float('nan'))
+        return replace(f, tokens=f.tokens * float('nan'))
 
 
 @pytest.mark.parametrize(

@@ -186,10 +186,12 @@ class Branch(nn.Module):
         groups, B = views.crops[:n_groups], views.crops[0].shape[1]
         asked = [*asked] + [{}] * (len(groups) - len(asked))
         features = [self.backbone(crops.flatten(0, 1), **more) for crops, more in zip(groups, asked)]
-        pooled, tokens = (torch.cat([batch_first(f[i], B) for f in features], 1) for i in (0, 1))
+        pooled = torch.cat([batch_first(f.pooled, B) for f in features], 1)
+        tokens = torch.cat([batch_first(f.tokens, B) for f in features], 1)
         grids = [f.grid for f, crops in zip(features, groups) for _ in crops]
         w_geo = torch.cat([w.transpose(0, 1) for w in views.w_geo[:n_groups]], 1)
-        queries = batch_first(features[0].queries, B) if hasattr(features[0], 'queries') else None
+        queries = features[0].extra.get('queries')
+        queries = None if queries is None else batch_first(queries, B)
         out = Outputs(pooled, tokens, grids, w_geo, {}, len(groups[0]), queries, asked)
         kept = {}  # a head that several names share normalises its prototypes once
         for name, source in self.sources.items():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..backbones.features import Features
 from ..data.loading import sample_rng
-from ..data.toyworld import Dataset
+from ..data.toyworld import Dataset, fingerprint_of
 from .knn import extract, transform_of
 from .ranking import unit_rows
 from .retrieval import RetrievalSet, edit
@@ -52,6 +52,10 @@ class Edited:
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         image, label = self.dataset[i]
         return edit(image, sample_rng(self.seed, 0, i), **self.options), label
+
+    def fingerprint(self) -> str:
+        "See `Dataset`."
+        return fingerprint_of(type(self).__name__, self.dataset.fingerprint(), repr(self.options), self.seed)
 
 
 def copy_set(dataset: Dataset, options: dict[str, Any] = EDITS['strong'], seed: int = 0) -> RetrievalSet:

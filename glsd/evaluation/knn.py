@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['IMAGENET', 'vote', 'top', 'nearest', 'check_labels', 'check_k', 'knn_accuracy', 'evaluating', 'EvalTransform',
            'transform_of', 'progress_bar', 'pooled_features', 'extract', 'pixels', 'knn_monitor', 'evenly_spaced',
-           'knn_picture', 'picture_rows', 'framed']
+           'chosen_indices', 'knn_picture', 'picture_rows', 'framed']
 
 # %% ../../nbs/8_evaluation/1_knn.ipynb #8035a369
 def vote(
@@ -299,8 +299,9 @@ def knn_monitor(
     check_labels(train_ds.labels, test_ds.labels, [k])
 
     def monitor(backbone, step):
-        train, test = (_all_features(backbone, ds, size, options) for ds in (train_ds, test_ds))
-        return {'knn': knn_accuracy(*train, *test, k=k)[k]}
+        bank, labels = _all_features(backbone, train_ds, size, options)
+        queries, truth = _all_features(backbone, test_ds, size, options)
+        return {'knn': knn_accuracy(bank, labels, queries, truth, k)[k]}
 
     return monitor
 
@@ -321,6 +322,13 @@ def evenly_spaced(total: int, n: int | None) -> np.ndarray:
     "`n` of the numbers 0 to `total` - 1, evenly spaced; all of them if `n` is None, 0 or too large."
     return np.linspace(0, total - 1, min(n or total, total)).astype(int)
 
+
+def chosen_indices(total: int, which: int | Sequence[int]) -> list[int]:
+    "So many of `total`, evenly spaced, or those that are numbered."
+    if isinstance(which, int):
+        return evenly_spaced(total, which).tolist()
+    return [int(i) for i in which]
+
 # %% ../../nbs/8_evaluation/1_knn.ipynb #26a1a3e8
 def knn_picture(
     backbones: dict[str, nn.Module],
@@ -337,8 +345,7 @@ def knn_picture(
     if not backbones:
         raise ValueError('knn_picture needs at least one backbone')
     check_labels(train_ds.labels, test_ds.labels, [k])
-    chosen = evenly_spaced(len(test_ds), queries) if isinstance(queries, int) else queries
-    asked = Subset(test_ds, chosen)
+    asked = Subset(test_ds, chosen_indices(len(test_ds), queries))
     fig, blocks = picture_rows(list(backbones), len(asked), k + 1)
     for axes, net in zip(blocks, backbones.values()):
         found = _neighbours(net, train_ds, asked, size, k)

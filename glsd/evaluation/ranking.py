@@ -5,7 +5,7 @@
 # %% ../../nbs/8_evaluation/12_ranking.ipynb #6ee9e9a6
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,7 +62,7 @@ SETUPS = {
 
 
 def mean_average_precision(
-    ranking: ArrayLike, lists: Sequence[dict[str, Sequence[int]]], at: Sequence[int] = (1, 5, 10)
+    ranking: ArrayLike, lists: Sequence[Mapping[str, Sequence[int]]], at: Sequence[int] = (1, 5, 10)
 ) -> dict[str, dict[str, Any]]:
     """mAP and mP@k in per cent for easy, medium and hard: {'easy': {'map', 'p@1', ..., 'queries'}, ...}.
 

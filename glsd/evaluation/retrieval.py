@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..data.folders import read_image
+from ..data.folders import ImageFolder, read_image
 from ..data.loading import sample_rng
-from ..data.toyworld import Dataset, ToyWorld
-from .knn import evenly_spaced, extract, framed, picture_rows, transform_of
+from ..data.toyworld import Dataset, ToyWorld, fingerprint_of
+from .knn import chosen_indices, extract, framed, picture_rows, transform_of
 from .ranking import mean_average_precision, search
 from ..views.multicrop import crop, draw_box
 from ..views.photometric import Photometric, apply_photometric, denormalize
@@ -42,7 +42,7 @@ class RetrievalSet:
 
     queries: Dataset
     database: Dataset
-    lists: list[dict[str, list[int]]] = field(default_factory=list)
+    lists: Sequence[Mapping[str, Sequence[int]]] = field(default_factory=list)
 
     def __post_init__(self):
         n, m = len(self.queries), len(self.database)
@@ -76,15 +76,21 @@ class Images:
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         return self.images[i], int(self.labels[i])
 
+    def fingerprint(self) -> str:
+        "See `Dataset`; the pixels count."
+        pixels = [fingerprint_of(list(x.shape), x.numpy().tobytes().hex()) for x in self.images]
+        return fingerprint_of(type(self).__name__, pixels, self.labels.tolist())
+
 # %% ../../nbs/8_evaluation/13_retrieval.ipynb #07142865
 class ImageFiles:
     """Image files below `root` as an unlabelled data set.
 
-    `boxes`: for each file a part (left, upper, right, lower), or None for all of it. FileNotFoundError for a
-    file that is not there; ValueError, on access, for a box without a pixel."""
+    `boxes`: for each file a part (left, upper, right, lower), or None for all of it. FileNotFoundError;
+    ValueError, on access, for a box without a pixel."""
 
     def __init__(self, root: Path | str, files: Sequence[str], boxes: Sequence[Any] | None = None):
-        self.root, self.files, self.classes = Path(root), list(files), []
+        self.root, self.files = Path(root), list(files)
+        self.classes: list[str] = []
         self.boxes = boxes or [None] * len(self.files)
         self.labels = np.full(len(self.files), -1)
         for f in self.files:
@@ -96,6 +102,11 @@ class ImageFiles:
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         return _part(read_image(self.root / self.files[i]), self.boxes[i], self.files[i]), -1
+
+    def fingerprint(self) -> str:
+        "See `Dataset`."
+        files = ImageFolder(self.root, files=self.files).fingerprint()
+        return fingerprint_of(type(self).__name__, files, self.boxes)
 
 # %% ../../nbs/8_evaluation/13_retrieval.ipynb #92ebce52
 def _part(image, box, name):
@@ -199,7 +210,7 @@ def toy_retrieval(n: int = 40, size: int = 64, seed: int = 0) -> RetrievalSet:
 def retrieval_figures(
     query_feats: Tensor,
     bank_feats: Tensor,
-    lists: Sequence[dict[str, Sequence[int]]],
+    lists: Sequence[Mapping[str, Sequence[int]]],
     backend: str = 'torch',
     at: Sequence[int] = (1, 5, 10),
 ) -> dict[str, dict[str, Any]]:
@@ -243,7 +254,7 @@ def retrieval_map(
 KINDS = {'easy': 'limegreen', 'hard': 'dodgerblue', 'junk': 'grey', 'wrong': 'red'}
 
 
-def kind_of(lists: dict[str, Sequence[int]], i: int) -> str:
+def kind_of(lists: Mapping[str, Sequence[int]], i: int) -> str:
     "'easy', 'hard' or 'junk' as the `lists` of a query have image i; 'wrong' if none has."
     return next((name for name in ('easy', 'hard', 'junk') if i in lists.get(name, ())), 'wrong')
 
@@ -261,9 +272,7 @@ def retrieval_picture(
     numbers. ValueError for no backbone, or a `k` above the database's size."""
     if not backbones:
         raise ValueError('retrieval_picture needs at least one backbone')
-    if isinstance(queries, int):
-        queries = evenly_spaced(len(data.queries), queries)
-    chosen = [int(q) for q in queries]
+    chosen = chosen_indices(len(data.queries), queries)
     fig, blocks = picture_rows(list(backbones), len(chosen), k + 1, dpi=45)
     for axes, net in zip(blocks, backbones.values()):
         for row, q, hits in zip(axes, chosen, _hits(net, data, size, chosen, k)):

@@ -5,7 +5,7 @@
 # %% ../../nbs/8_evaluation/6_token_matching.ipynb #b4c1681a
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..backbones.features import Features
 from ..data.loading import Loader
 from ..data.toyworld import Dataset
 from .knn import evaluating, progress_bar, transform_of
@@ -65,10 +66,8 @@ class PixelPatches(nn.Module):
         super().__init__()
         self.stride = stride
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x: Tensor) -> Features:
         "Crops [N, 3, h, w] -> `Features` with tokens [N, S, 3 * stride**2]."
-        from glsd.backbones.features import Features  # here: its package imports timm, a metric needs none
-
         x = F.pixel_unshuffle(x, self.stride)
         tokens = x.flatten(2).mT
         return Features(tokens.mean(1), tokens, (x.shape[-2], x.shape[-1]))
@@ -91,7 +90,7 @@ def summary(accuracy: Tensor, distance: Tensor, stride: int) -> dict[str, Any]:
 
 # %% ../../nbs/8_evaluation/6_token_matching.ipynb #b3977a87
 def match_scores(
-    backbone: nn.Module, controls: dict[str, nn.Module], views: Views, grid: tuple[int, int]
+    backbone: nn.Module, controls: Mapping[str, nn.Module], views: Views, grid: tuple[int, int]
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Of one batch of pairs: {who: (accuracy [B], distance [B])}.
 
@@ -228,8 +227,8 @@ def correspondence_picture(
 # %% ../../nbs/8_evaluation/6_token_matching.ipynb #0d65c040
 def _draw_row(axes, net, views, grid):
     "The pairs of `views`, one in each of `axes`, with the matches of `net`, or for None the true ones."
-    a, b = views.crops[0]
-    truth, known = exact_map(*views.w_geo[0], grid)
+    (a, b), (a_geo, b_geo) = views.crops[0], views.w_geo[0]
+    truth, known = exact_map(a_geo, b_geo, grid)
     found = truth if net is None else best_match(_tokens(net, a), _tokens(net, b)).cpu()
     for i, ax in enumerate(axes):
         draw_matches(ax, a[i], b[i], found[i], truth[i], known[i], grid)
