@@ -66,6 +66,7 @@ class AtBlock(nn.Module):
             raise ValueError(f'no block {block}: the backbone has {n}, counted from 0, or from the end: -1')
         self.backbone, self.block = backbone, block % n
         self.is_last = self.block == n - 1
+        self.train(backbone.training)
 
     def forward(self, x: Tensor) -> Features:
         "Crops [N, 3, h, w] -> `Features` of the block."
@@ -92,14 +93,13 @@ class LastBlocks(nn.Module):
     def __init__(self, backbone: nn.Module, n: int | None = None):
         super().__init__()
         self.backbone: Any = as_backbone(backbone)
-        model = getattr(backbone, 'model', backbone)
-        is_vit = hasattr(model, 'blocks') and hasattr(model, 'cls_token')
+        is_vit = all(hasattr(getattr(backbone, 'model', backbone), k) for k in ('blocks', 'cls_token'))
         depth = n_blocks(self.backbone) if hasattr(self.backbone, 'intermediates') else 1
         self.layers = (min(4, depth) if is_vit else 1) if n is None else n
         if not 1 <= self.layers <= depth:
             raise ValueError(f'n_blocks = {n}: choose from 1 to {depth}, the blocks of this backbone')
-        averages = 'mean' if is_vit or self.layers > 1 else 'pooled'
-        self.pooling = 'cls' if is_vit and uses_cls(backbone) else averages
+        self.pooling = _pooling(backbone, is_vit, self.layers)
+        self.train(backbone.training)
 
     def forward(self, x: Tensor) -> Tensor:
         "Crops [N, 3, h, w] -> [N, D], the last block last. ValueError if the backbone returns no vectors."
@@ -109,6 +109,12 @@ class LastBlocks(nn.Module):
         return torch.cat([f.pooled for f in found], 1)
 
 # %% ../../nbs/8_evaluation/3_blocks.ipynb #5bbeeeec
+def _pooling(backbone, is_vit, layers):
+    if is_vit:
+        return 'cls' if uses_cls(backbone) else 'mean'
+    return 'mean' if layers > 1 else 'pooled'
+
+
 def as_backbone(module: nn.Module) -> nn.Module:
     "The module itself, or a plain timm model in a `TimmBackbone`, which gives the maps of its blocks."
     if hasattr(module, 'intermediates') or not hasattr(module, 'forward_intermediates'):

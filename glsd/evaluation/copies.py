@@ -136,6 +136,7 @@ class WithGeM(nn.Module):
     def __init__(self, backbone: nn.Module, p: float = 4):
         super().__init__()
         self.backbone, self.p = backbone, p
+        self.train(backbone.training)
 
     def forward(self, x: Tensor) -> Features:
         "Crops [N, 3, h, w] -> `Features` with pooled [N, 2 d]. ValueError for a backbone without tokens."

@@ -216,24 +216,25 @@ IMAGENET = EvalTransform()  # how everything that glsd trains sees its images
 def transform_of(backbone: nn.Module) -> EvalTransform:
     """How a backbone wants its images: its own `mean`, `std`, `crop_pct` and `interpolation`.
 
-    ImageNet's where it says nothing. A wrapper without attributes of its own (with the network as
-    `backbone`) wants what the network in it wants."""
+    Of a plain timm model those of its `pretrained_cfg`, of a wrapper (with the network as `backbone`)
+    those of the network in it; ImageNet's where nothing is said."""
     inner: Any = backbone
-    while not _says(inner) and isinstance(getattr(inner, 'backbone', None), nn.Module):
+    while not _wishes(inner) and isinstance(getattr(inner, 'backbone', None), nn.Module):
         inner = inner.backbone
-    if not _says(inner):
-        return IMAGENET
-    own: dict[str, Any] = {
-        name: getattr(inner, name, default) for name, default in IMAGENET._asdict().items()
-    }
+    own = {**IMAGENET._asdict(), **_wishes(inner)}
     if own['interpolation'] not in ('bilinear', 'bicubic'):  # timm also knows 'random' and 'lanczos'
         own['interpolation'] = 'bicubic'
     return EvalTransform(tuple(own['mean']), tuple(own['std']), float(own['crop_pct']), own['interpolation'])
 
 
-def _says(module):
-    "Whether it has a mean and a std of its own; a tensor of that name may be anything."
-    return all(isinstance(getattr(module, name, None), (tuple, list)) for name in ('mean', 'std'))
+def _wishes(module):
+    "What a module itself says about its images; a tensor called `mean` may be anything, and says nothing."
+    config = getattr(module, 'pretrained_cfg', None)
+    found = dict(config) if isinstance(config, dict) else {}
+    found |= {name: getattr(module, name) for name in EvalTransform._fields if hasattr(module, name)}
+    if not all(isinstance(found.get(name), (tuple, list)) for name in ('mean', 'std')):
+        return {}
+    return {name: value for name, value in found.items() if name in EvalTransform._fields}
 
 # %% ../../nbs/8_evaluation/1_knn.ipynb #03779b8e
 def progress_bar(batches: Iterable, what: str, show: bool = True) -> Iterable:
