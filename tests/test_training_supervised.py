@@ -13,7 +13,7 @@ from glsd.data.toyworld import ToyWorld
 from glsd.training.checkpoint import export_backbone, last_checkpoint, read_metrics
 from glsd.training.labelled import SupervisedRecipe, build_sets, mix, one_view, seeded
 from glsd.training.loop import batches, decay_groups, seed_step
-from glsd.training.schedules import cosine_schedule
+from glsd.objectives.schedules import cosine_schedule
 from glsd.training.supervised import (
     Classifier,
     SupervisedTrainer,

@@ -21,7 +21,7 @@ from ..data.loading import Loader, epoch_order, eval_loader, sample_rng
 from .frozen import fingerprint_data, fingerprint_weights
 from .knn import extract
 from ..training.checkpoint import written_beside
-from ..training.schedules import cosine_schedule
+from ..objectives.schedules import cosine_schedule
 from ..views.multicrop import cut, draw_box
 from ..views.photometric import normalize
 
