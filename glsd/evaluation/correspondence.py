@@ -22,7 +22,7 @@ from tqdm import tqdm
 from ..backbones.features import Features
 from ..data.loading import Loader, sample_rng
 from ..views.geometry import match_tokens, token_diagonal
-from ..views.multicrop import GLOBAL_1, GLOBAL_2, Views, cut
+from ..views.multicrop import GLOBAL_1, GLOBAL_2, Views, crop
 from ..views.photometric import apply_photometric, denormalize, photometric_vector
 
 # %% ../../nbs/8_evaluation/5_correspondence.ipynb #4ff958d2
@@ -114,7 +114,7 @@ class Pairs:
         image, rng = self.dataset[i][0], sample_rng(self.seed, 0, i)
         w_geo = draw_pair(tuple(image.shape[-2:]), self.size, self.grid, rng, self.shift, self.flip)
         w_pho = [p.draw(rng) for p in self.photometric] if self.photometric else [photometric_vector()] * 2
-        return cut(image, w_geo), w_geo, torch.from_numpy(np.stack(w_pho))
+        return crop(image, w_geo), w_geo, torch.from_numpy(np.stack(w_pho))
 
     def __getitem__(self, indices):
         crops, w_geo, w_pho = (torch.stack(part, 1) for part in zip(*(self.draw(int(i)) for i in indices)))

@@ -26,7 +26,7 @@ from ..data.folders import read_image
 from ..data.loading import sample_rng
 from ..data.toyworld import ToyWorld
 from .knn import extract, framed, nearest
-from ..views.multicrop import cut, draw_box
+from ..views.multicrop import crop, draw_box
 from ..views.photometric import Photometric, apply_photometric, denormalize
 
 # %% ../../nbs/8_evaluation/7_retrieval.ipynb #3da042a3
@@ -258,7 +258,7 @@ def edit(image, rng, area=(1.0, 1.0), photometric=None, flip=0.0, quality=None):
     probability `flip`, colours and blur drawn from `photometric`, and a JPEG file of this `quality` (1..95). `rng`: numpy's."""
     H, W = image.shape[-2:]
     x, y, w, h = draw_box((H, W), area, (3 / 4 * W / H, 4 / 3 * W / H), rng) if area[0] < 1 else (0, 0, W, H)
-    copy = cut(image, torch.tensor([[x, y, x + w, y + h, H, W, rng.random() < flip]]))
+    copy = crop(image, torch.tensor([[x, y, x + w, y + h, H, W, rng.random() < flip]]))
     if photometric:
         copy = denormalize(apply_photometric(copy, photometric.draw(rng)[None]))
     return copy[0] if quality is None else _jpeg(copy[0], quality)

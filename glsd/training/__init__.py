@@ -11,8 +11,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what editors and type checkers see; the names themselves come when they are asked for
-    from glsd.training.trainer import Trainer, World
-
     from glsd.training.checkpoint import export_backbone, read_metrics
     from glsd.training.loop import Run, load_method, load_run, pretrain
     from glsd.training.processes import launch
@@ -20,6 +18,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; the names themselves co
     from glsd.training.replay import replay
     from glsd.training.sharding import join_world
     from glsd.training.supervised import Supervised, accuracy_monitor, fine_tuning
+    from glsd.training.trainer import Trainer, World
 
 _PLACES = {
     'recipe': 'Recipe',

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from .trainer import Trainer, World, build_dataset
 from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -28,6 +27,7 @@ from ..data.loading import sample_rng
 from ..objectives.method import find_method
 from ..objectives.self_distillation import SelfDistillation
 from .recipe import Recipe
+from .trainer import Trainer, World, build_dataset
 from ..views.multicrop import MultiCrop, Views
 
 # %% ../../nbs/7_training/11_plan.ipynb #d484b54b
