@@ -327,7 +327,8 @@ def similarity_widget(backbone, views, query=None, pixels=180):
 
     Returns an ipywidgets box, at first with `query` (row, column) of the first view, or its middle. ValueError without tokens."""
     views = as_batch(views).cpu()
-    _, tokens, grid = with_tokens(backbone, views)
+    f = with_tokens(backbone, views)
+    tokens, grid = f.tokens, f.grid
     tokens, pictures, caption = tokens.cpu(), [widgets.Image(format='jpeg') for _ in views], widgets.Label()
 
     def select(view, place):

@@ -199,7 +199,8 @@ def _walk(dataset, size, batch_size, workers, progress, what):
 
 def token_directions(backbone, images):
     "Unit vectors [B, H*W, d] of the tokens of normalised images, and their grid. ValueError where there are none, or not finite."
-    _, tokens, grid = with_tokens(backbone, images)
+    f = with_tokens(backbone, images)
+    tokens, grid = f.tokens, f.grid
     if not tokens.isfinite().all():
         raise ValueError('the backbone gives tokens that are not finite: did its training diverge?')
     return F.normalize(tokens.float(), dim=-1), tuple(grid)
