@@ -208,14 +208,16 @@ class CollapseMonitor:
     in words, once, what it has found at two looks in a row; all but 'stuck', as the loop says that."""
 
     def __init__(self, warn: bool = True):
-        self.warn, self.figures, self.report = warn, {}, None
+        self.warn = warn
+        self.figures: dict = {}
+        self.report: CollapseReport | None = None
         self.before: set[str] = set()
         self.reported = {'stuck'}
 
     def __call__(self, method: Any, step: int, views: Any) -> dict[str, float]:
         self.figures = figures_of(method, views)
-        self.report = collapse_report(self.figures)
-        kinds = {f.kind for f in self.report.findings}
+        self.report = report = collapse_report(self.figures)
+        kinds = {f.kind for f in report.findings}
         new, self.before = (kinds & self.before) - self.reported, kinds
         if self.warn and new:
             warnings.warn(f'step {step}: {self.report}', stacklevel=2)
