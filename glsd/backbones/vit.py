@@ -128,23 +128,6 @@ class QueryBlock(Block):
         return super().forward(x, **kwargs) if z is None else with_queries(self, x, z)
 
 # %% ../../nbs/3_backbones/2_vit.ipynb #ba07c9dd
-_any = dict(dynamic_img_size=True)  # timm's own model takes other sizes as well
-_mean = dict(class_token=False, global_pool='avg', fc_norm=False, **_any)
-
-
-@register_backbone(
-    vit_tiny_p16=dict(timm_name='vit_tiny_patch16_224', **_any),
-    vit_tiny_p8=dict(timm_name='vit_tiny_patch16_224', patch_size=8, **_any),
-    vit_small_p16=dict(timm_name='vit_small_patch16_224', **_any),
-    vit_small_p8=dict(timm_name='vit_small_patch8_224', **_any),
-    vit_base_p16=dict(timm_name='vit_base_patch16_224', **_any),
-    vit_base_p8=dict(timm_name='vit_base_patch8_224', **_any),
-    vit_tiny_p16_mean=dict(timm_name='vit_tiny_patch16_224', **_mean),
-    vit_tiny_p8_mean=dict(timm_name='vit_tiny_patch16_224', patch_size=8, **_mean),
-    vit_small_p16_mean=dict(timm_name='vit_small_patch16_224', **_mean),
-    vit_small_p8_mean=dict(timm_name='vit_small_patch8_224', **_mean),
-    vit_mini=dict(timm_name='vit_mini_patch8_32', **_any),
-)
 class ViTBackbone(Backbone):
     """Vision Transformer on timm's weights (Dosovitskiy et al. 2021); LayerNorm eps is 1e-6 as in DINO.
 
@@ -170,6 +153,24 @@ class ViTBackbone(Backbone):
             if type(block) is Block:
                 block.__class__ = QueryBlock  # its weights and their names stay
 
+# %% ../../nbs/3_backbones/2_vit.ipynb #b45d7640
+_any = dict(dynamic_img_size=True)
+_mean = dict(class_token=False, global_pool='avg', fc_norm=False, **_any)
+
+register_backbone(
+    vit_tiny_p16=dict(timm_name='vit_tiny_patch16_224', **_any),
+    vit_tiny_p8=dict(timm_name='vit_tiny_patch16_224', patch_size=8, **_any),
+    vit_small_p16=dict(timm_name='vit_small_patch16_224', **_any),
+    vit_small_p8=dict(timm_name='vit_small_patch8_224', **_any),
+    vit_base_p16=dict(timm_name='vit_base_patch16_224', **_any),
+    vit_base_p8=dict(timm_name='vit_base_patch8_224', **_any),
+    vit_tiny_p16_mean=dict(timm_name='vit_tiny_patch16_224', **_mean),
+    vit_tiny_p8_mean=dict(timm_name='vit_tiny_patch16_224', patch_size=8, **_mean),
+    vit_small_p16_mean=dict(timm_name='vit_small_patch16_224', **_mean),
+    vit_small_p8_mean=dict(timm_name='vit_small_patch8_224', **_mean),
+    vit_mini=dict(timm_name='vit_mini_patch8_32', **_any),
+)(ViTBackbone)
+
 # %% ../../nbs/3_backbones/2_vit.ipynb #cb24ef6a
 @patch
 def embed(
@@ -182,7 +183,7 @@ def embed(
     x = with_positions(self.model, x, grid, self.antialias)
     return self.model.norm_pre(self.model.pos_drop(x)), grid
 
-
+# %% ../../nbs/3_backbones/2_vit.ipynb #66693d0e
 @patch
 def features(
     self: ViTBackbone,
@@ -204,7 +205,7 @@ def features(
     extra = {} if z is None else {'queries': model.norm(z)}
     return Features(model.forward_head(x, pre_logits=True), x[:, first:], grid, index, extra)
 
-# %% ../../nbs/3_backbones/2_vit.ipynb #66693d0e
+# %% ../../nbs/3_backbones/2_vit.ipynb #e8815636
 @patch
 def attend(
     self: ViTBackbone, x: Tensor, z: Tensor | None = None, bidirectional: bool = False
@@ -221,7 +222,7 @@ def attend(
         x, z = block(x, z)
     return x, z
 
-
+# %% ../../nbs/3_backbones/2_vit.ipynb #c80e21ee
 @patch
 def embed_queries(self: ViTBackbone, queries: Tensor) -> Tensor:
     """Crops of one patch [N, Q, 3, p, p] -> [N, Q, d] by the patch embedding of the model, without positions.
