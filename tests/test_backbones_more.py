@@ -98,7 +98,7 @@ def test_a_supervised_step_lowers_the_loss(name):
 
 
 def test_cvt_equals_an_independent_implementation():
-    "The numbers are those of CvtForImageClassification of transformers 5.23 with the same weights and, as published, the quick GELU."
+    "The numbers are those of CvtForImageClassification of transformers 5.23, set to the quick GELU."
     model = timm.create_model('cvt_mini_32', num_classes=3, depths=(1, 2, 3))
     with torch.no_grad():
         for i, (name, p) in enumerate(model.named_parameters()):  # weights that need no random generator

@@ -1,6 +1,8 @@
 """What the chapter cannot show about k-NN: exactness under ties and odd sizes, the bound on memory, bad
 data sets."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import timm
@@ -150,7 +152,7 @@ def test_bad_data_in_one_line_and_at_once(call, change, message):
 def test_a_network_that_diverged_is_named():
     a, b = ToyWorld(48, 16), ToyWorld(24, 16, 'val')
     with pytest.raises(ValueError, match='48 of 48 training features are not finite'):
-        knn_monitor(a, b, 16, 5)(Flat(float('nan')), 0)
+        knn_monitor(a, b, 16, 5)(SimpleNamespace(backbone=Flat(float('nan'))), 0)
     with pytest.raises(ValueError, match='not finite'):
         knn_picture({'x': Flat(float('inf'))}, a, b, 16)
 

@@ -190,7 +190,7 @@ _backbones = {}
 
 
 def register_backbone(**variants: dict) -> Callable:
-    """Class decorator: `name=dict(arguments)` for each variant that `create_backbone(name)` shall build."""
+    """Class decorator: `name=dict(arguments)` for each variant that `create_backbone(name)` builds."""
 
     def register(cls):
         _backbones.update({name: (cls, arguments) for name, arguments in variants.items()})

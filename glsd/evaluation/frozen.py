@@ -18,8 +18,9 @@ from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
 from ..backbones import Features, create_backbone, list_backbones
+from ..data.files import atomic_write
 from .knn import extract
-from ..training.checkpoint import load_weights, written_beside
+from ..training.checkpoint import load_weights
 from ..training.loop import load_run
 
 # %% ../../nbs/8_evaluation/3_frozen.ipynb #a2e59dc6
@@ -142,6 +143,6 @@ def cached_extract(backbone, dataset, size, cache, **options):
     features, labels = extract(backbone, dataset, size, **options)
     labels = torch.as_tensor(labels)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_beside(path) as f:
+    with atomic_write(path) as f:
         f.write(safetensors_bytes(dict(features=features.contiguous(), labels=labels)))
     return features, labels

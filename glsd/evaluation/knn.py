@@ -292,16 +292,17 @@ def pixels(dataset: Dataset, size: int, batch_size: int = 256, workers: int = 0)
 # %% ../../nbs/8_evaluation/1_knn.ipynb #78eb69ce
 def knn_monitor(
     train_ds: Dataset, test_ds: Dataset, size: int, k: int = 20, **options
-) -> Callable[[nn.Module, int], dict[str, float]]:
-    """A monitor for `pretrain`: (backbone, step) -> {'knn': top-1 in per cent at `k`}.
+) -> Callable[[Any, int, Any], dict[str, float]]:
+    """A monitor for `pretrain`: (method, step, views) -> {'knn': top-1 in per cent at `k`}, of
+    `method.backbone`.
 
-    `options` go to `extract`. Labels that allow no k-NN are refused here, not after the first hour. In a run
-    of several processes each takes a part of the images."""
+    `options` go to `extract`. Labels that allow no k-NN are refused here, not after the first hour. In a
+    run of several processes each takes a part of the images."""
     check_labels(train_ds.labels, test_ds.labels, [k])
 
-    def monitor(backbone, step):
-        bank, labels = _all_features(backbone, train_ds, size, options)
-        queries, truth = _all_features(backbone, test_ds, size, options)
+    def monitor(method, step, views=None):
+        bank, labels = _all_features(method.backbone, train_ds, size, options)
+        queries, truth = _all_features(method.backbone, test_ds, size, options)
         return {'knn': knn_accuracy(bank, labels, queries, truth, k)[k]}
 
     return monitor
@@ -309,14 +310,14 @@ def knn_monitor(
 # %% ../../nbs/8_evaluation/1_knn.ipynb #f2517c33
 def _all_features(backbone, dataset, size, options):
     "Features [n, d] and labels [n] of the whole data set; each process extracts its share."
-    from glsd.training.processes import everybodys, my_part  # here: a metric needs no trainer
+    from glsd.training.processes import all_gather_rows, rank_indices  # here: a metric needs no trainer
 
-    part = list(my_part(len(dataset)))
+    part = rank_indices(len(dataset))
     if part:
         found = extract(backbone, Subset(dataset, part), size, **options)[0]
     else:
         found = torch.zeros(0, backbone.dim)
-    return everybodys(found, len(dataset)), torch.as_tensor(dataset.labels)
+    return all_gather_rows(found, len(dataset)), torch.as_tensor(dataset.labels)
 
 # %% ../../nbs/8_evaluation/1_knn.ipynb #e2abf284
 def evenly_spaced(total: int, n: int | None) -> np.ndarray:

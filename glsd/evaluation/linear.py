@@ -21,6 +21,7 @@ from ..data.toyworld import Dataset
 from .blocks import LastBlocks
 from .knn import evaluating, extract, transform_of
 from .linear_grid import LRS, GridAccuracy, Heads, heads_step
+from ..objectives.schedules import cosine_schedule
 from ..views.multicrop import crop, draw_box
 
 if TYPE_CHECKING:
@@ -182,8 +183,6 @@ def _width(net, dataset, s, transform, device):
 
 def _factors(epochs, steps):
     "A cosine from 1 to 0 over all steps, a list for each epoch."
-    from glsd.training.schedules import cosine_schedule  # here: a metric needs no trainer
-
     return cosine_schedule(1.0, 0.0, epochs * steps).reshape(-1, steps).tolist()
 
 
