@@ -80,12 +80,14 @@ def pick(x: Tensor, index: Tensor) -> Tensor:
     return x[torch.arange(len(x), device=x.device)[:, None, None], index]
 
 
-def with_own(own: Tensor, x: Tensor, index: Tensor | None) -> Tensor:
-    """Each summary's own row [N, Q, d], and after it its set of rows of x [N, T, d]: [N, Q, 1 + n, d].
+def with_own(layer: Callable, own: Tensor, x: Tensor, index: Tensor | None) -> Tensor:
+    """A layer's output for each summary `own` [N, Q, d], and after it for its set of x [N, T, d]:
+    [N, Q, 1 + n, d].
 
-    Without `index` [N, Q, n] the set is all of x."""
-    sets = x[:, None].expand(-1, own.shape[1], -1, -1) if index is None else pick(x, index)
-    return torch.cat([own[:, :, None], sets], 2)
+    Each token passes the layer once. Without `index` [N, Q, n] the set is all of x."""
+    rows = layer(x)
+    sets = rows[:, None].expand(-1, own.shape[1], -1, -1) if index is None else pick(rows, index)
+    return torch.cat([layer(own)[:, :, None], sets], 2)
 
 
 def split_heads(z: Tensor, n: int) -> Tensor:
@@ -111,8 +113,9 @@ class ClassAttention(nn.Module):
         `tokens` [N, T, d]; `index` [N, Q, n] the sets (None: all tokens); `found` [N, Q, n], False where a
         place is empty."""
         own, x = self.norm1(y), self.norm1(tokens)
-        keys, values = (with_own(f(own), f(x), index) for f in (self.k, self.v))
-        q, k, v = (split_heads(z, self.n_heads) for z in (self.q(own)[:, :, None], keys, values))
+        query = self.q(own)[:, :, None]
+        key, value = with_own(self.k, own, x, index), with_own(self.v, own, x, index)
+        q, k, v = (split_heads(z, self.n_heads) for z in (query, key, value))
         mask = None if found is None else F.pad(found, (1, 0), value=True)[:, :, None, None]
         read = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [N, Q, heads, 1, d / heads]
         y = y + self.proj(read.flatten(2))
