@@ -28,7 +28,7 @@ from torch import nn
 import glsd.backbones  # registers its own models with timm
 from ..backbones import create_backbone
 from ..data.files import atomic_write
-from .recipe import FORMAT, FREE, Recipe, upgrade_values
+from .recipe import FORMAT, FREE, Recipe
 
 # %% ../../nbs/7_training/2_checkpoint.ipynb #3e327695
 def list_checkpoints(run_dir: str | os.PathLike) -> list[Path]:

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from .monitoring import NotFinite, check_finite
 from torch import Tensor, nn
 
 from ..backbones import Backbone
@@ -27,6 +26,7 @@ from ..data.shards import open_images
 from ..data.toyworld import ToyWorld
 from ..objectives.schedules import cosine_schedule
 from .checkpoint import load_weights
+from .monitoring import NotFinite, check_finite
 from .recipe import Recipe
 from ..views.multicrop import Views
 
