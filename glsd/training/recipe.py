@@ -146,7 +146,7 @@ class RunOptions:  # in one cell: one decision a line
 # fields that do not change what is computed
 FREE = (
     'workers', 'device', 'monitor_every', 'checkpoint_every', 'checkpoint_minutes', 'on_nan', 'fsdp',
-    'colour_on_device',
+    'colour_on_device', 'n_test',
 )  # fmt: skip
 FORMAT = 2  # of recipes and checkpoints on disk
 
