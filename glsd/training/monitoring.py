@@ -111,7 +111,7 @@ def draw_panels(curves: Curves, title: str, steps: int) -> bytes:
     return buffer.getvalue()
 
 # %% ../../nbs/7_training/3_monitoring.ipynb #21b8a9e9
-class LivePlot:
+class LivePlot:  # in one cell: short functions around one picture
     "The terms of a run, and beside them each of its monitors, in one picture that changes in place."
 
     def __init__(self, steps: int, done: int = 0):

@@ -100,6 +100,8 @@ class Supervised(Method):
     @classmethod
     def check(cls, recipe: Any) -> None:
         check_variant(recipe.drloc_variant)
+        if recipe.n_global != 1 or recipe.n_local:
+            raise ValueError('recipe: supervised training sees one crop of an image: set n_global=1 and n_local=0')
         if recipe.batch_size % 2 and (recipe.mixup or recipe.cutmix):
             raise ValueError(
                 f'recipe: batch_size must be even to mix pairs of images, not {recipe.batch_size}; or set mixup '
