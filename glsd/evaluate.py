@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from .evaluation.correspondence import correspondence, correspondence_picture
 from safetensors import safe_open
 
 from .data import ToyWorld, open_images
@@ -24,7 +25,6 @@ from .data.files import atomic_write
 from .data.folders import Subset
 from .data.loading import eval_crop
 from .evaluation import attention, dense, frozen, knn, linear, report
-from .evaluation.correspondence import correspondence, correspondence_picture
 from glsd.evaluation.retrieval import (
     RetrievalFolder,
     RetrievalSet,
@@ -36,7 +36,7 @@ from glsd.evaluation.retrieval import (
 )
 from .training import Recipe
 from .training.checkpoint import last_checkpoint, saved_recipe
-from .training.loop import pick_device
+from .training.trainer import pick_device
 
 # %% ../nbs/evaluate.ipynb #a362c6e4
 class Net(NamedTuple):

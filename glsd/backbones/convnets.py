@@ -6,33 +6,28 @@
 __all__ = ['resnet_mini_32', 'ResNetBackbone']
 
 # %% ../../nbs/3_backbones/5_convnets.ipynb #551fae8a
-from timm.models import register_model
+from fastcore.basics import patch
 from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor
 
-from .features import Backbone, Features, register_backbone
+from .features import Backbone, Features, build_timm_model, register_backbone
 
 # %% ../../nbs/3_backbones/5_convnets.ipynb #17a5b0b3
-@register_model
-def resnet_mini_32(
-    pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs
-):
-    "A ResNet for crops of 16 to 96 pixels: four blocks, one token for 8 x 8 pixels, d = 128."
-    if pretrained:
-        raise RuntimeError('timm has no published weights of resnet_mini_32: build it with pretrained=False')
-    return ResNet(
-        **{
-            **dict(block=BasicBlock, layers=(1, 1, 1, 1), channels=(32, 64, 96, 128), output_stride=8),
-            **kwargs,
-        }
-    )
+def resnet_mini_32(pretrained: bool = False, **kwargs) -> ResNet:
+    """A ResNet for crops of 16 to 96 pixels: four blocks, one token for 8 x 8 pixels, d = 128.
+
+    kwargs: further arguments of timm's `ResNet`. RuntimeError for pretrained=True.
+    """
+    small = dict(block=BasicBlock, layers=(1, 1, 1, 1), channels=(32, 64, 96, 128), output_stride=8)
+    return build_timm_model(ResNet, 'resnet_mini_32', 32, pretrained, **{**small, **kwargs})
 
 # %% ../../nbs/3_backbones/5_convnets.ipynb #0aa73fd2
 @register_backbone(resnet50=dict(timm_name='resnet50'), resnet_mini=dict(timm_name='resnet_mini_32'))
 class ResNetBackbone(Backbone):
-    """ResNet (He et al. 2016, arXiv 1512.03385) of timm: tokens are the places of its last map, pooled is their mean.
+    """ResNet of timm (He et al. 2016, arXiv 1512.03385): tokens are the places of its last map.
 
-    Crops must be whole multiples of the stride: timm's network takes others, but then tokens do not divide the crop evenly.
+    pooled is their mean. Crops must be whole multiples of the stride: timm's network takes others, but then
+    tokens do not divide the crop evenly. `intermediates` counts the four stages; the stem is not one.
     """
 
     def __init__(self, timm_name: str, drop_path: float = 0.0, **timm_kwargs):
@@ -40,6 +35,22 @@ class ResNetBackbone(Backbone):
         self.patch = self.stride
 
     def features(self, x: Tensor) -> Features:
+        "Crops [N, 3, h, w] -> Features."
         x = self.model.forward_features(x)
         tokens = x.flatten(2).mT
         return Features(tokens.mean(1), tokens, tuple(x.shape[-2:]))
+
+# %% ../../nbs/3_backbones/5_convnets.ipynb #a892d1f7
+@patch
+def n_layers(self: ResNetBackbone, blocks: bool = False) -> int:
+    "The number of stages; `blocks` is a ValueError."
+    return Backbone.n_layers(self, blocks) - 1
+
+
+@patch
+def layer_maps(
+    self: ResNetBackbone, x: Tensor, layers: set[int], norm: bool, blocks: bool
+) -> dict[int, tuple]:
+    "Stage -> (map [N, C, h, w] after it, None)."
+    maps = Backbone.layer_maps(self, x, {i + 1 for i in layers}, norm, blocks)
+    return {i: maps[i + 1] for i in layers}

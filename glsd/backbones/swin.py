@@ -4,19 +4,19 @@
 
 # %% auto #0
 __all__ = ['to_windows', 'from_windows', 'shift_mask', 'pad_with', 'window_attention', 'WindowBlock', 'SwinBackbone',
-           'swin_mini_patch4_window4_32']
+           'swin_block_maps', 'norm_last_stage', 'swin_mini_patch4_window4_32']
 
 # %% ../../nbs/3_backbones/3_swin.ipynb #21bb7cda
 import functools
 import math
 
 import torch
-from timm.models import register_model
+from fastcore.basics import patch
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from torch import Tensor, nn
 
-from .features import Backbone, Features, register_backbone
-from .vit import ConvStem, hide
+from .features import Backbone, Features, build_timm_model, last_blocks, register_backbone
+from .vit import ConvStem, apply_mask
 
 # %% ../../nbs/3_backbones/3_swin.ipynb #6a68199b
 def to_windows(x: Tensor, window: tuple[int, int]) -> Tensor:
@@ -37,10 +37,11 @@ def from_windows(x: Tensor, window: tuple[int, int], size: tuple[int, int]) -> T
 def shift_mask(
     size: tuple[int, int], window: tuple[int, int], shift: tuple[int, int], device='cpu'
 ) -> Tensor:
-    """Who may look at whom once the map is rolled by -shift: 0 or -inf, [n, 1, window area, window area].
+    """Which tokens may attend each other once the map is rolled by -shift: 0 or -inf.
 
-    Built once for each size. Tokens that the roll brought from the other end of an axis (its last `shift`
-    places) and tokens that were there before do not attend each other (Swin, Sec. 3.2 and Fig. 4).
+    [n windows, 1, window area, window area], built once for each size. Tokens that the roll brought from the
+    other end of an axis (its last `shift` places) and tokens that were there before do not attend each other
+    (Swin, Sec. 3.2 and Fig. 4).
     """
     wrapped = [(torch.arange(n, device=device) >= n - s).int() for n, s in zip(size, shift)]
     kind = 2 * wrapped[0][:, None] + wrapped[1]
@@ -49,7 +50,7 @@ def shift_mask(
 
 # %% ../../nbs/3_backbones/3_swin.ipynb #8333a715
 def pad_with(x: Tensor, value: Tensor, size: tuple[int, int]) -> Tensor:
-    """Enlarge token maps [N, H, W, c] to the right and below to `size`, filled with the vector `value` [c]."""
+    """Enlarge token maps [N, H, W, c] to `size`, to the right and below, with the vector `value` [c]."""
     N, H, W, c = x.shape
     value = value.to(x.dtype)
     x = torch.cat([x, value.expand(N, H, size[1] - W, c)], 2)
@@ -59,10 +60,11 @@ def pad_with(x: Tensor, value: Tensor, size: tuple[int, int]) -> Tensor:
 def window_attention(block: nn.Module, x: Tensor) -> Tensor:
     """Attention of a timm Swin block on token maps [N, H, W, c]: pad to whole windows, THEN roll.
 
-    The query, key and value of a zero token are the bias of `qkv`, so padding is done behind that
+    The query, key and value of a zero token are the bias of `qkv`, so padding is done after that
     product: the same numbers, without multiplying zeros (Swin, Sec. 3.2; order of the reference).
     """
-    (_, H, W, _), (h, w), attn = x.shape, block.window_size, block.attn
+    _, H, W, _ = x.shape
+    (h, w), attn = block.window_size, block.attn
     size = H + -H % h, W + -W % w
     qkv = attn.qkv(x)
     if size != (H, W):
@@ -83,7 +85,8 @@ def window_attention(block: nn.Module, x: Tensor) -> Tensor:
 class WindowBlock(SwinTransformerBlock):
     "timm's block with `window_attention` in place of its own."
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
+        "Token maps [N, H, W, c] -> the same shape."
         x = x + self.drop_path1(window_attention(self, self.norm1(x)))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
@@ -99,14 +102,15 @@ _any = dict(strict_img_size=False)  # timm's own model takes other sizes as well
     swin_mini=dict(timm_name='swin_mini_patch4_window4_32', **_any),
 )
 class SwinBackbone(Backbone):
-    """Swin Transformer on timm's weights, equal to the reference at any crop size (Liu et al. 2021, arXiv 2103.14030).
+    """Swin Transformer on timm's weights, equal to the reference at any crop size (Liu et al. 2021).
 
-    pooled: mean over the tokens behind the last LayerNorm. eps: of all LayerNorms (the reference's 1e-6; timm has 1e-5).
-    Windows and shifts are chosen for timm's `img_size` (224 by default) and stay the same for other crops.
-    `mask` is given on the grid of the tokens that come out; it hides the patches under each of them.
+    pooled: mean over the tokens after the last LayerNorm. eps: of all LayerNorms (the reference's 1e-6; timm
+    has 1e-5). Windows and shifts are chosen for timm's `img_size` (224 by default) and stay the same for
+    other crops. `mask` is given on the grid of the tokens that come out; it hides the patches under them.
+    Source: arXiv 2103.14030.
     """
 
-    takes = 'mask', 'mask_token'
+    accepts = 'mask', 'mask_token'
 
     def __init__(self, timm_name: str, drop_path: float = 0.0, eps: float = 1e-6, **timm_kwargs):
         super().__init__(timm_name, drop_path, **timm_kwargs)
@@ -117,30 +121,69 @@ class SwinBackbone(Backbone):
                 module.__class__ = WindowBlock  # its weights and their names stay
 
     def features(self, x: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Features:
+        "Crops [N, 3, h, w] -> Features; for the other inputs see the class."
         x = self.model.patch_embed(x)
         if mask is not None:
-            x = hide(x.flatten(1, 2), self.enlarge(mask, x.shape[1:3]), mask_token).view(x.shape)
+            x = apply_mask(x.flatten(1, 2), self.enlarge(mask, x.shape[1:3]), mask_token).view(x.shape)
         x = self.model.norm(self.model.layers(x))
         tokens = x.flatten(1, 2)
         return Features(tokens.mean(1), tokens, tuple(x.shape[1:3]))
 
     def enlarge(self, mask: Tensor, size: tuple[int, int]) -> Tensor:
-        "A mask [N, H*W] of the tokens that come out -> [N, h*w] of the patches that go in, on a grid of `size`."
+        "A mask [N, H*W] of the tokens that come out -> [N, h*w] of the patches that go in, a grid of `size`."
         times = self.stride // self.patch
         grid = [-(-n // times) for n in size]
         if mask.shape[1:] != (grid[0] * grid[1],):
             raise ValueError(
-                f'a mask for {grid[0]} x {grid[1]} tokens must be [N, {grid[0] * grid[1]}]; it is {list(mask.shape)}'
+                f'a mask for {grid[0]} x {grid[1]} tokens must be [N, {grid[0] * grid[1]}]; '
+                f'it is {list(mask.shape)}'
             )
         mask = mask.unflatten(1, grid).repeat_interleave(times, 1).repeat_interleave(times, 2)
         return mask[:, : size[0], : size[1]].flatten(1)
 
+# %% ../../nbs/3_backbones/3_swin.ipynb #7e483d2b
+def swin_block_maps(model: SwinTransformer, x: Tensor, layers: set[int]) -> dict[int, Tensor]:
+    "Block -> the map [N, H, W, c] after it, for the blocks of a timm Swin counted from 0 through all stages."
+    x, maps, i = model.patch_embed(x), {}, 0
+    for stage in model.layers:
+        x = stage.downsample(x)
+        for block in stage.blocks:
+            x = block(x)
+            if i in layers:
+                maps[i] = x
+            i += 1
+        if i > max(layers):
+            break
+    return maps
+
+
+def norm_last_stage(model: SwinTransformer, x: Tensor, norm: bool) -> Tensor:
+    "A map [N, H, W, c] as [N, c, H, W]; with `norm`, through the last LayerNorm if it has its width."
+    if norm and x.shape[-1] == model.num_features:
+        x = model.norm(x)
+    return x.permute(0, 3, 1, 2)
+
+# %% ../../nbs/3_backbones/3_swin.ipynb #f701ceab
+@patch
+def n_layers(self: SwinBackbone, blocks: bool = False) -> int:
+    "How many stages there are, or with `blocks` how many blocks in all of them."
+    return sum(len(stage.blocks) for stage in self.model.layers) if blocks else len(self.model.layers)
+
+
+@patch
+def layer_maps(self: SwinBackbone, x: Tensor, layers: set[int], norm: bool, blocks: bool) -> dict[int, tuple]:
+    "Stage or block -> (map [N, C, h, w] after it, None)."
+    stages = [stage.blocks for stage in self.model.layers]
+    ends = range(self.n_layers(blocks=True)) if blocks else last_blocks(stages)
+    maps = swin_block_maps(self.model, x, {ends[i] for i in layers})
+    return {i: (norm_last_stage(self.model, maps[ends[i]], norm), None) for i in layers}
+
 # %% ../../nbs/3_backbones/3_swin.ipynb #c8e8c126
-@register_model
-def swin_mini_patch4_window4_32(
-    pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs
-):
-    """A Swin for crops of 16 to 96 pixels: convolutional stem, two stages of two blocks, window 4, d = 128."""
+def swin_mini_patch4_window4_32(pretrained: bool = False, **kwargs) -> SwinTransformer:
+    """A Swin for crops of 16 to 96 pixels: convolutional stem, two stages of two blocks, window 4, d = 128.
+
+    kwargs: further arguments of `SwinTransformer`. RuntimeError for pretrained=True.
+    """
     small = dict(
         img_size=32,
         patch_size=4,
@@ -150,4 +193,5 @@ def swin_mini_patch4_window4_32(
         num_heads=(2, 4),
         embed_layer=ConvStem,
     )
-    return SwinTransformer(**{**small, **kwargs})
+    name = 'swin_mini_patch4_window4_32'
+    return build_timm_model(SwinTransformer, name, 32, pretrained, **{**small, **kwargs})

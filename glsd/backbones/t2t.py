@@ -12,52 +12,59 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from timm.layers import trunc_normal_
-from timm.models import register_model
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from .cvt import CvTBackbone, without_weights
-from .features import register_backbone
+from .cvt import CvTBackbone, init_linear
+from .features import build_timm_model, register_backbone, to_map
 from .vit import resize_positions
 
 # %% ../../nbs/3_backbones/7_t2t.ipynb #c1a5b750
 def soft_split(x: Tensor, kernel: int, stride: int) -> Tensor:
-    "Overlapping patches as tokens: [N, c, H, W] -> [N, H/stride * W/stride, c * kernel^2]. T2T Sec. 3.1, Eq. 3."
+    """Overlapping patches as tokens (T2T Sec. 3.1, Eq. 3).
+
+    [N, c, H, W] -> [N, H/stride * W/stride, c * kernel^2].
+    """
     return F.unfold(x, kernel, stride=stride, padding=(kernel - stride + 1) // 2).mT
 
 # %% ../../nbs/3_backbones/7_t2t.ipynb #73f5d721
 def positive_features(x: Tensor, w: Tensor) -> Tensor:
-    "exp(w x - |x|^2 / 2) / sqrt(m): [N, T, d] and w [m, d] -> [N, T, m], whose products estimate exp(x y). Performer (Choromanski et al. 2021)."
+    """exp(w x - |x|^2 / 2) / sqrt(m), whose products estimate exp(x y) (Performer, Choromanski et al. 2021).
+
+    [N, T, d] and directions w [m, d] -> [N, T, m].
+    """
     return torch.exp(x @ w.T - x.square().sum(-1, keepdim=True) / 2) / math.sqrt(len(w))
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
-    "Attention without scores: each query reads one summary of all keys and values. [N, T, d] -> [N, T, d], cost ~ T."
+    """Attention without scores: each query reads one summary of all keys and values.
+
+    q, k, v [N, T, d] and directions w [m, d] -> [N, T, d], at a cost that grows with T.
+    """
     q, k = positive_features(q, w), positive_features(k, w)
     return q @ (k.mT @ v) / (q @ k.sum(1)[..., None] + 1e-8)
 
 # %% ../../nbs/3_backbones/7_t2t.ipynb #a2ffea6d
 class TokenPerformer(nn.Module):
-    """The transformer layer of a tokens-to-token step: [N, T, in_dim] -> [N, T, dim]. One head; the shortcut goes from v.
+    """The transformer layer of a tokens-to-token step, with one head; the shortcut starts at v.
 
-    `w` [dim/2, dim]: orthogonal random directions, drawn once and kept. Attention in float32. T2T Sec. 3.1, its Performer variant.
+    `w` [dim/2, dim]: orthogonal random directions, drawn once and kept. Attention in float32. T2T Sec. 3.1,
+    its Performer variant.
     """
 
     def __init__(self, in_dim: int, dim: int = 64):
         super().__init__()
-        self.norm1, self.kqv, self.proj = (
-            nn.LayerNorm(in_dim),
-            nn.Linear(in_dim, 3 * dim),
-            nn.Linear(dim, dim),
-        )
-        self.norm2, self.mlp = (
-            nn.LayerNorm(dim),
-            nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim)),
-        )
+        self.norm1 = nn.LayerNorm(in_dim)
+        self.kqv = nn.Linear(in_dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim))
         self.register_buffer('w', nn.init.orthogonal_(torch.empty(dim // 2, dim)) * math.sqrt(dim // 2))
 
     def forward(self, x: Tensor) -> Tensor:
+        "[N, T, in_dim] -> [N, T, dim]."
         k, q, v = self.kqv(self.norm1(x)).chunk(3, -1)
         with torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False):
             y = linear_attention(q.float(), k.float(), v.float(), self.w)
@@ -66,16 +73,22 @@ class TokenPerformer(nn.Module):
 
 # %% ../../nbs/3_backbones/7_t2t.ipynb #3f2b63d8
 def sinusoid(n: int, dim: int) -> Tensor:
-    "Position table [1, n, dim]: sines in the even columns, cosines in the odd ones, wavelengths up to 10000 * 2 pi (Vaswani et al. 2017)."
+    """Position table [1, n, dim]: sines in the even columns, cosines in the odd ones (Vaswani et al. 2017).
+
+    Wavelengths from 2 pi to 10000 * 2 pi.
+    """
     angle = np.arange(n)[:, None] / 10000 ** (np.arange(dim) // 2 * 2 / dim)
-    return torch.tensor(np.where(np.arange(dim) % 2, np.cos(angle), np.sin(angle)), dtype=torch.float32)[None]
+    waves = np.where(np.arange(dim) % 2, np.cos(angle), np.sin(angle))
+    return torch.tensor(waves, dtype=torch.float32)[None]
 
 # %% ../../nbs/3_backbones/7_t2t.ipynb #4cda494b
 class T2TViT(nn.Module):
-    """Tokens-to-token ViT (Yuan et al. 2021, arXiv 2101.11986, Table 1) with Performer steps, and a timm model's interface.
+    """Tokens-to-token ViT (Yuan et al. 2021, arXiv 2101.11986, Table 1), with Performer steps.
 
-    `splits`: (kernel, stride) of each soft split. Images of any multiple of the strides' product; positions, made for
-    `img_size`, are stretched to others. `forward_features` [N, 1 + H*W, d]; num_classes=0: `forward` gives CLS [N, d].
+    Used like a timm model. splits: (kernel, stride) of each soft split. Images of any multiple of the
+    strides' product; positions, made for `img_size`, are stretched to others, with antialiasing or without.
+    qk_scale: factor of the scores; None: one over the root of a head's width. With num_classes=0, `forward`
+    gives CLS [N, d].
     """
 
     num_prefix_tokens = 1
@@ -91,72 +104,116 @@ class T2TViT(nn.Module):
         num_heads: int = 6,
         mlp_ratio: float = 3.0,
         token_dim: int = 64,
-        splits=((7, 4), (3, 2), (3, 2)),
+        splits: tuple[tuple[int, int], ...] = ((7, 4), (3, 2), (3, 2)),
+        qk_scale: float | None = None,
+        antialias: bool = True,
     ):
         super().__init__()
         self.splits, self.stride = splits, math.prod(stride for _, stride in splits)
-        widths = [c * kernel**2 for c, (kernel, _) in zip((in_chans, token_dim, token_dim), splits)]
-        self.steps = nn.ModuleList([TokenPerformer(width, token_dim) for width in widths[:-1]])
-        self.project = nn.Linear(widths[-1], embed_dim)
-        self.cls_token, self.grid = nn.Parameter(torch.zeros(1, 1, embed_dim)), (img_size // self.stride,) * 2
-        self.register_buffer('pos_embed', sinusoid(1 + math.prod(self.grid), embed_dim))
-        self.blocks = nn.ModuleList(
-            [
-                Block(embed_dim, num_heads, mlp_ratio, drop_path=rate, norm_layer=nn.LayerNorm)
-                for rate in np.linspace(0, drop_path_rate, depth).tolist()
-            ]
-        )
-        self.norm, self.num_classes, self.num_features = nn.LayerNorm(embed_dim), num_classes, embed_dim
+        self.grid, self.antialias = (img_size // self.stride,) * 2, antialias
+        self.num_classes, self.num_features = num_classes, embed_dim
+        self.feature_info = [
+            dict(num_chs=embed_dim, reduction=self.stride, module=f'blocks.{i}') for i in range(depth)
+        ]
+        self.build_steps(in_chans, token_dim)
+        self.build_blocks(depth, num_heads, mlp_ratio, drop_path_rate, qk_scale)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
-        self.feature_info = [dict(num_chs=embed_dim, reduction=self.stride, module='blocks')]
         trunc_normal_(self.cls_token, std=0.02)
         for m in self.modules():
-            if isinstance(m, nn.Linear):
-                trunc_normal_(m.weight, std=0.02)
-                if m.bias is not None:
-                    nn.init.zeros_(m.bias)
+            init_linear(m)
 
-    def tokens_to_token(self, x: Tensor) -> Tensor:
-        "Images [N, 3, h, w] -> tokens [N, H*W, embed_dim]: split, rearrange, split, rearrange, split, project."
-        for i, (kernel, stride) in enumerate(self.splits):
-            size = x.shape[-2] // stride, x.shape[-1] // stride
-            x = soft_split(x, kernel, stride)
-            if i < len(self.steps):
-                x = self.steps[i](x).mT.unflatten(2, size)
-        return self.project(x)
+# %% ../../nbs/3_backbones/7_t2t.ipynb #fdb0fb2d
+@patch
+def build_steps(self: T2TViT, in_chans: int, token_dim: int):
+    "The steps between the splits, the projection to the width d, CLS and positions."
+    widths = [c * kernel**2 for c, (kernel, _) in zip((in_chans, token_dim, token_dim), self.splits)]
+    self.steps = nn.ModuleList([TokenPerformer(width, token_dim) for width in widths[:-1]])
+    self.project = nn.Linear(widths[-1], self.num_features)
+    self.cls_token = nn.Parameter(torch.zeros(1, 1, self.num_features))
+    self.register_buffer('pos_embed', sinusoid(1 + math.prod(self.grid), self.num_features))
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        grid = x.shape[-2] // self.stride, x.shape[-1] // self.stride
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.tokens_to_token(x)], 1)
-        x = x + resize_positions(self.pos_embed, self.grid, grid)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return x[:, 0] if pre_logits else self.head(x[:, 0])
+@patch
+def build_blocks(self: T2TViT, depth: int, num_heads: int, mlp_ratio: float, drop_path: float, qk_scale):
+    "timm's blocks, with stochastic depth that grows to `drop_path`, and the last LayerNorm."
+    self.blocks = nn.ModuleList()
+    for rate in np.linspace(0, drop_path, depth).tolist():
+        block = Block(self.num_features, num_heads, mlp_ratio, drop_path=rate, norm_layer=nn.LayerNorm)
+        if qk_scale is not None:
+            block.attn.scale, block.attn.fused_attn = qk_scale, False  # the fused one has a scale of its own
+        self.blocks.append(block)
+    self.norm = nn.LayerNorm(self.num_features)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
+# %% ../../nbs/3_backbones/7_t2t.ipynb #8d41805a
+@patch
+def tokens_to_token(self: T2TViT, x: Tensor) -> Tensor:
+    "Images [N, 3, h, w] -> tokens [N, H*W, d]: split, rearrange, split, rearrange, split, project."
+    for i, (kernel, stride) in enumerate(self.splits):
+        size = x.shape[-2] // stride, x.shape[-1] // stride
+        x = soft_split(x, kernel, stride)
+        if i < len(self.steps):
+            x = to_map(self.steps[i](x), size)
+    return self.project(x)
+
+
+@patch
+def embed(self: T2TViT, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    "Images [N, 3, h, w] -> CLS and tokens with positions [N, 1 + H*W, d], and the grid (H, W)."
+    grid = x.shape[-2] // self.stride, x.shape[-1] // self.stride
+    x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.tokens_to_token(x)], 1)
+    return x + resize_positions(self.pos_embed, self.grid, grid, self.antialias, offset=0.0), grid
+
+# %% ../../nbs/3_backbones/7_t2t.ipynb #a3079c8c
+@patch
+def forward_features(self: T2TViT, x: Tensor) -> Tensor:
+    "Images [N, 3, h, w] -> CLS and tokens [N, 1 + H*W, d], after the LayerNorm."
+    x, _ = self.embed(x)
+    for block in self.blocks:
+        x = block(x)
+    return self.norm(x)
+
+
+@patch
+def forward_head(self: T2TViT, x: Tensor, pre_logits: bool = False) -> Tensor:
+    "Tokens [N, 1 + H*W, d] -> CLS [N, d], or logits [N, num_classes]."
+    return x[:, 0] if pre_logits else self.head(x[:, 0])
+
+
+@patch
+def forward(self: T2TViT, x: Tensor) -> Tensor:
+    "Images [N, 3, h, w] -> logits [N, num_classes], or CLS [N, d] if there are no classes."
+    return self.forward_head(self.forward_features(x))
 
 # %% ../../nbs/3_backbones/7_t2t.ipynb #6d221333
-@register_model
-def t2t_vit_14(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs):
-    "T2T-ViT-14: 21.5 M parameters."
-    without_weights('t2t_vit_14', pretrained)
-    return T2TViT(**kwargs)
+def t2t_vit_14(pretrained: bool = False, **kwargs) -> T2TViT:
+    "T2T-ViT-14: 21.5 M parameters. kwargs: further arguments of `T2TViT`. RuntimeError for pretrained=True."
+    return build_timm_model(T2TViT, 't2t_vit_14', 224, pretrained, **kwargs)
 
 
-@register_model
-def t2t_mini_32(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs):
-    "A T2T-ViT for crops of 16 to 96 pixels: one token for 8 x 8 pixels, d = 96."
-    without_weights('t2t_mini_32', pretrained)
-    small = dict(
-        img_size=32, embed_dim=96, depth=2, num_heads=3, token_dim=32, splits=((3, 2), (3, 2), (3, 2))
-    )
-    return T2TViT(**{**small, **kwargs})
+def t2t_mini_32(pretrained: bool = False, **kwargs) -> T2TViT:
+    "A T2T-ViT for crops of 16 to 96 pixels: one token for 8 x 8 pixels, d = 96. See `t2t_vit_14`."
+    small = dict(img_size=32, embed_dim=96, depth=2, num_heads=3, token_dim=32, splits=((3, 2),) * 3)
+    return build_timm_model(T2TViT, 't2t_mini_32', 32, pretrained, **{**small, **kwargs})
 
 # %% ../../nbs/3_backbones/7_t2t.ipynb #485d152f
 @register_backbone(t2t_vit_14=dict(timm_name='t2t_vit_14'), t2t_mini=dict(timm_name='t2t_mini_32'))
 class T2TBackbone(CvTBackbone):
-    "T2T-ViT, read like CvT: pooled is CLS, tokens are the patches, both behind the last LayerNorm."
+    "T2T-ViT, read like CvT: pooled is CLS, tokens are the patches, both after the last LayerNorm."
+
+
+@patch
+def n_layers(self: T2TBackbone, blocks: bool = False) -> int:
+    "How many blocks there are."
+    return len(self.model.blocks)
+
+
+@patch
+def layer_maps(self: T2TBackbone, x: Tensor, layers: set[int], norm: bool, blocks: bool) -> dict[int, tuple]:
+    "Block -> (map [N, d, H, W], CLS [N, 1, d]) after it."
+    maps, (x, grid) = {}, self.model.embed(x)
+    for i, block in enumerate(self.model.blocks[: max(layers) + 1]):
+        x = block(x)
+        if i in layers:
+            z = self.model.norm(x) if norm else x
+            maps[i] = to_map(z[:, 1:], grid), z[:, :1]
+    return maps

@@ -9,19 +9,26 @@ __all__ = ['SUFFIXES', 'to_rgb', 'ImageError', 'read_image', 'decode_image', 'li
 # %% ../../nbs/2_data/3_folders.ipynb #46ccef9a
 import os
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch import Tensor
+
+from .files import atomic_write
+from .toyworld import Dataset, fingerprint_of
 
 # %% ../../nbs/2_data/3_folders.ipynb #97082381
-def to_rgb(img):
+def to_rgb(img: Image.Image) -> Image.Image:
     """Any PIL image -> 8-bit RGB as a viewer shows it: upright, alpha over white, of 16 bits the upper 8.
 
-    Raises ValueError for float and 32-bit pixels, whose range a file does not tell."""
+    ValueError for float and 32-bit pixels, whose range a file does not tell.
+    """
     img = ImageOps.exif_transpose(img)
     if img.mode == 'F':
         raise ValueError('its pixels are floats of unknown range: save it with 8 or 16 bits')
@@ -33,7 +40,7 @@ def to_rgb(img):
     return img.convert('RGB')
 
 
-def _upper_byte(a):
+def _upper_byte(a: np.ndarray) -> Image.Image:
     # Pillow keeps the upper byte of 16-bit *colour* images too, so grey and colour are treated alike
     if a.min() < 0 or a.max() > 65535:
         raise ValueError('its pixels have 32 bits: save it with 8 or 16')
@@ -44,11 +51,11 @@ class ImageError(ValueError):
     "An image file that cannot be decoded; the message names the file and the reason."
 
 
-def _is_plain_jpeg(img):
+def _is_plain_jpeg(img: Image.Image) -> bool:
     return img.format == 'JPEG' and img.mode in ('RGB', 'L') and img.getexif().get(0x0112, 1) == 1
 
 
-def _decode(data):
+def _decode(data: bytes) -> Tensor:
     img = Image.open(BytesIO(data))
     if _is_plain_jpeg(img):
         from torchvision.io import ImageReadMode, decode_jpeg  # here, as importing it takes seconds
@@ -56,12 +63,13 @@ def _decode(data):
         return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
     return torch.from_numpy(np.array(to_rgb(img))).permute(2, 0, 1)
 
-
-def read_image(path):
+# %% ../../nbs/2_data/3_folders.ipynb #97e2afd7
+def read_image(path: str | os.PathLike) -> Tensor:
     """File -> uint8 [3, H, W], RGB, upright (see `to_rgb`).
 
     Plain JPEGs go through torchvision.io, all others through Pillow. Of an animation, the first frame.
-    Raises FileNotFoundError, or ImageError naming the file: not an image, truncated, float pixels."""
+    FileNotFoundError, or ImageError naming the file: not an image, truncated, float pixels.
+    """
     try:
         data = Path(path).read_bytes()
     except FileNotFoundError:
@@ -71,15 +79,15 @@ def read_image(path):
     return decode_image(data, path)
 
 
-def decode_image(data, name):
-    "The bytes of an image file -> uint8 [3, H, W], as `read_image`; `name` is for the message of an ImageError."
+def decode_image(data: bytes, name: Any) -> Tensor:
+    "The bytes of an image file -> uint8 [3, H, W], as `read_image`; `name` is for the ImageError."
     try:
         return _decode(data)
     except Exception as e:  # decoders raise nearly anything on a broken file, SyntaxError included
         raise ImageError(f'cannot read {name}: {_reason(e)}') from None
 
 
-def _reason(e):
+def _reason(e: Exception) -> str:
     text = str(e).rsplit('.cpp:', 1)[-1]  # torchvision puts its own source line in front
     if 'cannot identify' in text:
         return 'it is not an image, or of a format that Pillow does not know'
@@ -91,70 +99,90 @@ def _reason(e):
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.webp', '.tif', '.tiff', '.ppm', '.pgm', '.pbm')
 
 
-def list_images(root):
+def list_images(root: str | os.PathLike) -> list[str]:
     "Sorted paths, relative to `root` and with forward slashes, of all image files below it (by suffix)."
     files = []
-    for folder, below, names in os.walk(root, followlinks=True):
+    for folder, below, names in os.walk(str(root), followlinks=True):
         here = os.path.realpath(folder)
         below[:] = [d for d in below if d[0] != '.' and not _leads_up(os.path.join(folder, d), here)]
         relative = Path(folder).relative_to(root)
-        files += [(relative / n).as_posix() for n in names if n[0] != '.' and n.lower().endswith(SUFFIXES)]
+        images = [n for n in names if n[0] != '.' and n.lower().endswith(SUFFIXES)]
+        files += [(relative / n).as_posix() for n in images]
     return sorted(files)
 
 
-def _leads_up(folder, here):
-    # a link to a folder that we are in would be walked for ever
+def _leads_up(folder: str, here: str) -> bool:
+    # a link to a folder that we are in would be walked without end
     return os.path.islink(folder) and (here + os.sep).startswith(os.path.realpath(folder) + os.sep)
 
 # %% ../../nbs/2_data/3_folders.ipynb #42555818
+# In one cell, although it is long: type checkers know only the methods that stand in the class.
 class ImageFolder:
     """The images below a folder, as a data set: `ds[i]` -> (uint8 [3, H, W], label).
 
     The label is the first folder on an image's way from `root`, -1 for images directly in `root`.
     `files`: only these, relative to `root` (a sequence, or a list file as `save_list` writes it).
     `on_error='skip'` decodes each file once and leaves out what cannot be read (`.skipped`: messages).
-    Raises FileNotFoundError (no folder, a listed file is missing) or ValueError (no image in it)."""
+    FileNotFoundError (no folder, a listed file is missing) or ValueError (no image in it).
+    """
 
-    def __init__(self, root, on_error='raise', files=None):
-        self.root, self.skipped = Path(root), []
+    def __init__(
+        self,
+        root: str | os.PathLike,
+        on_error: str = 'raise',
+        files: Sequence[str] | str | os.PathLike | None = None,
+    ):
+        self.root = Path(root)
         if on_error not in ('raise', 'skip'):
             raise ValueError(f"on_error is 'raise' or 'skip', not {on_error!r}")
         if not self.root.is_dir():
             raise FileNotFoundError(f'no such folder: {root}')
-        self.files = list_images(root) if files is None else _listed(self.root, files, on_error)
-        if on_error == 'skip':
-            self._skip_unreadable()
+        found = list_images(root) if files is None else _listed(self.root, files, on_error)
+        self.files, self.skipped = _readable(self.root, found) if on_error == 'skip' else (found, [])
         if not self.files:
             raise ValueError(f'no image below {root} that can be read (looked for {" ".join(SUFFIXES)})')
-        self.classes = sorted({f.split('/')[0] for f in self.files if '/' in f})
-        number = {c: k for k, c in enumerate(self.classes)}
-        self.labels = np.array([number[f.split('/')[0]] if '/' in f else -1 for f in self.files], np.int64)
+        self.classes, self.labels = _labels(self.files)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
         return read_image(self.root / self.files[i]), int(self.labels[i])
 
-    def _skip_unreadable(self):
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoders release the interpreter's lock
-            problems = list(pool.map(lambda f: _problem(self.root / f), self.files))
-        self.skipped = [p for p in problems if p]
-        self.files = [f for f, p in zip(self.files, problems) if not p]
-        if self.skipped:
-            warnings.warn(
-                f'{len(self.skipped)} of {len(problems)} images are left out; the first: {self.skipped[0]}'
-            )
+    def fingerprint(self) -> str:
+        "See `Dataset`; of a file count the name, the size and the time of the last change."
+        stats = [(self.root / f).stat() for f in self.files]
+        files = [(f, s.st_size, s.st_mtime_ns) for f, s in zip(self.files, stats)]
+        return fingerprint_of(type(self).__name__, files, self.labels.tolist())
 
 # %% ../../nbs/2_data/3_folders.ipynb #5551ac10
-def _problem(path):
+def _labels(files: list[str]) -> tuple[list[str], np.ndarray]:
+    folders = [f.split('/')[0] if '/' in f else None for f in files]
+    classes = sorted({folder for folder in folders if folder is not None})
+    number: dict[str | None, int] = {c: k for k, c in enumerate(classes)}
+    return classes, np.array([number.get(folder, -1) for folder in folders], np.int64)
+
+
+def _readable(root: Path, files: list[str]) -> tuple[list[str], list[str]]:
+    "The files that can be read, and the messages about the others, with a warning."
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoders release the interpreter's lock
+        problems = list(pool.map(lambda f: _problem(root / f), files))
+    skipped = [p for p in problems if p]
+    if skipped:
+        text = f'{len(skipped)} of {len(problems)} images are left out; the first: {skipped[0]}'
+        warnings.warn(text, stacklevel=3)
+    return [f for f, p in zip(files, problems) if not p], skipped
+
+# %% ../../nbs/2_data/3_folders.ipynb #5404937b
+def _problem(path: Path) -> str | None:
     try:
         read_image(path)
     except (ImageError, OSError) as e:
         return str(e)
+    return None
 
 
-def _listed(root, files, on_error):
+def _listed(root: Path, files: Sequence[str] | str | os.PathLike, on_error: str) -> list[str]:
     if isinstance(files, (str, os.PathLike)):
         if not Path(files).is_file():
             raise FileNotFoundError(f'no such list of images: {files}')
@@ -165,39 +193,40 @@ def _listed(root, files, on_error):
     return list(files)
 
 # %% ../../nbs/2_data/3_folders.ipynb #bd5fb2c6
-def class_order(n, seed, c):
-    "A permutation of range(n) fixed by (seed, class number): sorted by raw Philox bits, which NumPy keeps stable."
-    return np.argsort(np.random.Philox(key=np.array([seed, c], np.uint64)).random_raw(n), kind='stable')
+def class_order(n: int, seed: int, c: int) -> np.ndarray:
+    "A permutation of range(n) fixed by (seed, class number): it sorts raw bits, which NumPy keeps stable."
+    bits = np.random.Philox(key=np.array([seed, c], np.uint64)).random_raw(n)
+    return np.argsort(bits, kind='stable')
 
 # %% ../../nbs/2_data/3_folders.ipynb #1f0b0969
 class Subset:
     "Some samples of a data set, as a data set of its own: `Subset(ds, indices)[k]` is `ds[indices[k]]`."
 
-    def __init__(self, dataset, indices):
+    def __init__(self, dataset: Dataset, indices: Sequence[int] | np.ndarray):
         self.dataset, self.indices = dataset, np.asarray(indices, np.int64)
         self.labels, self.classes = dataset.labels[self.indices], dataset.classes
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, k):
+    def __getitem__(self, k: int) -> tuple[Tensor, int]:
         return self.dataset[int(self.indices[k])]
 
-    @property
-    def files(self):
-        return [self.dataset.files[i] for i in self.indices]
+    def fingerprint(self) -> str:
+        "See `Dataset`."
+        return fingerprint_of(type(self).__name__, self.dataset.fingerprint(), self.indices.tolist())
 
+# %% ../../nbs/2_data/3_folders.ipynb #bd5a27be
+def balanced_subset(dataset: Dataset, per_class: int, seed: int = 0) -> Subset:
+    """`per_class` samples of each class, in the data set's order; nested in `per_class` for a seed.
 
-def balanced_subset(dataset, per_class, seed=0):
-    """`per_class` samples of each class as a `Subset`, in the data set's order; nested in `per_class` for a seed.
-
-    Raises ValueError without labels, or naming the class that has too few."""
+    ValueError without labels, or naming the class that has too few.
+    """
     if per_class < 1:
         raise ValueError(f'per_class is {per_class}: take at least one image a class')
     if not dataset.classes:
-        raise ValueError(
-            'a balanced subset needs labels, and this data set has none: put each class into a folder'
-        )
+        reason = 'a balanced subset needs labels, and this data set has none'
+        raise ValueError(f'{reason}: put each class into a folder')
     chosen = []
     for c, name in enumerate(dataset.classes):
         members = np.flatnonzero(dataset.labels == c)
@@ -206,10 +235,25 @@ def balanced_subset(dataset, per_class, seed=0):
         chosen.append(members[class_order(len(members), seed, c)[:per_class]])
     return Subset(dataset, np.sort(np.concatenate(chosen)))
 
-# %% ../../nbs/2_data/3_folders.ipynb #2ffd1fee
-def save_list(dataset, path):
-    "Write the relative paths of an ImageFolder, or of a Subset of one, one a line; load with `ImageFolder(root, files=path)`."
-    path = Path(path)
-    part = path.with_name(path.name + '.part')
-    part.write_text(''.join(f'{f}\n' for f in dataset.files), errors='surrogateescape')
-    os.replace(part, path)
+# %% ../../nbs/2_data/3_folders.ipynb #bb93961b
+def save_list(dataset: Dataset, path: str | os.PathLike) -> None:
+    """Writes the relative paths of an ImageFolder, or of a Subset of one, one a line.
+
+    Load it with `ImageFolder(root, files=path)`. ValueError for images that are not files of their own.
+    """
+    text = ''.join(f'{f}\n' for f in _relative_paths(dataset))
+    with atomic_write(path) as f:
+        f.write(text.encode(errors='surrogateescape'))
+
+
+def _relative_paths(dataset: Dataset) -> list[str]:
+    if isinstance(dataset, Subset):
+        paths = _relative_paths(dataset.dataset)
+        return [paths[i] for i in dataset.indices]
+    if isinstance(dataset, ImageFolder):
+        return dataset.files
+    kind = type(dataset).__name__
+    raise ValueError(
+        f'a list holds paths of image files, and the images of a {kind} are none: '
+        'write the subset itself as shards, with write_shards(subset, out)'
+    )

@@ -147,7 +147,7 @@ def layers(scene: Scene, size: int, shape: str, texture: str) -> tuple[np.ndarra
 
 # %% ../../nbs/2_data/1_toyworld.ipynb #6ab31457
 def paint(scene: Scene, size: int, shape: str, texture: str) -> tuple[np.ndarray, np.ndarray]:
-    "Image [3, size, size], mostly in 0..1, and masks bool [n, size, size] of the visible part of every object."
+    "Image [3, size, size], mostly in 0..1, and the visible part of every object, bool [n, size, size]."
     at = (np.arange(size, dtype=np.float32) + 0.5) / size
     a, b, phase = _columns(scene.waves)
     image = _mix(scene.tone[-1], triangle_wave(a * at + b * at[:, None] + phase).sum(0) / 3)

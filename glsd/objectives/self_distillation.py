@@ -111,10 +111,12 @@ def outputs_of(backbone: nn.Module, views: Views, n_groups: int | None, inputs: 
     groups, B = views.crops[:n_groups], views.crops[0].shape[1]
     inputs = [*inputs] + [{}] * (len(groups) - len(inputs))
     features = [backbone(crops.flatten(0, 1), **more) for crops, more in zip(groups, inputs)]
-    pooled, tokens = (torch.cat([batch_first(f[i], B) for f in features], 1) for i in (0, 1))
+    pooled = torch.cat([batch_first(f.pooled, B) for f in features], 1)
+    tokens = torch.cat([batch_first(f.tokens, B) for f in features], 1)
     grids = [f.grid for f, crops in zip(features, groups) for _ in crops]
     w_geo = torch.cat([w.transpose(0, 1) for w in views.w_geo[:n_groups]], 1)
-    queries = batch_first(features[0].queries, B) if hasattr(features[0], 'queries') else None
+    queries = features[0].extra.get('queries')
+    queries = None if queries is None else batch_first(queries, B)
     return Outputs(pooled, tokens, grids, w_geo, {}, len(groups[0]), queries, inputs)
 
 # %% ../../nbs/4_distillation/4_self_distillation.ipynb #41a7a783

@@ -8,26 +8,22 @@ __all__ = ['MOST_SKIPPED', 'batches', 'run_monitors', 'Run', 'checkpoint_of', 'l
            'Skipper', 'look', 'train', 'remove_run']
 
 # %% ../../nbs/7_training/5_loop.ipynb #163af134
-import math
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from .monitoring import NotFinite, StuckCheck, progress_display
-from .trainer import Trainer, World, build_dataset, pick_device
 from torch import nn
 
 from ..backbones import create_backbone
 from ..data.files import atomic_write, folder_lock
-from ..data.loading import make_loader, order_of, worker_deaths
+from ..data.loading import order_of, step_loader, worker_errors
 from ..objectives.method import find_method
 from glsd.training.checkpoint import (
     CheckpointWriter,
@@ -40,25 +36,23 @@ from glsd.training.checkpoint import (
     read_metrics,
     saved_recipe,
 )
+from .monitoring import NotFinite, StuckCheck, progress_display
 from .recipe import FORMAT, Recipe
+from .trainer import Trainer, World, build_dataset, pick_device
 from ..views.multicrop import Views
 
 # %% ../../nbs/7_training/5_loop.ipynb #e1527d7e
 def batches(
     recipe: Recipe, dataset: Any, start: int, steps: int, multicrop: Any, world: World | None = None
-) -> Iterator[Views]:
+) -> Iterable[Views]:
     """The Views of steps `start` to `steps`, epoch after epoch; the same ones whether a run was cut or not.
 
-    `multicrop`: a method's `views`. Of each batch, the part of this process."""
+    `multicrop`: a method's `views`. Of each batch, the part of this process; pinned where a GPU will take it."""
     world, r = world or World(), recipe.run
-    per_epoch = len(dataset) // r.batch_size
-    for epoch in range(start // per_epoch, math.ceil(steps / per_epoch)):
-        first = start % per_epoch if epoch == start // per_epoch else 0
-        loader = make_loader(
-            dataset, multicrop, r.batch_size, seed=r.seed, epoch=epoch, workers=r.workers,
-            start=first, rank=world.rank, world=world.size,
-        )  # fmt: skip
-        yield from islice(loader, steps - epoch * per_epoch - first)
+    pin = torch.cuda.is_available() and world.device(r.device).type == 'cuda'
+    return step_loader(
+        dataset, multicrop, r.batch_size, r.seed, start, steps, r.workers, world.rank, world.size, pin
+    )
 
 # %% ../../nbs/7_training/5_loop.ipynb #081791c1
 def run_monitors(trainer: Trainer, monitors: dict[str, Callable], views: Views) -> dict[str, float]:
@@ -317,7 +311,7 @@ def train(trainer: Trainer, out: Path, dataset: Any, monitors: dict[str, Callabl
     skipper = Skipper(trainer, out, dataset)
     views_of = trainer.method.views
     try:
-        with sigterm() as asked_to_stop, worker_deaths():
+        with sigterm() as asked_to_stop, worker_errors():
             for views in batches(trainer.recipe, dataset, trainer.done, trainer.steps, views_of, world):
                 if log:
                     log.loaded = time.perf_counter()

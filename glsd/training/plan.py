@@ -24,7 +24,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..data.folders import decode_image
 from ..data.loading import sample_rng
-from ..objectives.method import find_method
 from ..objectives.self_distillation import SelfDistillation
 from .recipe import Recipe
 from .trainer import Trainer, World, build_dataset

@@ -26,12 +26,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from .monitoring import progress_display
-from .trainer import World, build_dataset, check_batch, pick_device
 from torch import Tensor, nn
 
 from .checkpoint import MetricsReader
 from .loop import Run, load_run
+from .monitoring import progress_display
+from .trainer import World, build_dataset, check_batch, pick_device
 
 # %% ../../nbs/7_training/8_processes.ipynb #f34ff015
 class _SumOverAll(torch.autograd.Function):

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from .trainer import Trainer, build_dataset, seeded
 from torch import nn
 
 from .checkpoint import load_checkpoint, saved_recipe
 from .loop import batches
+from .trainer import Trainer, build_dataset, seeded
 from ..views.multicrop import Views
 
 # %% ../../nbs/7_training/10_replay.ipynb #bdc03a6f

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from .trainer import World
 from torch import Tensor, nn
 
 from ..backbones import Backbone
 from .processes import DistributedWorld, process_group
+from .trainer import World
 
 # %% ../../nbs/7_training/12_sharding.ipynb #3d491cb7
 def units(backbone: nn.Module, least: float = 1 / 64) -> list[nn.Module]:

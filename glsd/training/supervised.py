@@ -7,12 +7,11 @@ __all__ = ['SupervisedOptions', 'Supervised', 'top1', 'accuracy_monitor', 'test_
 
 # %% ../../nbs/7_training/7_supervised.ipynb #5b6ee340
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from .trainer import build_dataset
 from timm.data.mixup import mixup_target
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from ..objectives.drloc import LocalizationMLP, check_variant, dense_localizatio
 from ..objectives.method import Method, register_method
 from .labelled import mix, one_view_colours
 from .recipe import Recipe
+from .trainer import build_dataset
 from ..views.multicrop import MultiCrop, Views
 
 # %% ../../nbs/7_training/7_supervised.ipynb #0ae3ab44
