@@ -200,7 +200,7 @@ def register_backbone(**variants: dict) -> Callable:
 
 # %% ../../nbs/3_backbones/1_features.ipynb #acb4060c
 _names = dict(
-    vit=(
+    queries=(
         *('vit_tiny_p16', 'vit_tiny_p8', 'vit_small_p16', 'vit_small_p8', 'vit_base_p16', 'vit_base_p8'),
         *('vit_tiny_p16_mean', 'vit_tiny_p8_mean', 'vit_small_p16_mean', 'vit_small_p8_mean', 'vit_mini'),
     ),
