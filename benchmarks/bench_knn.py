@@ -1,4 +1,5 @@
-"""Seconds of k-NN with four values of k: glsd, the plain way, and the one matrix product that neither can avoid."""
+"""Seconds of k-NN with four values of k: glsd, the plain way, and the one matrix product that neither can
+avoid."""
 
 import common
 import torch

@@ -9,12 +9,12 @@ import common
 import numpy as np
 import torch
 from bench_views import write_jpegs
+from glsd.training.speed import compile_backbones
 from plain import PlainMaps, PlainTrainer, collate
 
 from glsd.data.folders import read_image
 from glsd.training.loop import Trainer, build_multicrop
 from glsd.training.recipe import Recipe
-from glsd.training.speed import compile_backbones
 
 SIZES = dict(
     vit_mini=dict(

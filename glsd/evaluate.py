@@ -17,13 +17,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from .evaluation.correspondence import correspondence, correspondence_picture
 from safetensors import safe_open
 
 from .data import ToyWorld, open_images
+from .data.files import atomic_write
 from .data.folders import Subset
 from .data.loading import eval_crop
 from .evaluation import attention, dense, frozen, knn, linear, report
-from .evaluation.correspondence import correspondence, correspondence_picture
 from glsd.evaluation.retrieval import (
     RetrievalFolder,
     RetrievalSet,
@@ -34,8 +35,8 @@ from glsd.evaluation.retrieval import (
     toy_retrieval,
 )
 from .training import Recipe
-from .training.checkpoint import last_checkpoint, saved_recipe, written_beside
-from .training.loop import pick_device
+from .training.checkpoint import last_checkpoint, saved_recipe
+from .training.trainer import pick_device
 
 # %% ../nbs/evaluate.ipynb #a362c6e4
 class Net(NamedTuple):
@@ -436,9 +437,9 @@ def evaluate(
 
 def _write(path, answer, figure):
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_beside(path) as f:
+    with atomic_write(path) as f:
         f.write(json.dumps(answer, indent=1).encode())
     if figure is None:
         return
-    with written_beside(path.with_suffix('.png')) as f:
+    with atomic_write(path.with_suffix('.png')) as f:
         figure.savefig(f, format='png')

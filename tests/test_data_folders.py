@@ -8,7 +8,16 @@ import pytest
 import torch
 from PIL import Image
 
-from glsd.data.folders import ImageError, ImageFolder, balanced_subset, list_images, read_image, save_list
+from glsd.data.folders import (
+    ImageError,
+    ImageFolder,
+    Subset,
+    balanced_subset,
+    list_images,
+    read_image,
+    save_list,
+    to_rgb,
+)
 
 pytestmark = pytest.mark.filterwarnings(
     'ignore:The image decoding', 'ignore:This DataLoader', 'ignore:Truncated File'
@@ -20,12 +29,8 @@ def picture(h=20, w=30, seed=0):
 
 
 def mean_error(path, image):
-    return (
-        (read_image(path).permute(1, 2, 0).int() - torch.tensor(np.array(image.convert('RGB'))).int())
-        .abs()
-        .float()
-        .mean()
-    )
+    expected = torch.tensor(np.array(image.convert('RGB'))).int()
+    return (read_image(path).permute(1, 2, 0).int() - expected).abs().float().mean()
 
 
 @pytest.mark.parametrize(
@@ -138,7 +143,8 @@ def test_only_unreadable_images_is_an_error(tmp_path):
 
 
 def test_links_and_circles(tmp_path):
-    (tmp_path / 'store').mkdir(), (tmp_path / 'set').mkdir()
+    (tmp_path / 'store').mkdir()
+    (tmp_path / 'set').mkdir()
     picture().save(tmp_path / 'store/x.png')
     os.symlink(tmp_path / 'store', tmp_path / 'set/c1')
     os.symlink(tmp_path / 'set', tmp_path / 'set/round')
@@ -153,3 +159,72 @@ def test_subsets_are_nested_for_any_seed_and_differ_between_seeds(tmp_path):
         sets = [set(balanced_subset(Labels, n, seed).indices) for n in range(1, 41)]
         assert all(a < b for a, b in zip(sets, sets[1:])) and len(sets[-1]) == 200
     assert set(balanced_subset(Labels, 5, 0).indices) != set(balanced_subset(Labels, 5, 1).indices)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    "Two classes of three images, and a list of two of them."
+    for name in ['a/0.png', 'a/1.png', 'a/2.png', 'b/0.png', 'b/1.png', 'b/2.png']:
+        (tmp_path / 'set' / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(seed=len(list(tmp_path.rglob('*.png')))).save(tmp_path / 'set' / name)
+    (tmp_path / 'list.txt').write_text('a/0.png\nb/2.png\n')
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    'make, error, message',
+    [
+        (
+            lambda t: to_rgb(Image.fromarray(np.zeros((4, 4), np.float32))),
+            ValueError,
+            'floats of unknown range',
+        ),
+        (lambda t: to_rgb(Image.fromarray(np.full((4, 4), 10**6, np.int32))), ValueError, '32 bits'),
+        (lambda t: ImageFolder(t / 'sets'), FileNotFoundError, 'no such folder: .*sets'),
+        (lambda t: ImageFolder(t / 'set/a/0.png'), FileNotFoundError, 'no such folder'),
+        (lambda t: ImageFolder(t / 'set', on_error='ignore'), ValueError, "on_error is 'raise' or 'skip'"),
+        (lambda t: ImageFolder(t / 'set', files=['a/9.png']), FileNotFoundError, 'a/9.png is in the list'),
+        (lambda t: ImageFolder(t / 'set', files=t / 'lost.txt'), FileNotFoundError, 'no such list of images'),
+        (lambda t: ImageFolder(t / 'set', files=[]), ValueError, 'no image below'),
+        (lambda t: balanced_subset(ImageFolder(t / 'set'), 0), ValueError, 'at least one image a class'),
+        (
+            lambda t: balanced_subset(ImageFolder(t / 'set'), 4),
+            ValueError,
+            'class a has 3 images, fewer than',
+        ),
+        (lambda t: balanced_subset(ImageFolder(t / 'set/a'), 1), ValueError, 'needs labels'),
+    ],
+)
+def test_what_is_wrong_is_one_clear_line(tree, make, error, message):
+    with pytest.raises(error, match=message) as e:
+        make(tree)
+    assert '\n' not in str(e.value)
+
+
+def test_a_list_is_written_whole_beside_an_old_one(tree, monkeypatch):
+    ds = ImageFolder(tree / 'set')
+    save_list(Subset(Subset(ds, [5, 1, 0]), [2, 0]), tree / 'list.txt')
+    assert (tree / 'list.txt').read_text() == 'a/0.png\nb/2.png\n'
+    with monkeypatch.context() as m:
+        m.setattr(os, 'replace', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            save_list(ds, tree / 'list.txt')
+    assert (tree / 'list.txt').read_text() == 'a/0.png\nb/2.png\n'
+    assert sorted(os.listdir(tree)) == ['list.txt', 'set']
+
+
+def test_fingerprints_follow_what_a_folder_would_deliver(tree):
+    def fingerprints():
+        ds = ImageFolder(tree / 'set')
+        listed = ImageFolder(tree / 'set', files=tree / 'list.txt')
+        return [
+            d.fingerprint() for d in (ds, listed, Subset(ds, [0, 5]), Subset(ds, [5, 0]), Subset(ds, [0]))
+        ]
+
+    before = fingerprints()
+    assert fingerprints() == before and len(set(before)) == 5
+    os.utime(tree / 'set/a/1.png', ns=(0, 0))  # not in the list
+    after = fingerprints()
+    assert after[1] == before[1] and not {after[k] for k in (0, 2, 3, 4)} & set(before)
+    (tree / 'set/b/2.png').rename(tree / 'set/a/9.png')
+    assert ImageFolder(tree / 'set').fingerprint() not in before + after

@@ -1,4 +1,4 @@
-"The toy world across processes and access orders, and what colour says about the class on more images than the chapter has."
+"The toy world across processes and access orders, and what colour tells about the class, on many images."
 
 import hashlib
 import subprocess
@@ -13,7 +13,9 @@ DIGEST = """
 import hashlib, sys
 from glsd.data.toyworld import ToyWorld
 world = ToyWorld(50, size=40, split='val', seed=3)
-for i in map(int, sys.argv[1:]): print(hashlib.sha256(world[i][0].numpy().tobytes() + world.scene(i)[2].numpy().tobytes()).hexdigest())
+for i in map(int, sys.argv[1:]):
+    content = world[i][0].numpy().tobytes() + world.scene(i)[2].numpy().tobytes()
+    print(hashlib.sha256(content).hexdigest())
 """
 
 
@@ -25,9 +27,8 @@ def test_same_images_in_another_process_in_another_order():
     indices = [49, 0, 17, 17, 3]
     world = ToyWorld(50, size=40, split='val', seed=3)
     world.render(range(50))  # all at once here, one by one there
-    out = subprocess.run(
-        [sys.executable, '-c', DIGEST, *map(str, indices)], capture_output=True, text=True, check=True
-    ).stdout
+    command = [sys.executable, '-c', DIGEST, *map(str, indices)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert out.split() == [_digest(world, i) for i in indices]
 
 
@@ -47,9 +48,8 @@ def test_a_world_beyond_the_memory_limit_paints_the_same():
 @pytest.mark.parametrize('size', [8, 33, 224])
 def test_any_size(size):
     image, label, masks, boxes = ToyWorld(24, size, shapes=tuple(SHAPES)).scene(23)
-    assert (
-        image.shape == (3, size, size) and masks.shape[1:] == (size, size) and boxes.shape == (len(masks), 4)
-    )
+    assert image.shape == (3, size, size) and label == 23
+    assert masks.shape[1:] == (size, size) and boxes.shape == (len(masks), 4)
 
 
 def test_every_object_is_visible_and_boxed():
@@ -77,11 +77,8 @@ def test_colour_tells_nothing_about_the_class():
     y = torch.arange(n) % 12
 
     def histogram(images):  # counts of every level, without a one-hot of every pixel
-        level = (
-            (images.long() * bins // 256).flatten(2)
-            + bins * torch.arange(3)[None, :, None]
-            + 3 * bins * torch.arange(n)[:, None, None]
-        )
+        level = (images.long() * bins // 256).flatten(2)
+        level = level + bins * torch.arange(3)[None, :, None] + 3 * bins * torch.arange(n)[:, None, None]
         return torch.bincount(level.flatten(), minlength=n * 3 * bins).view(n, 3 * bins) / 1024
 
     for f in (histogram, lambda images: images.float().mean((2, 3)) / 255):
@@ -107,3 +104,22 @@ def test_wrong_input_is_one_line(wrong):
     with pytest.raises(ValueError) as e:
         ToyWorld(**wrong)
     assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('i', [12, -13, 10**6])
+def test_an_image_that_does_not_exist_is_one_line(i):
+    with pytest.raises(IndexError, match=f'image {i} of a toy world with 12'):
+        ToyWorld(12, 16)[i]
+
+
+def test_a_fingerprint_tells_worlds_apart():
+    same = ToyWorld(24, 16).fingerprint()
+    assert same == ToyWorld(24, 16).fingerprint()
+    others = [
+        ToyWorld(23, 16),
+        ToyWorld(24, 17),
+        ToyWorld(24, 16, 'val'),
+        ToyWorld(24, 16, seed=1),
+        ToyWorld(24, 16, shapes=('disc', 'cross')),
+    ]
+    assert len({same, *(world.fingerprint() for world in others)}) == 6

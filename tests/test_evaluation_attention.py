@@ -1,4 +1,5 @@
-"""What the chapter cannot show about attention: every kind of block against its own output, odd sizes, masks, and the widget's clicks."""
+"""What the chapter cannot show about attention: every kind of block against its own output, odd sizes,
+masks, and the widget's clicks."""
 
 import json
 
@@ -11,21 +12,17 @@ from timm.models.vision_transformer import VisionTransformer
 from glsd.backbones import create_backbone
 from glsd.backbones.swin import SwinBackbone
 from glsd.data import ToyWorld
-from glsd.evaluation.attention import (
-    attention_blocks,
-    attention_jaccard,
-    attention_maps,
-    attention_masks,
-    attention_picture,
-    block_attention,
+from glsd.evaluation.attention import attention_blocks, attention_maps, block_attention, window_places
+from glsd.evaluation.frozen import TimmFeatures, load_frozen
+from glsd.evaluation.object_masks import attention_jaccard, attention_masks, attention_picture
+from glsd.evaluation.similarity import (
     pca_rgb,
     similar_patches,
     similarity_map,
     similarity_overlays,
     similarity_widget,
-    window_places,
 )
-from glsd.evaluation.frozen import TimmFeatures, load_frozen
+from glsd.evaluation.token_matching import PixelPatches
 
 SMALL = dict(patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=0)
 NETWORKS = {
@@ -63,7 +60,8 @@ def network(request):
 
 @torch.no_grad()
 def caught(network, block, run):
-    "What arrives at the block's dropout of attention (timm's plain way of computing it, if it takes it) and at its last layer."
+    """What arrives at the block's dropout of attention (timm's plain way of computing it, if it takes it)
+    and at its last layer."""
     seen, fused, block.attn.fused_attn = {}, block.attn.fused_attn, False
     hooks = [
         getattr(block.attn, name).register_forward_pre_hook(
@@ -83,7 +81,7 @@ def test_attention_is_what_timm_computes(network):
     "Ours comes from `qkv` alone; timm, told not to fuse, shows its own."
     x = torch.randn(2, 3, 48, 48)
     for layer, block in enumerate(attention_blocks(network)):
-        seen = caught(network, block, lambda: block_attention(network, x, layer))
+        seen = caught(network, block, lambda layer=layer: block_attention(network, x, layer))
         A = seen['result'][0]
         torch.testing.assert_close(A.sum(-1), torch.ones(A.shape[:-1]))
         if 'attn_drop' in seen:
@@ -95,11 +93,13 @@ def test_attention_is_what_timm_computes(network):
 @torch.no_grad()
 @pytest.mark.parametrize('size', [48, 32])
 def test_weights_times_values_are_what_our_swin_computed(size):
-    "A @ v, put back into place, is what arrives at the block's last layer. Blocks of 12 and 6 columns (8 and 4) with windows of 4."
+    """A @ v, put back into place, is what arrives at the block's last layer. Blocks of 12 and 6 columns (8
+    and 4) with windows of 4."""
     torch.manual_seed(0)
     net = loud(create_backbone('swin_mini').eval())
+    x = torch.randn(2, 3, size, size)
     for layer, block in enumerate(attention_blocks(net)):
-        seen = caught(net, block, lambda: block_attention(net, torch.randn(2, 3, size, size), layer))
+        seen = caught(net, block, lambda layer=layer: block_attention(net, x, layer))
         A, places, (H, W) = seen['result']
         v = torch.cat([seen['qkv'].flatten(1, 2), block.attn.qkv.bias.expand(2, 1, -1)], 1)[:, places]
         v = v.unflatten(-1, (3, block.attn.num_heads, -1)).movedim(-3, 0)[2].transpose(-2, -3)
@@ -110,7 +110,7 @@ def test_weights_times_values_are_what_our_swin_computed(size):
 
 
 def test_a_register_is_not_cls():
-    "Registers without CLS: everybody looks, not the first register."
+    "Registers without CLS: the mean over all tokens, not the first register."
     net = TimmFeatures(
         VisionTransformer(img_size=48, reg_tokens=2, class_token=False, global_pool='avg', **SMALL)
     ).eval()
@@ -151,13 +151,13 @@ def test_the_picture_refuses_in_one_line(backbones, images, why):
 def test_sums_and_places(network):
     x, layers = torch.randn(1, 3, 48, 48), len(attention_blocks(network))
     for layer in range(layers):
-        everybody = attention_maps(network, x, layer=layer)[0]
-        assert (everybody >= 0).all() and (everybody.sum((1, 2)) < 1 + 1e-5).all()
-        H, W = everybody.shape[1:]
-        one = attention_maps(network, x, query=(H - 1, W - 1), layer=layer)[0]
+        mean = attention_maps(network, x, block=layer)[0]
+        assert (mean >= 0).all() and (mean.sum((1, 2)) < 1 + 1e-5).all()
+        H, W = mean.shape[1:]
+        one = attention_maps(network, x, query=(H - 1, W - 1), block=layer)[0]
         assert one[:, H - 1, W - 1].min() > 0  # a token sees itself
         with pytest.raises(ValueError, match='no token at'):
-            attention_maps(network, x, query=(H, 0), layer=layer)
+            attention_maps(network, x, query=(H, 0), block=layer)
 
 
 def test_every_token_lies_in_exactly_one_slot():
@@ -186,7 +186,7 @@ def test_a_network_made_to_look_at_one_kind_of_patch_is_seen_doing_so():
         qkv.bias.zero_()
         qkv.weight[0:48:16, 1] = 5.0
         qkv.weight[48:96:16, 0] = 5.0  # q from the mark of CLS, k from brightness
-    maps = attention_maps(net, image, layer=0)[0]
+    maps = attention_maps(net, image, block=0)[0]
     assert all(m.argmax() == 2 * 6 + 4 for m in maps) and (maps.flatten(1).amax(1) > 0.5).all()
 
 
@@ -214,8 +214,8 @@ def test_perfect_masks_score_a_hundred_and_shuffled_ones_do_not(monkeypatch):
             mask[0, 8:24, 8 * (i % 4) : 8 * (i % 4) + 16] = True
             return (255 * mask).expand(3, -1, -1).to(torch.uint8), 0, mask, None
 
-    look = lambda backbone, image, layer=-1: torch.nn.functional.avg_pool2d(image[None, :2].float(), 8) + 1e-6
-    monkeypatch.setattr('glsd.evaluation.attention.attention_maps', look)
+    look = lambda backbone, image, block=-1: torch.nn.functional.avg_pool2d(image[None, :2].float(), 8) + 1e-6
+    monkeypatch.setattr('glsd.evaluation.object_masks.attention_maps', look)
     r = attention_jaccard(create_backbone('vit_mini').eval(), World(), 48, mass=0.99, progress=False)
     assert (
         r['jaccard'] == r['one_head'] == 100 and r['shuffled'] < 50 and abs(r['everything'] - 100 / 9) < 1e-4
@@ -284,3 +284,35 @@ def test_overlays_show_what_is_alike_and_tokens_that_are_all_alike_as_bright():
     )
     same = similarity_overlays(views, torch.ones(2, 9, 4), (3, 3), (0, 2), pixels=30)[1]
     assert (same == b[5, 25]).all()
+
+
+@pytest.mark.parametrize(
+    'call, message',
+    [
+        (lambda net, x: attention_maps(net, x, query=(6, 0)), r'no token at \(6, 0\): there are 6 rows'),
+        (lambda net, x: attention_maps(net, x, block=2), 'no block 2: the backbone has 2'),
+        (lambda net, x: attention_maps(net, x[0, 0]), r'images must be \[N, 3, h, w\]'),
+        (lambda net, x: attention_maps(PixelPatches(8), x), 'no self-attention'),
+        (lambda net, x: similar_patches(torch.ones(4, 4), share=0), 'share=0 must lie above 0'),
+        (lambda net, x: similarity_map(torch.ones(9, 2), (3, 3), (0, 3)), 'no token at'),
+        (lambda net, x: pca_rgb(torch.ones(16, 4), (4, 5)), '16 tokens are not a grid of 4 x 5'),
+        (lambda net, x: pca_rgb(torch.full((16, 4), torch.nan), (4, 4)), 'not finite'),
+        (lambda net, x: attention_masks(torch.ones(4, 4), 0), 'mass=0 must lie above 0'),
+        (lambda net, x: attention_jaccard(net, [(x, 0)] * 3, 48), 'list has no masks'),
+        (lambda net, x: attention_jaccard(net, ToyWorld(1), 48), 'at least 2'),
+        (lambda net, x: attention_picture({'x': PixelPatches(8)}, ToyWorld(3), 48), 'no self-attention'),
+        (lambda net, x: similarity_widget(torch.nn.Flatten(), x), 'no tokens'),
+    ],
+)
+def test_refusals_in_one_line(call, message):
+    with pytest.raises(ValueError, match=message) as e:
+        call(create_backbone('vit_mini').eval(), torch.zeros(1, 3, 48, 48))
+    assert '\n' not in str(e.value)
+
+
+def test_uint8_images_are_normalised_as_the_network_wants_them():
+    "The same maps from pixels as from images that are normalised by hand."
+    net = loud(create_backbone('vit_mini').eval())
+    net.mean, net.std = (0.5,) * 3, (0.25,) * 3
+    pixels = torch.stack([ToyWorld(2, 48)[i][0] for i in range(2)])
+    torch.testing.assert_close(attention_maps(net, pixels), attention_maps(net, (pixels / 255 - 0.5) / 0.25))

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from glsd.training.watching import LivePlot, curves
 from torch import nn
 
 from glsd.data.toyworld import ToyWorld
@@ -21,7 +22,6 @@ from glsd.objectives import GeometricLoss, SimilarityLoss, setting
 from glsd.training import Recipe, pretrain
 from glsd.training.checkpoint import last_checkpoint, read_metrics
 from glsd.training.loop import Trainer, batches, build_dataset
-from glsd.training.watching import LivePlot, curves
 
 setting('similarity_alone')(SimilarityLoss)
 setting('geometric_alone')(GeometricLoss)

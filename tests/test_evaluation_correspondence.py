@@ -1,6 +1,8 @@
-"""What the chapter cannot show about correspondence: exactness on many pairs, workers, networks that must win or lose."""
+"""What the chapter cannot show about correspondence: exactness on many pairs, workers, networks that must
+win or lose."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,12 +11,13 @@ from torch import nn
 
 from glsd.backbones import Features, create_backbone
 from glsd.data import ToyWorld
-from glsd.evaluation.correspondence import (
+from glsd.evaluation.knn import EvalTransform
+from glsd.evaluation.pairs import Pairs, draw_pair, exact_map, renormalized, shift_reach, token_grid
+from glsd.evaluation.token_matching import (
     PixelPatches,
+    best_match,
     correspondence,
     correspondence_picture,
-    draw_pair,
-    exact_map,
     score,
     summary,
 )
@@ -49,10 +52,10 @@ def test_map_is_exact_and_one_to_one(G, shift):
         lonely = torch.cdist(ea[~known], eb)
         assert (
             not lonely.numel() or lonely.min() > 0.9 * float(a[2] - a[0]) / G
-        )  # nobody that has a partner is left out
+        )  # nobody that has a counterpart is left out
 
 
-def test_pixels_find_every_partner_without_flip_and_colour():
+def test_pixels_find_every_match_without_flip_and_colour():
     "On images of noise, any shape, cut without resizing: 100 % and no error, whatever the shift."
 
     class Same(Photos):
@@ -127,7 +130,7 @@ def test_interval_covers():
     assert 0.9 < np.mean(holds) < 0.99
 
 
-def test_score_ignores_tokens_without_partner():
+def test_score_ignores_tokens_without_a_counterpart():
     truth, known = torch.arange(9)[None], torch.zeros(1, 9, dtype=torch.bool)
     known[0, 4] = True
     accuracy, distance = score(torch.full((1, 9), 0), truth, known, (3, 3))
@@ -147,9 +150,53 @@ def test_picture_has_a_panel_for_each_and_takes_networks_of_other_strides():
         (PixelPatches(8), 1, 48, 'at least 2'),
         (PixelPatches(1), 4, 60, 'too small'),
         (create_backbone('vit_mini'), 4, 50, 'multiples of 8'),
+        (create_backbone('vit_mini'), 4, 512, 'too small'),
     ],
 )
 def test_bad_input_in_one_line(backbone, n, size, message):
     with pytest.raises(ValueError, match=message) as e:
         correspondence(backbone, ToyWorld(n), size, progress=False)
     assert '\n' not in str(e.value)
+
+
+class Broken(PixelPatches):
+    "A network that diverged."
+
+    def forward(self, x):
+        f = super().forward(x)
+        return replace(f, tokens=f.tokens * float('nan'))
+
+
+@pytest.mark.parametrize(
+    'call, message',
+    [
+        (lambda: token_grid(nn.Flatten(), 48), 'returns no tokens'),
+        (lambda: shift_reach((7, 7), 1.5), 'shift=1.5 must be a share'),
+        (lambda: draw_pair((7, 90), 48, (6, 6), np.random.default_rng(0)), 'needs 8 pixels'),
+        (lambda: best_match(torch.full((2, 3, 4), torch.nan), torch.ones(2, 3, 4)), '6 of 6 tokens'),
+        (lambda: correspondence(Broken(8), ToyWorld(4), 48, progress=False), 'not finite'),
+        (lambda: correspondence_picture({}, ToyWorld(4), 48), 'at least one backbone'),
+    ],
+)
+def test_refusals_in_one_line(call, message):
+    with pytest.raises(ValueError, match=message) as e:
+        call()
+    assert '\n' not in str(e.value)
+
+
+def test_pairs_as_the_backbone_wants_them():
+    "Both crops of a pair, in the units of a network that was trained with a mean of 0.5."
+
+    class Shows(PixelPatches):
+        mean, std, seen = (0.5,) * 3, (0.25,) * 3, []
+
+        def forward(self, x):
+            self.seen.append(x)
+            return super().forward(x)
+
+    net = Shows(8)
+    correspondence(net, ToyWorld(4), 48, progress=False)
+    crops = Pairs(ToyWorld(4), 48, (6, 6))[range(4)].crops[0]
+    for seen, crop in zip(net.seen[-2:], crops):
+        torch.testing.assert_close(seen, renormalized(crop, EvalTransform(net.mean, net.std)))
+        assert (seen - crop).abs().max() > 0.1

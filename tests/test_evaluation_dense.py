@@ -1,15 +1,16 @@
-"Dense nearest neighbours: void pixels, own mask sizes, perfect tokens, odd grids, and folders that are not in order."
+"""Dense nearest neighbours: void pixels, own mask sizes, perfect tokens, odd grids, and folders that are
+not in order."""
 
 import json
 
 import numpy as np
 import pytest
 import torch
+from glsd.evaluation.correspondence import PixelPatches
 from PIL import Image
 
 from glsd.backbones import Features, create_backbone
 from glsd.data import ToyWorld
-from glsd.evaluation.correspondence import PixelPatches
 from glsd.evaluation.dense import (
     MaskFolder,
     Memory,

@@ -1,4 +1,7 @@
-"What the chapter cannot show about k-NN: exactness under ties and odd sizes, the bound on memory, bad data sets."
+"""What the chapter cannot show about k-NN: exactness under ties and odd sizes, the bound on memory, bad
+data sets."""
+
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,7 +10,17 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from glsd.data import Subset, ToyWorld
-from glsd.evaluation.knn import knn_accuracy, knn_monitor, knn_picture, nearest, top, vote
+from glsd.evaluation.knn import (
+    evaluating,
+    extract,
+    knn_accuracy,
+    knn_monitor,
+    knn_picture,
+    nearest,
+    top,
+    transform_of,
+    vote,
+)
 
 
 def unit(n, d=8):
@@ -27,7 +40,8 @@ def test_nearest_is_brute_force(k, m):
 
 
 def test_ties_give_k_different_neighbours():
-    "Every anchor five times: cosines are those of brute force, no index comes twice, and each index has the cosine it claims."
+    """Every anchor five times: cosines are those of brute force, no index comes twice, and each index has
+    the cosine it claims."""
     q, b = unit(9), unit(200).repeat(5, 1)
     for k in (3, 20, 60):
         s, i = nearest(q, b, k, block=700)
@@ -36,8 +50,8 @@ def test_ties_give_k_different_neighbours():
         assert all(len(set(row)) == k for row in i.tolist())
 
 
-def test_the_largest_in_one_club():
-    "All of the largest in one club, or in the columns that are too few for one."
+def test_the_largest_in_one_group():
+    "All of the largest in one group, or in the columns that are too few for one."
     s = torch.zeros(1, 16 * 40 + 5)
     s[0, 7::40][:16] = torch.arange(1.0, 17)
     s[0, -5:] = 100 + torch.arange(5.0)
@@ -136,7 +150,7 @@ def test_bad_data_in_one_line_and_at_once(call, change, message):
 def test_a_network_that_diverged_is_named():
     a, b = ToyWorld(48, 16), ToyWorld(24, 16, 'val')
     with pytest.raises(ValueError, match='48 of 48 training features are not finite'):
-        knn_monitor(a, b, 16, 5)(Flat(float('nan')), 0)
+        knn_monitor(a, b, 16, 5)(SimpleNamespace(backbone=Flat(float('nan'))), 0)
     with pytest.raises(ValueError, match='not finite'):
         knn_picture({'x': Flat(float('inf'))}, a, b, 16)
 
@@ -151,3 +165,75 @@ def test_picture_takes_chosen_queries_and_large_images():
     assert (
         colours[0] == colours[1] and colours[0][:3] == colours[0][3:6]
     )  # the same query twice; a factor changes no cosine
+
+
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (dict(k=301), 'k = 301 is more than the 300 training images'),
+        (dict(k=0), 'k must be 1 or more'),
+        (dict(k=[]), 'k must be whole numbers'),
+        (dict(k=['ten']), "k must be whole numbers, not \\['ten'\\]"),
+        (dict(k=[2.5]), 'k must be whole numbers'),
+        (dict(train_labels=-1), '300 of 300 training images have no label'),
+        (dict(test_feats=torch.zeros(0, 8), test_labels=torch.zeros(0, dtype=torch.long)), 'no test images'),
+        (dict(test_feats=torch.zeros(60, 3)), 'training features have 8 dimensions, test features 3'),
+        (dict(train_feats=torch.zeros(299, 8)), '299 training features, but labels'),
+        (dict(train_feats=torch.zeros(300)), r'training features must be \[n, d\]'),
+        (dict(train_labels=0, test_labels=0), 'all training images are of class 0'),
+        (dict(test_labels=7), 'class 7 has test images but no training image'),
+    ],
+)
+def test_bad_features_in_one_line(change, message):
+    given = dict(train_feats=torch.randn(300, 8), train_labels=torch.arange(300) % 5)
+    given |= dict(test_feats=torch.randn(60, 8), test_labels=torch.arange(60) % 5, k=5)
+    for name, value in change.items():
+        fill = name.endswith('labels') and isinstance(value, int)
+        given[name] = torch.full_like(given[name], value) if fill else value
+    with pytest.raises(ValueError, match=message) as e:
+        knn_accuracy(**given)
+    assert '\n' not in str(e.value)
+
+
+def test_a_backbone_that_forgot_to_pool_is_named():
+    with pytest.raises(
+        ValueError, match=r'the backbone returned \[48, 8, 2, 2\] for 48 images, not \[48, d\]'
+    ):
+        extract(torch.nn.Conv2d(3, 8, 8, stride=8), ToyWorld(48, 16), 16)
+
+
+def test_images_as_the_backbone_wants_them():
+    "Its own mean, std, crop share and interpolation; a wrapper's are those of what it wraps."
+    world = ToyWorld(6, 40)
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self, backbone):
+            super().__init__()
+            self.backbone = backbone
+
+        def forward(self, x):
+            return self.backbone(x)
+
+    net = Flat()
+    net.mean, net.std, net.crop_pct, net.interpolation = (0.5,) * 3, (0.25,) * 3, 1.0, 'bilinear'
+    small = torch.nn.functional.interpolate(
+        torch.stack([world[i][0] for i in range(6)]), (16, 16), mode='bilinear', antialias=True
+    )
+    for backbone in net, Wrapped(net):
+        torch.testing.assert_close(extract(backbone, world, 16)[0], ((small / 255 - 0.5) / 0.25).flatten(1))
+    net.interpolation = 'random'  # timm's word for training crops
+    assert transform_of(net).interpolation == 'bicubic'
+
+
+def test_the_mode_comes_back_after_an_error():
+    net = Flat().train()
+    with pytest.raises(ZeroDivisionError), evaluating(net):
+        assert not net.training
+        raise ZeroDivisionError
+    assert net.training
+
+
+def test_a_tensor_called_mean_is_not_a_wish():
+    net = Flat()
+    net.register_buffer('mean', torch.zeros(96))
+    assert transform_of(net) == transform_of(Flat())

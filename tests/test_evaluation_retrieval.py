@@ -1,4 +1,5 @@
-"What the chapter cannot show about retrieval: the published definition on random rankings, faiss, folders, ties."
+"""What the chapter cannot show about retrieval: the published definition on random rankings, faiss,
+folders, ties."""
 
 import json
 
@@ -10,24 +11,16 @@ from torch import nn
 
 from glsd.backbones import Features
 from glsd.data import ToyWorld
+from glsd.evaluation.copies import EDITS, Edited, WithGeM, copy_detection, copy_set, ranks_of_originals
+from glsd.evaluation.ranking import average_precision, mean_average_precision, precision_at, search
 from glsd.evaluation.retrieval import (
-    EDITS,
-    Edited,
     Images,
     RetrievalFolder,
     RetrievalSet,
-    WithGeM,
-    average_precision,
-    copy_detection,
-    copy_set,
     edit,
-    mean_average_precision,
-    precision_at,
-    ranks_of_originals,
-    retrieval,
     retrieval_figures,
+    retrieval_map,
     retrieval_picture,
-    search,
     toy_retrieval,
 )
 
@@ -155,7 +148,9 @@ def test_a_folder_gives_the_figures_of_what_it_was_written_from(tmp_path):
     folder = RetrievalFolder(tmp_path)
     assert folder.lists == data.lists and (folder.queries[2][0] == data.queries[2][0]).all()
     for workers in (0, 1):
-        assert retrieval(nn.Flatten(), folder, 32, workers=workers) == retrieval(nn.Flatten(), data, 32)
+        assert retrieval_map(nn.Flatten(), folder, 32, workers=workers) == retrieval_map(
+            nn.Flatten(), data, 32
+        )
 
 
 def test_a_damaged_list_is_one_line(tmp_path):
@@ -266,7 +261,7 @@ def test_what_diverged_is_named():
             return torch.full((len(x), 4), float('nan'))
 
     for call in (
-        lambda: retrieval(Broken(), toy_retrieval(2, size=32), 32),
+        lambda: retrieval_map(Broken(), toy_retrieval(2, size=32), 32),
         lambda: copy_detection(Broken(), ToyWorld(3, 32), 32),
     ):
         with pytest.raises(ValueError, match='features are not finite') as e:
@@ -274,3 +269,57 @@ def test_what_diverged_is_named():
         assert '\n' not in str(e.value)
     with pytest.raises(ValueError, match='needs queries and a database'):
         RetrievalSet(Images([]), Images([]))
+
+
+GREY = Images([torch.full((3, 8, 8), v, dtype=torch.uint8) for v in (10, 60, 110)])
+
+
+@pytest.mark.parametrize(
+    'call, message',
+    [
+        (lambda: average_precision([0, 0]), '0 relevant images'),
+        (lambda: average_precision([1, 1], n_relevant=1), 'no fewer than the 2 found'),
+        (lambda: search(torch.ones(2, 3), torch.ones(4, 3), 5), 'k = 5 must be from 1 to the 4'),
+        (lambda: search(torch.ones(2, 3), torch.full((4, 3), torch.nan), 2), '4 of 4 database features'),
+        (lambda: search(torch.ones(0, 3), torch.ones(4, 3), 2), r'query features must be \[n, d\]'),
+        (lambda: search(torch.ones(2, 3), torch.ones(4, 2), 2), 'query features have 3 dimensions'),
+        (lambda: search(torch.ones(2, 3), torch.ones(4, 3), 2, 'annoy'), "no backend 'annoy'"),
+        (lambda: RetrievalSet(GREY, GREY, [{}]), '3 queries, but 1 lists'),
+        (lambda: RetrievalSet(GREY, GREY, [{'easy': [0], 'hard': [0]}, {}, {}]), 'in two lists'),
+        (lambda: RetrievalSet(GREY, GREY, [{'easy': [3]}, {}, {}]), 'query 0 lists image 3'),
+        (lambda: toy_retrieval(1), 'a search needs at least 2'),
+        (lambda: copy_detection(nn.Flatten(), Images([]), 8), '0 originals'),
+        (lambda: copy_detection(nn.Flatten(), Images([GREY[0][0]]), 8), 'at least 2 images'),
+        (lambda: copy_detection(nn.Flatten(), GREY, 8, edits={}), 'at least one edit'),
+        (lambda: WithGeM(nn.Flatten())(torch.zeros(1, 3, 8, 8)), 'returns no tokens'),
+    ],
+)
+def test_refusals_in_one_line(call, message):
+    with pytest.raises(ValueError, match=message) as e:
+        call()
+    assert '\n' not in str(e.value)
+
+
+def test_lists_that_lead_nowhere_are_one_line(tmp_path):
+    Image.new('RGB', (40, 20)).save(tmp_path / 'a.png')
+    good = {'queries': ['a.png'], 'database': ['a.png'], 'lists': [{}]}
+
+    def folder(**changes):
+        (tmp_path / 'lists.json').write_text(json.dumps({**good, **changes}))
+        return RetrievalFolder(tmp_path)
+
+    with pytest.raises(FileNotFoundError, match='no such file'):
+        RetrievalFolder(tmp_path, 'none.json')
+    with pytest.raises(FileNotFoundError, match='z.png is in the list, but not below'):
+        folder(queries=['z.png'])
+    with pytest.raises(ValueError, match='holds no pixel of an image of 40 x 20'):
+        folder(lists=[{'box': [90, 0, 99, 9]}]).queries[0]
+
+
+def test_pixels_see_the_crops_that_the_backbone_sees():
+    "A network that wants the whole image is compared with pixels of the whole image."
+    net = nn.Flatten()
+    net.mean, net.std, net.crop_pct = (0.5,) * 3, (0.5,) * 3, 1.0
+    for measure, data in ((retrieval_map, toy_retrieval(4, size=64)), (copy_detection, ToyWorld(8, 64))):
+        r = measure(net, data, 32)
+        assert all(r['pixels'][k] == r[k] for k in r['pixels'])

@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from glsd.training.watching import flat_terms
 
 from glsd.backbones import create_backbone
 from glsd.backbones.heads import Branch, Factored
@@ -17,7 +18,6 @@ from glsd.evaluation.collapse import collapse_figures
 from glsd.objectives import SETTINGS, create_objective, soft_cross_entropy
 from glsd.training.loop import Trainer
 from glsd.training.recipe import Recipe
-from glsd.training.watching import flat_terms
 from glsd.views.multicrop import MultiCrop
 
 HEAD = dict(out_dim=96, hidden_dim=32, bottleneck_dim=16)

@@ -9,6 +9,7 @@ import subprocess
 
 import pytest
 import torch
+from glsd.training.watching import NotFinite
 from PIL import Image
 from test_training_resume import SMALL
 from torch import nn
@@ -23,7 +24,6 @@ from glsd.training.checkpoint import (
     save_checkpoint,
 )
 from glsd.training.loop import batches, build_dataset
-from glsd.training.watching import NotFinite
 
 QUICK = Recipe(**SMALL).replace(steps=6, checkpoint_every=2)
 

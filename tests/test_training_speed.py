@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from glsd.training.speed import compile_backbones
 
 from glsd.training.loop import Trainer
 from glsd.training.recipe import Recipe
-from glsd.training.speed import compile_backbones
 from glsd.views.multicrop import MultiCrop
 
 

@@ -10,10 +10,10 @@ from timm.loss import SoftTargetCrossEntropy
 from glsd.data.folders import Subset
 from glsd.data.loading import make_loader
 from glsd.data.toyworld import ToyWorld
+from glsd.objectives.schedules import cosine_schedule
 from glsd.training.checkpoint import export_backbone, last_checkpoint, read_metrics
 from glsd.training.labelled import SupervisedRecipe, build_sets, mix, one_view, seeded
 from glsd.training.loop import batches, decay_groups, seed_step
-from glsd.training.schedules import cosine_schedule
 from glsd.training.supervised import (
     Classifier,
     SupervisedTrainer,

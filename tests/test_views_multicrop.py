@@ -1,4 +1,4 @@
-"""Multi-crop: torchvision's boxes and pixels, geometry that tells the truth, one sample from one generator, odd images."""
+"""Multi-crop: boxes and pixels as torchvision's, true geometry, one sample from one generator, odd images."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ import torchvision.transforms.functional as TF
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
 from glsd.views.geometry import token_centers
-from glsd.views.multicrop import MultiCrop, cut, draw_box
+from glsd.views.multicrop import MultiCrop, Views, crop, draw_box
 from glsd.views.photometric import Photometric
 
 
@@ -48,14 +48,8 @@ def test_boxes_are_distributed_like_torchvisions(size, scale):
         atol=0.04 * max(size) + 1,
     )
     x, y, w, h = ours.T
-    assert (
-        (x >= 0).all()
-        and (y >= 0).all()
-        and (x + w <= size[1]).all()
-        and (y + h <= size[0]).all()
-        and (w >= 1).all()
-        and (h >= 1).all()
-    )
+    assert (x >= 0).all() and (x + w <= size[1]).all() and (w >= 1).all()
+    assert (y >= 0).all() and (y + h <= size[0]).all() and (h >= 1).all()
 
 
 @pytest.mark.parametrize('box', [(10, 20, 130, 140), (0, 0, 200, 150), (50, 60, 58, 70), (199, 0, 200, 150)])
@@ -63,17 +57,11 @@ def test_boxes_are_distributed_like_torchvisions(size, scale):
 def test_crops_are_torchvisions(box, size):
     image = F.interpolate(noise_image(40, 50)[None], (150, 200), mode='bicubic')[0]
     x0, y0, x1, y1 = box
-    ours = cut(
-        image, torch.tensor([[*box, size, size, 0], [*box, size, size, 1]], dtype=torch.float32)
-    ).float()
-    tensor = TF.resized_crop(
-        image, y0, x0, y1 - y0, x1 - x0, [size, size], InterpolationMode.BICUBIC, antialias=True
-    )
-    pil = TF.pil_to_tensor(
-        TF.resized_crop(
-            TF.to_pil_image(image), y0, x0, y1 - y0, x1 - x0, [size, size], InterpolationMode.BICUBIC
-        )
-    )
+    w_geo = torch.tensor([[*box, size, size, 0], [*box, size, size, 1]], dtype=torch.float32)
+    ours = crop(image, w_geo).float()
+    where = y0, x0, y1 - y0, x1 - x0, [size, size], InterpolationMode.BICUBIC
+    tensor = TF.resized_crop(image, *where, antialias=True)
+    pil = TF.pil_to_tensor(TF.resized_crop(TF.to_pil_image(image), *where))
     assert (ours[0] - tensor).abs().mean() < 1 and (ours[0] - pil).abs().mean() < 1
     assert torch.equal(ours[1], ours[0].flip(-1))
 
@@ -100,11 +88,9 @@ def test_a_sample_is_the_same_in_any_batch_and_on_any_number_of_threads(sizes, B
     m, images = MultiCrop(*sizes), [noise_image(90 + 7 * i, 120 - 3 * i, i) for i in range(B)]
     together = m(images, generators(B))
     for i in (0, B - 1):
-        alone = m([images[i]], [generators(B)[i]])
-        assert all(
-            torch.equal(a[:, i : i + 1], b)
-            for a, b in zip(together.crops + together.w_geo, alone.crops + alone.w_geo)
-        )
+        single = m([images[i]], [generators(B)[i]])
+        for a, b in zip(together.crops + together.w_geo, single.crops + single.w_geo):
+            assert torch.equal(a[:, i : i + 1], b)
     torch.set_num_threads(2)
     again = m(images, generators(B))
     assert all(torch.equal(a, b) for a, b in zip(together.crops + together.w_geo, again.crops + again.w_geo))
@@ -112,10 +98,8 @@ def test_a_sample_is_the_same_in_any_batch_and_on_any_number_of_threads(sizes, B
 
 def test_memory_layout_of_the_image_does_not_matter():
     image = noise_image(70, 80)
-    a, b = (
-        MultiCrop(32, 16).sample(i, np.random.default_rng(0))
-        for i in (image, image[None].contiguous(memory_format=torch.channels_last)[0])
-    )
+    other = image[None].contiguous(memory_format=torch.channels_last)[0]
+    a, b = (MultiCrop(32, 16).sample(i, np.random.default_rng(0)) for i in (image, other))
     assert all(torch.equal(x, y) for x, y in zip(a.crops, b.crops))
 
 
@@ -153,10 +137,78 @@ def test_views_know_their_samples():
     assert views.index.dtype == views.label.dtype == torch.long and views.index.tolist() == [7, 5, 3, 1]
     assert (views.batch_size, views.n_views) == (4, 4)
     double = views.to('cpu', copy=True)
-    assert (
-        torch.equal(double.crops[1], views.crops[1])
-        and double.crops[1].data_ptr() != views.crops[1].data_ptr()
+    assert torch.equal(double.crops[1], views.crops[1])
+    assert double.crops[1].data_ptr() != views.crops[1].data_ptr()
+
+
+def test_views_need_no_labels():
+    crops, w_geo = [torch.zeros(2, 3, 3, 8, 8)], [torch.zeros(2, 3, 7)]
+    views = Views(crops, w_geo, torch.arange(3))
+    assert views.label is None and views.to('cpu').label is None and views.to('meta').label is None
+
+
+def test_clips_are_moved_and_all_their_frames_get_the_same_colours():
+    m = MultiCrop(16, 8, n_local=2, colour_on_device=True)
+    images = [noise_image(20, 20, i) for i in range(3)]
+    views = m(images, generators(3))
+    stills = [c[:, :, :, None].expand(-1, -1, -1, 4, -1, -1).contiguous() for c in views.crops]
+    clips = Views(stills, views.w_geo, views.index, views.label, w_pho=views.w_pho)
+    assert (clips.batch_size, clips.n_views) == (3, 4)
+    done, expected = clips.to('cpu'), views.to('cpu')
+    for clip, image in zip(done.crops, expected.crops):
+        assert clip.dtype == torch.float32 and clip.is_contiguous()
+        assert all(torch.equal(clip[:, :, :, t], image) for t in range(4))
+
+
+def test_what_a_loader_pins_is_every_tensor(monkeypatch):
+    "Without a GPU nothing can be pinned, so it is the call that is tested here."
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda t: pinned.append(t) or t.clone())
+    views = MultiCrop(16, 8, n_query=2, query_size=4, colour_on_device=True)(
+        [noise_image(20, 20)], generators(1)
     )
+    same = views.pin_memory()
+    tensors = [
+        *views.crops,
+        *views.w_geo,
+        *views.w_pho,
+        views.index,
+        views.label,
+        views.queries,
+        views.w_query,
+    ]
+    assert len(pinned) == len(tensors) and {id(t) for t in pinned} == {id(t) for t in tensors}
+    assert all(torch.equal(a, b) for a, b in zip(same.crops, views.crops)) and same.w_pho is not None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_pinned_views_reach_the_device_with_their_colours():
+    m = MultiCrop(32, 16, colour_on_device=True)
+    views = m([noise_image(40, 50, i) for i in range(4)], generators(4))
+    pinned = views.pin_memory()
+    assert all(c.is_pinned() for c in pinned.crops)
+    there = pinned.to('cuda', non_blocking=True)
+    for a, b in zip(there.crops, views.to('cpu').crops):
+        torch.testing.assert_close(a.cpu(), b, rtol=0, atol=1e-4)
+
+
+def test_queries_change_nothing_and_do_not_depend_on_their_number():
+    images = [noise_image(50, 60, i) for i in range(3)]
+    without, three, ten = (
+        MultiCrop(32, 16, n_query=n, query_size=8)(images, generators(3)) for n in (0, 3, 10)
+    )
+    for a, b, c in zip(without.crops + without.w_geo, three.crops + three.w_geo, ten.crops + ten.w_geo):
+        assert torch.equal(a, b) and torch.equal(b, c)
+    assert without.queries is None and without.w_query is None
+    assert ten.queries.shape == (10, 3, 3, 8, 8) and ten.w_query.shape == (10, 3, 7)
+    assert torch.equal(three.queries, ten.queries[:3]) and torch.equal(three.w_query, ten.w_query[:3])
+    assert (ten.n_views, len(ten.crops)) == (10, 2)
+
+
+def test_a_query_larger_than_a_view_is_one_clear_line():
+    with pytest.raises(ValueError, match='MultiCrop: a query of 96 pixels is larger than the image') as e:
+        MultiCrop(64, n_query=10, query_size=96)
+    assert '\n' not in str(e.value)
 
 
 def test_default_colours_of_the_views():
@@ -190,6 +242,9 @@ def test_strength_scales_the_jitter_and_nothing_else():
         dict(ratio=(2.0, 1.0)),
         dict(global_size=0),
         dict(photometric=[Photometric()]),
+        dict(n_query=-1),
+        dict(query_scale=(0.5, 1.5)),
+        dict(query_size=0),
     ],
 )
 def test_wrong_settings_are_one_clear_line(wrong):

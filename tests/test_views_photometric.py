@@ -1,4 +1,4 @@
-"""Photometric transforms: the distribution and the pixels are torchvision's; a sample never notices its batch or the threads."""
+"""Photometric transforms: distribution and pixels as torchvision's; no sample depends on batch or threads."""
 
 import numpy as np
 import pytest
@@ -63,7 +63,7 @@ def torchvision_chain(crop, w):
         ((1, 1), 9),
     ],
 )
-def test_a_sample_is_the_same_alone_in_any_batch_and_on_any_number_of_threads(shape, n):
+def test_a_sample_is_the_same_in_any_batch_and_on_any_number_of_threads(shape, n):
     crops = torch.randint(
         0, 256, (n, 3, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
     )
@@ -90,9 +90,8 @@ def test_a_sample_is_the_same_alone_in_any_batch_and_on_any_number_of_threads(sh
 def test_each_jitter_operation_is_torchvisions(op, values):
     image = smooth_image()
     for value in values:
-        ours = denormalize(apply_photometric(image[None], photometric_vector(op, **{op: value})[None]))[
-            0
-        ].float()
+        w = photometric_vector(op, **{op: value})
+        ours = denormalize(apply_photometric(image[None], w[None]))[0].float()
         theirs = getattr(TF, 'adjust_' + op)
         pil = TF.pil_to_tensor(theirs(TF.to_pil_image(image), value))
         assert (ours - theirs(image, value)).abs().mean() < 1
@@ -116,9 +115,8 @@ def test_whole_programs_are_torchvisions_within_two_grey_levels():
     ours = denormalize(apply_photometric(crops, w)).float()
     theirs = torch.stack([torchvision_chain(c, v) for c, v in zip(crops, w)]).float()
     gaps = (ours - theirs).abs().mean((1, 2, 3))
-    assert (
-        gaps.mean() < 1.5 and gaps.max() < 4
-    )  # torchvision cuts off the fraction after each of up to six operations
+    # torchvision drops the fraction after each of up to six operations
+    assert gaps.mean() < 1.5 and gaps.max() < 4
 
 
 def test_gray_and_solarize_are_torchvisions():
@@ -183,6 +181,30 @@ def test_normalize_takes_bytes_and_floats():
     image = smooth_image()
     torch.testing.assert_close(normalize(image), normalize(image.float()))
     assert torch.equal(denormalize(normalize(image[None])), image[None])
+
+
+def test_normalize_takes_the_constants_of_published_weights():
+    image, half = smooth_image(), (0.5, 0.5, 0.5)
+    theirs = TF.normalize(image / 255, half, half)
+    torch.testing.assert_close(normalize(image, half, half), theirs)
+    assert torch.equal(denormalize(normalize(image, half, half), half, half), image)
+
+
+@pytest.mark.parametrize(
+    'wrong',
+    [dict(p_blur=1.5), dict(p_gray=-0.1), dict(hue=0.7), dict(contrast=-1), dict(sigma=(0, 1))],
+)
+def test_impossible_distributions_are_one_clear_line(wrong):
+    with pytest.raises(ValueError, match='Photometric: ' + next(iter(wrong))) as e:
+        Photometric(**wrong)
+    assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('ops', [['sharpness'], ['hue', 'gray'], [*OPS, 'hue']])
+def test_operations_that_do_not_exist_are_one_clear_line(ops):
+    with pytest.raises(ValueError, match='photometric_vector: .* not up to four of brightness') as e:
+        photometric_vector(*ops)
+    assert '\n' not in str(e.value)
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,9 @@ from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
 from ..backbones import Features, create_backbone, list_backbones
+from ..data.files import atomic_write
 from .knn import extract
-from ..training.checkpoint import load_weights, written_beside
+from ..training.checkpoint import load_weights
 from ..training.loop import load_run
 
 # %% ../../nbs/8_evaluation/3_frozen.ipynb #a2e59dc6
@@ -121,21 +122,12 @@ def fingerprint_weights(backbone):
 
 
 def fingerprint_data(dataset):
-    "A hash over what a data set would deliver; of files the relative name, length and time of change count. ValueError for an unknown kind."
-    if hasattr(dataset, 'indices'):
-        parts = fingerprint_data(dataset.dataset), dataset.indices.tolist()
-    elif hasattr(dataset, 'root'):
-        parts = (
-            [(f, s.st_size, s.st_mtime_ns) for f in dataset.files for s in [(dataset.root / f).stat()]],
-            dataset.labels.tolist(),
-        )
-    elif hasattr(dataset, 'kinds'):
-        parts = dataset.n, dataset.size, dataset.split, dataset.seed, dataset.kinds
-    else:
+    "What tells a data set from others, see `glsd.data.toyworld.Dataset`. ValueError for one that cannot say it."
+    if not hasattr(dataset, 'fingerprint'):
         raise ValueError(
             f'a {type(dataset).__name__} cannot be told from another one: use extract, which keeps nothing'
         )
-    return hashlib.sha256(json.dumps([type(dataset).__name__, *parts]).encode()).hexdigest()[:16]
+    return dataset.fingerprint()
 
 # %% ../../nbs/8_evaluation/3_frozen.ipynb #fb3dc843
 def cached_extract(backbone, dataset, size, cache, **options):
@@ -151,6 +143,6 @@ def cached_extract(backbone, dataset, size, cache, **options):
     features, labels = extract(backbone, dataset, size, **options)
     labels = torch.as_tensor(labels)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_beside(path) as f:
+    with atomic_write(path) as f:
         f.write(safetensors_bytes(dict(features=features.contiguous(), labels=labels)))
     return features, labels

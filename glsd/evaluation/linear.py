@@ -17,12 +17,12 @@ from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
+from ..data.files import atomic_write
 from ..data.loading import Loader, epoch_order, eval_loader, sample_rng
 from .frozen import fingerprint_data, fingerprint_weights
 from .knn import extract
-from ..training.checkpoint import written_beside
-from ..training.schedules import cosine_schedule
-from ..views.multicrop import cut, draw_box
+from ..objectives.schedules import cosine_schedule
+from ..views.multicrop import crop, draw_box
 from ..views.photometric import normalize
 
 # %% ../../nbs/8_evaluation/4_linear.ipynb #8dcb7f1e
@@ -118,7 +118,7 @@ RATIO = (3 / 4, 4 / 3)
 def probe_view(image, size, rng, scale=(0.08, 1.0)):
     "uint8 [3, H, W] -> uint8 [3, size, size]: a random box of `scale` of the area, resized, flipped half of the time."
     x, y, w, h = draw_box(image.shape[-2:], scale, RATIO, rng)
-    return cut(image, torch.tensor([[x, y, x + w, y + h, size, size, rng.random() < 0.5]]))[0]
+    return crop(image, torch.tensor([[x, y, x + w, y + h, size, size, rng.random() < 0.5]]))[0]
 
 
 class _ProbeBatches:
@@ -185,7 +185,7 @@ def _restore(path, settings, heads, optimizer):
 
 def _save(path, **state):
     if path:
-        with written_beside(path) as f:
+        with atomic_write(path) as f:
             torch.save(state, f)
 
 # %% ../../nbs/8_evaluation/4_linear.ipynb #9c188ad7
@@ -338,7 +338,7 @@ def linear_probe(
         'n_test': len(test_ds),
     }
     if out:
-        with written_beside(Path(out) / 'linear.json') as f:
+        with atomic_write(Path(out) / 'linear.json') as f:
             f.write(json.dumps(result, indent=1).encode())
     return result
 

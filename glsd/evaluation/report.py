@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['LIMITS', 'STUCK', 'collapse_monitor', 'ANSWERS', 'FEATURES', 'Finding', 'CollapseReport', 'collapse_report',
-           'CollapseMonitor', 'collapse_picture', 'collapse_of_run', 'collapse_of_backbone']
+           'figures_of', 'all_gather_rows_of', 'CollapseMonitor', 'collapse_picture', 'collapse_of_run',
+           'collapse_of_backbone']
 
 # %% ../../nbs/8_evaluation/9_report.ipynb #de8cba59
 import math
 import warnings
 from collections import namedtuple
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,16 +21,16 @@ from matplotlib.figure import Figure
 from ..backbones import Features
 from ..data import Subset, eval_loader
 from .collapse import collapse_figures, feature_figures, shares
-from ..training import Recipe
-from ..training.checkpoint import last_checkpoint
-from ..training.loop import Trainer, batches, build_dataset
-from ..training.processes import everybodys_outputs
+from ..objectives.self_distillation import SelfDistillation
+from ..training.loop import batches, load_method, load_run
+from ..training.processes import all_gather_batch, all_gather_outputs, world_size
+from ..training.trainer import build_dataset
 
 # %% ../../nbs/8_evaluation/9_report.ipynb #094ab686
 LIMITS = dict(
     flat=0.01,
     information=0.05,
-    spread=0.01,  # of ln(out_dim), of what is possible, of 1
+    std=0.01,  # of ln(out_dim), of what is possible, of 1
     partners=1 / 3,  # of what random partners would find
     pooled_rank=0.05,
     tokens_rank=0.1,
@@ -41,7 +43,8 @@ class Finding(namedtuple('Finding', 'kind seen why advice')):
 
 @dataclass
 class CollapseReport:
-    "Findings, the worst first; none: 'healthy'. As text, a line each; `looked_at` are the names of what was there to be judged."
+    """Findings, the worst first; none: 'healthy'. As text, a line each; `looked_at` are the names of what was
+    there to be judged."""
 
     findings: list
     looked_at: list
@@ -103,13 +106,13 @@ def _head(name, h):
 
 # %% ../../nbs/8_evaluation/9_report.ipynb #36b50e80
 def _alike(name, f):
-    if f['spread'] >= LIMITS['spread']:
+    if f['std'] >= LIMITS['std']:
         return []
     if name == 'pooled':
         return [
             Finding(
                 'full collapse',
-                f'pooled features are the same for all images (spread {f["spread"]:.3f})',
+                f'pooled features are the same for all images (deviation {f["std"]:.3f})',
                 'a constant satisfies every loss that only compares views',
                 'a lower lr, a longer warmup, and centring and sharpening as published',
             )
@@ -117,9 +120,9 @@ def _alike(name, f):
     return [
         Finding(
             'local collapse',
-            f'the tokens of an image are all the same (spread {f["spread"]:.3f})',
+            f'the tokens of an image are all the same (deviation {f["std"]:.3f})',
             'the local loss is easiest to satisfy by tokens that do not differ',
-            "objective 'geometric', or a lower weight of the local term",
+            "method 'geometric', or a lower weight of the local term",
         )
     ]
 
@@ -133,7 +136,7 @@ def _few_partners(name, f):
             f'only {f["partners"]:.0%} of the partners that tokens find are different ones '
             f'(random ones: {f["chance"]:.0%})',
             'a few tokens attract all others, and matching by similarity makes that worse',
-            "objective 'geometric', whose partners do not depend on the features, or more images",
+            "method 'geometric', whose partners do not depend on the features, or more images",
         )
     ]
 
@@ -152,8 +155,9 @@ def _few_directions(name, f):
 
 # %% ../../nbs/8_evaluation/9_report.ipynb #3beaeead
 def collapse_report(figures: dict) -> CollapseReport:
-    """What the figures of `collapse_figures`, or of `feature_figures` alone, mean: its `kind` is 'healthy', 'full collapse', 'stuck',
-    'local collapse' or 'dimensional collapse'; as text it says why and what to try. ValueError if a figure is not finite."""
+    """What the figures of `collapse_figures`, or of `feature_figures` alone, mean: its `kind` is 'healthy',
+    'full collapse', 'stuck', 'local collapse' or 'dimensional collapse'; as text it says why and what to try.
+    ValueError if a figure is not finite."""
     for k, v in shares(figures).items():
         if not math.isfinite(v):
             raise ValueError(
@@ -179,27 +183,45 @@ def collapse_report(figures: dict) -> CollapseReport:
     )
 
 # %% ../../nbs/8_evaluation/9_report.ipynb #346e9149
+def figures_of(method: Any, views: Any) -> dict:
+    """`collapse_figures` of a self-distillation method on a batch, of all processes; of others
+    `feature_figures`.
+
+    The teacher's temperature is the one that it has after its warm-up."""
+    if not isinstance(method, SelfDistillation):
+        features = method.backbone(views.crops[0].flatten(0, 1))
+        pooled, tokens = (all_gather_rows_of(x) for x in (features.pooled, features.tokens))
+        return feature_figures(Features(pooled, tokens, features.grid))
+    student, teacher = map(all_gather_outputs, method(views, {}, 'outputs'))
+    return collapse_figures(student, teacher, method.objective, method.options.teacher_temp)
+
+
+def all_gather_rows_of(x: torch.Tensor) -> torch.Tensor:
+    "A tensor [n, ...] of all processes, one after the other."
+    return all_gather_batch(x, len(x) * world_size()) if world_size() > 1 else x
+
+
 class CollapseMonitor:
-    """A monitor for `pretrain` that is shown the steps it is due at; `figures` and `report` are those of the last one.
+    """A monitor for `pretrain`: `figures` and `report` are those of its last look.
 
-    `pretrain(recipe, out, monitors={'collapse': collapse_monitor()})` logs `shares`, and with `warn` it says in words, once,
-    what it has found at two looks in a row; all but 'stuck', as the loop says that."""
+    `pretrain(recipe, out, monitors={'collapse': collapse_monitor()})` logs `shares`, and with `warn` it says
+    in words, once, what it has found at two looks in a row; all but 'stuck', as the loop says that."""
 
-    def __init__(self, warn=True):
-        self.warn, self.before, self.told, self.figures, self.report = warn, set(), {'stuck'}, None, None
+    def __init__(self, warn: bool = True):
+        self.warn = warn
+        self.figures: dict = {}
+        self.report: CollapseReport | None = None
+        self.before: set[str] = set()
+        self.reported = {'stuck'}
 
-    def look(self, step, objective, student, teacher, terms, teacher_temp):
-        self.figures = collapse_figures(
-            everybodys_outputs(student), everybodys_outputs(teacher), objective, teacher_temp
-        )
-        self.report = collapse_report(self.figures)
-        kinds = {f.kind for f in self.report.findings}
-        new, self.before = (kinds & self.before) - self.told, kinds
+    def __call__(self, method: Any, step: int, views: Any) -> dict[str, float]:
+        self.figures = figures_of(method, views)
+        self.report = report = collapse_report(self.figures)
+        kinds = {f.kind for f in report.findings}
+        new, self.before = (kinds & self.before) - self.reported, kinds
         if self.warn and new:
             warnings.warn(f'step {step}: {self.report}', stacklevel=2)
-        self.told |= new
-
-    def __call__(self, backbone, step):
+        self.reported |= new
         return shares(self.figures)
 
 
@@ -215,7 +237,7 @@ ANSWERS = dict(
 FEATURES = {
     'pooled/rank': 'pooled: rank',
     'tokens/rank': 'tokens: rank',
-    'tokens/spread': 'tokens: spread',
+    'tokens/std': 'tokens: deviation',
     'tokens/partners': 'tokens: different partners',
 }
 
@@ -268,8 +290,9 @@ def _spectra(figures):
 
 # %% ../../nbs/8_evaluation/9_report.ipynb #19603e68
 def collapse_picture(found: dict) -> Figure:
-    """{name: lines of a run's metrics, as `read_metrics` gives them}: per head DINO's Figure 7, below it the features, over steps,
-    as shares of the most that is possible. Or {name: figures of a backbone or a run}: the spectra of pooled features and tokens.
+    """{name: lines of a run's metrics, as `read_metrics` gives them}: per head DINO's Figure 7, below it the
+    features, over steps, as shares of the most that is possible. Or {name: figures of a backbone or a run}:
+    the spectra of pooled features and tokens.
 
     ValueError for none, for both at once, and for a run whose metrics have no 'collapse/...'."""
     kinds = {isinstance(v, dict) for v in found.values()}
@@ -280,29 +303,22 @@ def collapse_picture(found: dict) -> Figure:
     return _spectra(found) if kinds.pop() else _histories(found)
 
 # %% ../../nbs/8_evaluation/9_report.ipynb #9ef20bf9
-def collapse_of_run(path, dataset=None) -> dict:
-    """`collapse_figures` of a run's last checkpoint, on the first batch of its data (or of `dataset`).
+@torch.no_grad()
+def collapse_of_run(path: Any, dataset: Any = None) -> dict:
+    """`figures_of` a run's last checkpoint, on the first batch of its data (or of `dataset`).
 
     FileNotFoundError if there is none; ValueError if the images are fewer than a batch."""
-    state = last_checkpoint(path)
-    if state is None:
-        raise FileNotFoundError(f'no checkpoint in {path}: is it the folder of a run?')
-    recipe = Recipe.from_dict(state['recipe'], where=str(path))
+    method, recipe = load_method(path), load_run(path).recipe
     dataset = build_dataset(recipe) if dataset is None else dataset
     if len(dataset) < recipe.batch_size:
         raise ValueError(f'{path}: {len(dataset)} images are fewer than its batch of {recipe.batch_size}')
-    trainer = Trainer(recipe, max(1, state['step']))
-    trainer.load_state_dict(state, where=str(path))
-    trainer.objective.eval()
-    views = next(batches(recipe, dataset, 0, 1, trainer.multicrop)).to(trainer.device)
-    with torch.no_grad():
-        student, teacher, _ = trainer.forward(views, recipe.teacher_temp)
-    return collapse_figures(student, teacher, trainer.objective, recipe.teacher_temp)
+    return figures_of(method, next(batches(recipe, dataset, 0, 1, method.views)))
 
 # %% ../../nbs/8_evaluation/9_report.ipynb #61e96e5e
 @torch.no_grad()
 def collapse_of_backbone(backbone, dataset, size, n=256) -> dict:
-    """`feature_figures` of a backbone in eval mode on `n` images, evenly spaced in `dataset`, in the evaluation view of `size`.
+    """`feature_figures` of a backbone in eval mode on `n` images, evenly spaced in `dataset`, in the
+    evaluation view of `size`.
 
     ValueError for fewer than two images, and for features that are not finite."""
     if len(dataset) < 2:

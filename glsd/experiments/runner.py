@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..training.checkpoint import run_lock, written_beside
+from ..data.files import atomic_write, folder_lock
 from ..training.labelled import SupervisedRecipe, build_sets
 from ..training.loop import build_dataset, pretrain
 from ..training.processes import launch
@@ -112,7 +112,7 @@ def run_cell(folder, recipe, source, options, say=lambda **_: None, kind='Recipe
         measured_by=fingerprint(source, options),
     )
     text = json.dumps(result, indent=1).encode()
-    with written_beside(Path(folder) / 'result.json') as f:
+    with atomic_write(Path(folder) / 'result.json') as f:
         f.write(text)
 
 # %% ../../nbs/9_experiments/1_runner.ipynb #5fa57fd0
@@ -346,7 +346,7 @@ def run_grid(cells, out, evaluate, options=None, jobs=2, progress=True, nproc=1)
     for name, n in dict(jobs=jobs, nproc=nproc).items():
         if n < 1:
             raise ValueError(f'{name} must be 1 or more, not {n}')
-    with run_lock(out):
+    with folder_lock(out):
         grid = Grid(cells, out, evaluate, options or {}, jobs, nproc)
         done, total = grid.progress()
         bar = tqdm(

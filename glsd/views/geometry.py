@@ -9,74 +9,95 @@ __all__ = ['token_centers', 'token_diagonal', 'match_threshold', 'Matches', 'mat
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 # %% ../../nbs/1_views/1_geometry.ipynb #21c73424
-def _split(w_geo, grid):
-    "The seven numbers of `w_geo`, each [...], or one line on what is wrong."
+def _split(w_geo: Tensor, grid: tuple[int, int]) -> tuple[Tensor, ...]:
+    "The seven numbers of `w_geo`, each [...]. ValueError for another shape, integers or an empty grid."
     if w_geo.shape[-1:] != (7,) or not w_geo.is_floating_point():
         raise ValueError(
-            f'w_geo is {w_geo.dtype} of shape {tuple(w_geo.shape)}: give floats [..., 7], (ulx, uly, lrx, lry, h, w, flipped)'
+            f'w_geo is {w_geo.dtype} of shape {tuple(w_geo.shape)}: '
+            'give floats [..., 7], (ulx, uly, lrx, lry, h, w, flipped)'
         )
     if len(grid) != 2 or min(grid) < 1:
         raise ValueError(f'grid is {tuple(grid)}: give (rows, columns), each at least 1')
     return w_geo.unbind(-1)
 
 
-def _mirror(u, f):
-    "A fraction of the width [..., n], seen from the other side where the crop [...] is flipped."
+def _mirror(u: Tensor, f: Tensor) -> Tensor:
+    "A fraction of the width [..., n], measured from the other side where the crop [...] is flipped."
     return torch.where(f[..., None] > 0.5, 1 - u, u)
 
 # %% ../../nbs/1_views/1_geometry.ipynb #b6dee903
-def token_centers(w_geo, grid):
-    """Where the tokens of a crop look: [..., H*W, 2], (x, y) in pixels of the original image, tokens row by row.
+def _fractions(n: int, like: Tensor) -> Tensor:
+    "The middles of n equal parts of 0..1."
+    return (torch.arange(n, dtype=like.dtype, device=like.device) + 0.5) / n
 
-    `w_geo` [..., 7], `grid` (H, W). GLSD Sec. 3.4.3, the "positional encoding" e, in closed form.
+
+def token_centers(w_geo: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Where the tokens of a crop look: [..., H*W, 2], (x, y) in pixels of the original image, row by row.
+
+    `w_geo` float [..., 7], `grid` (H, W); ValueError for another shape.
+    GLSD Sec. 3.4.3: the "positional encoding" e, in closed form.
     """
     ulx, uly, lrx, lry, _, _, f = _split(w_geo, grid)
-    v, u = ((torch.arange(n, dtype=w_geo.dtype, device=w_geo.device) + 0.5) / n for n in grid)
+    v, u = _fractions(grid[0], w_geo), _fractions(grid[1], w_geo)
     x = ulx[..., None] + _mirror(u, f) * (lrx - ulx)[..., None]  # [..., W]
     y = uly[..., None] + v * (lry - uly)[..., None]  # [..., H]
     x, y = torch.broadcast_tensors(x[..., None, :], y[..., :, None])  # [..., H, W]
     return torch.stack([x, y], -1).flatten(-3, -2)
 
 # %% ../../nbs/1_views/1_geometry.ipynb #2d04bdf2
-def _nearest(e, w_geo, grid):
+def _nearest(e: Tensor, w_geo: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
     "Index and distance of the token of the crop `w_geo` [..., 7] nearest to each point of `e` [..., n, 2]."
-    ulx, uly, lrx, lry, _, _, f = (n[..., None] for n in _split(w_geo, grid))
-    (H, W), width, height = grid, lrx - ulx, lry - uly
-    u, v = (e[..., 0] - ulx) / width, (e[..., 1] - uly) / height
+    ulx, uly, lrx, lry, _, _, f = (number[..., None] for number in _split(w_geo, grid))
+    H, W = grid
+    width, height = lrx - ulx, lry - uly
+    u = (e[..., 0] - ulx) / width
     u = torch.where(f > 0.5, 1 - u, u)
+    v = (e[..., 1] - uly) / height
     column = (torch.ceil(u * W) - 1).clamp(0, W - 1)
     row = (torch.ceil(v * H) - 1).clamp(0, H - 1)
     distance = torch.hypot((u * W - column - 0.5) * width / W, (v * H - row - 0.5) * height / H)
     return (row * W + column).long(), distance
 
 # %% ../../nbs/1_views/1_geometry.ipynb #2cba5d89
-def token_diagonal(w_geo, grid):
-    "Length [...] of the diagonal of one token, in pixels of the original image. `w_geo` [..., 7], `grid` (H, W). GLSD Sec. 3.4.3."
+def token_diagonal(w_geo: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Length [...] of the diagonal of one token, in pixels of the original image. GLSD Sec. 3.4.3.
+
+    `w_geo` float [..., 7], `grid` (H, W).
+    """
     ulx, uly, lrx, lry, _, _, _ = _split(w_geo, grid)
     return torch.hypot((lrx - ulx) / grid[1], (lry - uly) / grid[0])
 
 
-def match_threshold(w_geo, grid, w_geo_other, grid_other):
-    "The distance s [...] that a match must stay under: half the larger token diagonal of both crops. GLSD Sec. 3.4.3."
+def match_threshold(
+    w_geo: Tensor, grid: tuple[int, int], w_geo_other: Tensor, grid_other: tuple[int, int]
+) -> Tensor:
+    """The distance s [...] that a match must stay under: half the larger token diagonal of both crops.
+
+    In pixels of the original image. `w_geo` float [..., 7], grids (H, W); leading dimensions broadcast.
+    GLSD Sec. 3.4.3.
+    """
     return torch.maximum(token_diagonal(w_geo, grid), token_diagonal(w_geo_other, grid_other)) / 2
 
 # %% ../../nbs/1_views/1_geometry.ipynb #f477381c
 class Matches(NamedTuple):
     "For every token of one crop its nearest token of another crop; each field is [..., H*W]."
 
-    index: torch.Tensor  # long: which token of the other crop, counted row by row
-    distance: torch.Tensor  # between both centres, in pixels of the original image
-    valid: torch.Tensor  # bool: the distance lies strictly under the paper's threshold
+    index: Tensor  # type: ignore[assignment]  # long: which token of the other crop, row by row
+    distance: Tensor  # between both centres, in pixels of the original image
+    valid: Tensor  # bool: the distance lies strictly under the paper's threshold
 
 
-def match_tokens(w_geo, grid, w_geo_other, grid_other):
-    """Match each token of `w_geo` [..., 7] to the nearest one of `w_geo_other` [..., 7]; leading dimensions broadcast.
+def match_tokens(
+    w_geo: Tensor, grid: tuple[int, int], w_geo_other: Tensor, grid_other: tuple[int, int]
+) -> Matches:
+    """Match each token of one crop to the nearest token of another -> `Matches`, each field [..., H*W].
 
-    Returns `Matches` [..., H*W]. GLSD Sec. 3.4.3: k*, d(k) and 1{d(k) < s} of Eq. 6, without a search.
+    `w_geo`, `w_geo_other` float [..., 7], whose leading dimensions broadcast; grids (H, W).
+    GLSD Sec. 3.4.3: k*, d(k) and 1{d(k) < s} of Eq. 6, without a search.
     """
     index, distance = _nearest(token_centers(w_geo, grid), w_geo_other, grid_other)
-    return Matches(
-        index, distance, distance < match_threshold(w_geo, grid, w_geo_other, grid_other)[..., None]
-    )
+    threshold = match_threshold(w_geo, grid, w_geo_other, grid_other)
+    return Matches(index, distance, distance < threshold[..., None])
