@@ -12,6 +12,7 @@ import importlib
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from fastcore.basics import patch
 from torch import Tensor, nn
@@ -74,7 +75,15 @@ class Backbone(nn.Module):
     `timm.create_model(timm_name, num_classes=0, **timm_kwargs)` has the same keys and shapes as `model`.
     """
 
+    # A long cell, as each thing that is known about a backbone has a line.
     accepts: tuple[str, ...] = ()
+    model: Any
+    input_size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_pct: float
+    interpolation: str
+    intermediates: Callable[..., list]  # grows below, as do `forward` and others
 
     def __init__(self, timm_name: str, drop_path: float = 0.0, **timm_kwargs):
         super().__init__()
