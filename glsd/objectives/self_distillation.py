@@ -186,6 +186,7 @@ class DistillationOptions(Method.Options):
     fused: bool = (
         False  # logits are never stored: the loss multiplies with the prototypes a few rows at a time
     )
+    view_weight: float = 1.0  # of the term between views; GLSD's code: 1/2 beside a local term
     student_temp: float = 0.1
     teacher_temp: float = 0.07
     teacher_temp_start: float = 0.04
