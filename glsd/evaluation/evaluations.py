@@ -17,7 +17,7 @@ import torch
 
 from ..data.files import atomic_write
 from . import specs
-from .knn import check_labels, extract, knn_accuracy, transform_of
+from .knn import check_sets, extract, knn_accuracy, transform_of
 from .specs import Net, Where
 
 # %% auto #0
@@ -52,7 +52,7 @@ class Evaluation(NamedTuple):
 
 EVALUATIONS: dict[str, Evaluation] = {}
 
-
+# %% ../../nbs/8_evaluation/19_evaluations.ipynb #7a0feeaa
 def _backbones(nets):
     return {name: net.backbone for name, net in nets.items()}
 
@@ -80,7 +80,7 @@ def values_of_k(k: int | Sequence[int] | None, n: int) -> list[int]:
         return [m for m in (10, 20, 100, 200) if m <= n] or [n]
     return [k] if isinstance(k, int) else list(k)
 
-
+# %% ../../nbs/8_evaluation/19_evaluations.ipynb #f2aeb77e
 def _features(net, dataset, size, cache, workers):
     from glsd.evaluation.frozen import cached_extract
 
@@ -92,7 +92,7 @@ def _features(net, dataset, size, cache, workers):
 # %% ../../nbs/8_evaluation/19_evaluations.ipynb #b3700bcc
 def check_knn(net: Net, anchors: Any, test: Any, size: int, k: Any = None, **options) -> None:
     "Labels, and every k."
-    check_labels(anchors.labels, test.labels, values_of_k(k, len(anchors)))
+    check_sets(anchors, test, values_of_k(k, len(anchors)))
 
 
 def draw_knn(nets: dict, results: dict, anchors: Any, test: Any, size: int, **options) -> Any:
@@ -143,14 +143,14 @@ def measure_linear(  # over 25 lines: every option has its own
     options = dict(epochs=epochs, batch_size=batch_size, lrs=rates, n_blocks=n_blocks, cached=cached)
     return linear_probe(net.backbone, anchors, test, size, **options, out=state, seed=seed, workers=workers)
 
-
+# %% ../../nbs/8_evaluation/19_evaluations.ipynb #123f1ee4
 def _state_name(net, dataset, size, settings):
     from glsd.evaluation.frozen import features_name
 
     digits = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]  # another question, another state
     return f'{features_name(net.backbone, dataset, size)}-{digits}'
 
-# %% ../../nbs/8_evaluation/19_evaluations.ipynb #123f1ee4
+# %% ../../nbs/8_evaluation/19_evaluations.ipynb #6b3f448c
 def check_linear(net: Net, anchors: Any, test: Any, size: int, **options) -> None:
     "Labels, rates and blocks."
     from glsd.evaluation import linear
@@ -173,7 +173,7 @@ def line_of_linear(r: dict) -> str:
     seen = f'{r["layers"]} layer(s), {r["pooling"]}'
     return f'top-1 {r["top1"]:.2f} %, top-5 {r["top5"]:.2f} % at lr {r["lr"]:g}{edge} ({seen})'
 
-
+# %% ../../nbs/8_evaluation/19_evaluations.ipynb #ec5d151f
 EVALUATIONS['linear'] = Evaluation(
     'classes by one linear layer, trained at many learning rates at once (GLSD Sec. 4.3)',
     specs.labelled_sets,
@@ -255,7 +255,7 @@ def has_heads(net: Net) -> bool:
         return False
     return issubclass(find_method(net.recipe.method), SelfDistillation)
 
-
+# %% ../../nbs/8_evaluation/19_evaluations.ipynb #1be666f0
 def check_collapse(net: Net, images: Any, size: int, **options) -> None:
     "Enough images, for features and for the batch that the heads are shown."
     if len(images) < 2:
@@ -379,7 +379,7 @@ def line_of_retrieval(r: dict) -> str:
     parts = [f'{kind} {r[kind]["map"]:.1f} % (pixels {r["pixels"][kind]["map"]:.1f})' for kind in kinds]
     return 'mAP ' + ', '.join(parts)
 
-
+# %% ../../nbs/8_evaluation/19_evaluations.ipynb #f44010d5
 EVALUATIONS['retrieval'] = Evaluation(
     'does it find the same thing again, or the original of a copy?',
     specs.lists_or_images,
@@ -389,7 +389,7 @@ EVALUATIONS['retrieval'] = Evaluation(
     line_of_retrieval,
 )
 
-# %% ../../nbs/8_evaluation/19_evaluations.ipynb #f44010d5
+# %% ../../nbs/8_evaluation/19_evaluations.ipynb #2b4eb175
 def measure_dense(
     net: Net,
     memory: Any,
@@ -408,7 +408,7 @@ def measure_dense(
     options = dict(memory_size=memory_size, batch_size=batch_size, seed=seed, workers=workers)
     return dense_nn(net.backbone, memory, queries, size, k, temperature, **options)
 
-
+# %% ../../nbs/8_evaluation/19_evaluations.ipynb #ab584c93
 def check_dense(net: Net, memory: Any, queries: Any, size: int, **options) -> None:
     "Classes, and a `k` that the memory can hold."
     from glsd.evaluation import dense
@@ -444,8 +444,9 @@ EVALUATIONS['dense-nn'] = Evaluation(
 
 # %% ../../nbs/8_evaluation/19_evaluations.ipynb #ccfac8f0
 def is_of(value: Any, kind: Any) -> bool:
-    """Whether a value is of a type like `int | list[float] | None`; a whole number is a float, True is no
-    number."""
+    """Whether a value is of a type like `int | list[float] | None`.
+
+    A whole number is a float; True is no number."""
     if isinstance(kind, types.UnionType):
         return any(is_of(value, part) for part in get_args(kind))
     if get_origin(kind) is list:
@@ -467,7 +468,7 @@ _WORDS = {
     list[float]: 'a list of numbers',
 }
 
-
+# %% ../../nbs/8_evaluation/19_evaluations.ipynb #0f9fc027
 def checked(options: dict[str, Any], measure: Callable) -> dict[str, Any]:
     "`options` if they are keywords of `measure`, of the types it says; else ValueError, in one line."
     known = {k: p for k, p in inspect.signature(measure).parameters.items() if p.default is not p.empty}
@@ -523,8 +524,7 @@ def evaluate(  # over 25 lines: every option has its own
     crop_pct: float | None = None,
     **options,
 ) -> dict[str, Any]:
-    """Measures `what` (a key of `EVALUATIONS`) of each backbone: {'what', 'size', 'backbones': {name:
-    figures}}.
+    """Measures `what` of each backbone: {'what', 'size', 'block', 'images', 'backbones': {name: figures}}.
 
     backbones: a list of 'spec' or 'name=spec', or {name: spec or module}; see `load_frozen`. anchors,
     test, data: folders of images or shards, lists of images, or 'toyworld'; by default the first run's
