@@ -63,7 +63,7 @@ class MaskFolder:
         self, root: Path | str, split: str, classes: Sequence[str] = CAMVID, void: int | None = None
     ):
         self.root, self.classes = Path(root) / split, list(classes)
-        self.void = len(classes) if void is None else void
+        self.void: int | None = len(classes) if void is None else void
         self.files = _files_with_masks(self.root)
 
     def __len__(self) -> int:
