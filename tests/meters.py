@@ -7,8 +7,8 @@ from torch.utils._pytree import tree_leaves
 
 
 class Meter(TorchDispatchMode):
-    """Within it: `largest`, elements of the largest tensor that an operation made; `peak`, the most bytes that
-    were alive at a time, beyond `known` tensors."""
+    """Within it: `largest`, elements of the largest tensor that an operation made; `peak`, the most bytes
+    that were alive at a time, beyond `known` tensors."""
 
     def __init__(self, *known):
         super().__init__()

@@ -1,4 +1,4 @@
-"What a chapter cannot show about the losses: memory, precision, processes, names, and every method in a loop."
+"What a chapter cannot show about the losses: memory, precision, processes, names, every method in a loop."
 
 import subprocess
 import sys
@@ -132,7 +132,7 @@ def test_blocks_do_not_change_the_result(shape):
 
 
 def test_gradient_in_place_of_the_logits():
-    "overwrite: the same loss and gradient; a leaf is left alone; old logits that are needed again are missed."
+    "overwrite: the same loss and gradient; a leaf is left alone; a second reader is refused."
     s, t, W = torch.randn(2, 5, 9, requires_grad=True), torch.randn(2, 3, 9), torch.rand(2, 5, 3)
     both = [soft_cross_entropy(2 * s, t, W, 0.1, 0.05, overwrite=o) for o in (False, True)]
     assert both[0] == both[1] and torch.equal(*(torch.autograd.grad(3 * x, s)[0] for x in both))
@@ -309,7 +309,7 @@ def batch_of(method, n=4):
 
 @pytest.mark.parametrize('name', list_methods())
 def test_every_method_in_a_loop_of_your_own(name):
-    "The README's lines: views, a step, the gradient, the optimiser, what comes after; and a backbone is left."
+    "The README's lines: views, a step, the gradient, the optimiser, what comes after; a backbone is left."
     method = small_method(name)
     optimizer = torch.optim.AdamW(method.parameter_groups(), lr=1e-3)
     before = [p.clone() for p in method.parameters()]

@@ -64,7 +64,7 @@ def test_equals_the_reference(golden, local, options):
 
 
 def test_other_direction_and_scale_differ():
-    "The options do something: the paper's direction and its plain sum give other numbers than the reference's."
+    "Options matter: the paper's direction and its plain sum give other numbers than the reference's."
     student, teacher = outputs('student', 10), outputs('teacher', 2)
 
     def region(**options):

@@ -1,7 +1,7 @@
 """Ten steps of every method on every kind of backbone: losses, gradients and weights are what they were.
 
-golden/ten_steps.json was recorded before the methods had a class of their own. Other machines add up in another
-order, and ten steps let that grow: hence a relative tolerance."""
+golden/ten_steps.json was recorded before the methods had a class of their own. Other machines add up in
+another order, and ten steps let that grow: hence a relative tolerance."""
 
 import json
 from pathlib import Path
