@@ -48,6 +48,10 @@ class Cuttable:  # in one cell: one-line methods with a tensor's names
         "Without a gradient."
         return type(self)(self.z.detach(), self.directions.detach())
 
+    def new_zeros(self, *size, **options) -> Tensor:
+        "Zeros on the same device."
+        return self.z.new_zeros(*size, **options)
+
     def mean(self, dim: Any, dtype: torch.dtype | None = None) -> Tensor:
         "Over leading dimensions: the product with the mean of z. float32 also under autocast."
         with torch.autocast(self.z.device.type, enabled=False):
@@ -84,6 +88,10 @@ class Factored(Cuttable):  # in one cell: one-line methods with a tensor's names
     def dense(self) -> Tensor:
         "The logits, multiplied out."
         return F.linear(self.z, self.directions)
+
+    def float(self) -> Tensor:
+        "The logits in float32, multiplied out."
+        return self.dense().float()
 
     def cross_entropy(self, teacher: Any, *args) -> Tensor:
         "`fused_cross_entropy` with these as the student's logits: what `soft_cross_entropy` calls."
