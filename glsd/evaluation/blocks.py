@@ -68,6 +68,9 @@ class AtBlock(nn.Module):
         self.is_last = self.block == n - 1
         self.train(backbone.training)
 
+    def extra_repr(self) -> str:
+        return f'block={self.block}'  # what a fingerprint of the module must see
+
     def forward(self, x: Tensor) -> Features:
         "Crops [N, 3, h, w] -> `Features` of the block."
         if self.is_last:
