@@ -176,12 +176,15 @@ def add_evaluate(p: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     sources = [
         Option('anchors', '', 'labelled images whose neighbours vote'),
         Option('test', '', 'labelled images that are classified'),
-        Option('data', '', "images, or 'toyworld'"),
+        Option('data', '', "a folder of images or shards, a list of images, or 'toyworld'"),
         Option('device', 'auto', 'auto, cpu or cuda'),
         Option('size', '', 'pixels of a side that backbones see'),
         Option('images', '', 'at most so many of each set'),
+        Option('block', '', 'as if the network ended there: from 0, or from the end, -1'),
+        Option('mean', '', "of images, three numbers; default: each network's own"),
+        Option('std', '', "of images, three numbers; default: each network's own"),
     ]
-    spec = 'a run folder, an exported .safetensors, a timm name or random:NAME; NAME=... gives it a name'
+    spec = 'a run folder, an exported file, a timm name, NAME@FILE or random:NAME; X=... calls it X'
     for what, (text, options) in evaluation_options().items():
         q = sub.add_parser(what, help=text, description=text, allow_abbrev=False)
         q.set_defaults(call=commands.run_evaluate, parser=q, fields={})
@@ -189,7 +192,8 @@ def add_evaluate(p: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         q.add_argument(
             '--out', help=f'the JSON file, its picture beside it; default: {what}.json in the run, or here'
         )
-        add_fields(q, sources + options)
+        own = {o.name for o in options}
+        add_fields(q, [o for o in sources if o.name not in own] + options)
 
 
 def add_reproduce(p: argparse.ArgumentParser, argv: Sequence[str]) -> None:

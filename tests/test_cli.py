@@ -121,7 +121,8 @@ def test_evaluate_says_what_is_wrong(run, tmp_path, capsys):
     assert 'two classes' in say('knn', run, *sets(one, one)) and 'one class' in say(
         'linear', run, *sets(one, one)
     )
-    assert 'c' in say('knn', run, *sets(two, more)) and 'c' in say('linear', run, *sets(two, more))
+    assert 'differ in their classes (2 and 2): b' in say('knn', run, *sets(two, more))
+    assert 'differ in their classes (2 and 2): b' in say('linear', run, *sets(two, more))
     assert 'k = 50' in say('knn', run, *sets(two, two), '--k', '50')
     assert '--anchors' in say('knn', 'random:vit_mini') and '--data' in say(
         'correspondence', 'random:vit_mini'

@@ -116,6 +116,12 @@ def without_labels(ds):
     return ds
 
 
+def renamed(ds):
+    ds = Subset(ds, range(len(ds)))
+    ds.classes = ['other', *ds.classes[1:]]
+    return ds
+
+
 def one_class(ds):
     return Subset(ds, np.flatnonzero(ds.labels == 3))
 
@@ -139,6 +145,7 @@ def one_class(ds):
         ),
         (lambda a, b: (a, b, 49), 'k = 49 is more than the 48 training images'),
         (lambda a, b: (Subset(a, []), b, 1), 'no training images'),
+        (lambda a, b: (a, renamed(b), 5), 'differ in their classes .12 and 12.: disc bars'),
         (lambda a, b: (a, Subset(b, []), 1), 'no test images'),
     ],
 )

@@ -17,7 +17,7 @@ import torch
 
 from ..data.files import atomic_write
 from . import specs
-from .knn import check_labels, extract, knn_accuracy, transform_of
+from .knn import check_sets, extract, knn_accuracy, transform_of
 from .specs import Net, Where
 
 # %% auto #0
@@ -52,7 +52,7 @@ class Evaluation(NamedTuple):
 
 EVALUATIONS: dict[str, Evaluation] = {}
 
-
+# %% ../../nbs/8_evaluation/19_evaluations.ipynb #7a0feeaa
 def _backbones(nets):
     return {name: net.backbone for name, net in nets.items()}
 
@@ -92,7 +92,7 @@ def _features(net, dataset, size, cache, workers):
 # %% ../../nbs/8_evaluation/19_evaluations.ipynb #b3700bcc
 def check_knn(net: Net, anchors: Any, test: Any, size: int, k: Any = None, **options) -> None:
     "Labels, and every k."
-    check_labels(anchors.labels, test.labels, values_of_k(k, len(anchors)))
+    check_sets(anchors, test, values_of_k(k, len(anchors)))
 
 
 def draw_knn(nets: dict, results: dict, anchors: Any, test: Any, size: int, **options) -> Any:

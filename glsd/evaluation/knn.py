@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['IMAGENET', 'vote', 'top', 'nearest', 'check_labels', 'check_k', 'knn_accuracy', 'evaluating', 'EvalTransform',
-           'transform_of', 'progress_bar', 'pooled_features', 'extract', 'pixels', 'knn_monitor', 'evenly_spaced',
-           'chosen_indices', 'knn_picture', 'picture_rows', 'framed']
+__all__ = ['IMAGENET', 'vote', 'top', 'nearest', 'check_labels', 'check_k', 'check_same_classes', 'check_sets', 'knn_accuracy',
+           'evaluating', 'EvalTransform', 'transform_of', 'progress_bar', 'pooled_features', 'extract', 'pixels',
+           'knn_monitor', 'evenly_spaced', 'chosen_indices', 'knn_picture', 'picture_rows', 'framed']
 
 # %% ../../nbs/8_evaluation/1_knn.ipynb #8035a369
 def vote(
@@ -112,6 +112,23 @@ def check_k(ks: Iterable[int], n: int) -> None:
         raise ValueError(f'k must be 1 or more, not {ks}')
     if max(ks) > n:
         raise ValueError(f'k = {max(ks)} is more than the {n} training images: choose k of at most {n}')
+
+
+def check_same_classes(train_ds: Dataset, test_ds: Dataset) -> None:
+    "ValueError unless both data sets have the same classes, in the same order: labels are only numbers."
+    train, test = list(train_ds.classes), list(test_ds.classes)
+    if train != test:
+        other = sorted(set(train) ^ set(test)) or ['their order']
+        raise ValueError(
+            f'training and test images differ in their classes ({len(train)} and {len(test)}): '
+            f'{other[0]} is not the same in both'
+        )
+
+# %% ../../nbs/8_evaluation/1_knn.ipynb #50f06b7b
+def check_sets(train_ds: Dataset, test_ds: Dataset, ks: Iterable[int]) -> None:
+    "ValueError, in one line, unless two data sets and the values of k allow a k-NN test."
+    check_labels(train_ds.labels, test_ds.labels, ks)
+    check_same_classes(train_ds, test_ds)
 
 
 def _check_classes(train, test):
@@ -293,12 +310,11 @@ def pixels(dataset: Dataset, size: int, batch_size: int = 256, workers: int = 0)
 def knn_monitor(
     train_ds: Dataset, test_ds: Dataset, size: int, k: int = 20, **options
 ) -> Callable[[Any, int, Any], dict[str, float]]:
-    """A monitor for `pretrain`: (method, step, views) -> {'knn': top-1 in per cent at `k`}, of
-    `method.backbone`.
+    """A monitor for `pretrain`: (method, step, views) -> {'knn': top-1 in per cent at `k`}.
 
-    `options` go to `extract`. Labels that allow no k-NN are refused here, not after the first hour. In a
-    run of several processes each takes a part of the images."""
-    check_labels(train_ds.labels, test_ds.labels, [k])
+    It looks at `method.backbone`. `options` go to `extract`. Labels that allow no k-NN are refused here,
+    not after the first hour. In a run of several processes each takes a part of the images."""
+    check_sets(train_ds, test_ds, [k])
 
     def monitor(method, step, views=None):
         bank, labels = _all_features(method.backbone, train_ds, size, options)
@@ -346,7 +362,7 @@ def knn_picture(
     numbers. ValueError as in `knn_accuracy`."""
     if not backbones:
         raise ValueError('knn_picture needs at least one backbone')
-    check_labels(train_ds.labels, test_ds.labels, [k])
+    check_sets(train_ds, test_ds, [k])
     asked = Subset(test_ds, chosen_indices(len(test_ds), queries))
     fig, blocks = picture_rows(list(backbones), len(asked), k + 1)
     for axes, net in zip(blocks, backbones.values()):

@@ -19,7 +19,7 @@ from ..data.files import atomic_write
 from ..data.loading import Loader, epoch_order, eval_loader, sample_rng
 from ..data.toyworld import Dataset
 from .blocks import LastBlocks
-from .knn import evaluating, extract, transform_of
+from .knn import check_same_classes, evaluating, extract, transform_of
 from .linear_grid import LRS, GridAccuracy, Heads, heads_step
 from ..objectives.schedules import cosine_schedule
 from ..views.multicrop import crop, draw_box
@@ -65,12 +65,7 @@ def check_labels(train_ds: Dataset, test_ds: Dataset) -> int:
     for name, ds in (('training', train_ds), ('test', test_ds)):
         _check_labelled(name, ds)
     names = list(train_ds.classes)
-    if names != list(test_ds.classes):
-        other = sorted(set(names) ^ set(test_ds.classes)) or ['their order']
-        raise ValueError(
-            f'training and test images differ in their classes ({len(names)} and {len(test_ds.classes)}): '
-            f'{other[0]} is not the same in both'
-        )
+    check_same_classes(train_ds, test_ds)
     seen = set(np.asarray(train_ds.labels).tolist())
     if len(seen) < 2:
         raise ValueError('all training images are of one class: a linear probe needs two or more')

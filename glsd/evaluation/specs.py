@@ -132,7 +132,12 @@ def labelled_pair(recipe: Any, anchors: Any = None, test: Any = None) -> tuple[D
     if bool(anchors) != bool(test):
         raise ValueError('both are needed, --anchors and --test: two folders with one folder a class')
     if anchors and anchors != 'toyworld':
-        return labelled(anchors, 'anchor'), labelled(test, 'test')
+        pair = labelled(anchors, 'anchor'), labelled(test, 'test')
+        names = [list(ds.classes) for ds in pair]
+        if names[0] != names[1]:
+            odd = sorted({*names[0]} ^ {*names[1]}) or ['their order']
+            raise ValueError(f'anchor and test images differ in their classes: {odd[0]} is not the same in both')
+        return pair
     if not anchors and (not recipe or recipe.data != 'toyworld'):
         return None
     return toyworld(recipe, 5000, 'train'), toyworld(recipe, 2000, 'val')
