@@ -144,7 +144,7 @@ def test_a_run_on_shards_that_is_interrupted_goes_on_to_the_same_weights(shards,
     class Interrupted(Exception):
         pass
 
-    def stop(backbone, step):
+    def stop(method, step, views):
         if step == 2:
             raise Interrupted
         return {}

@@ -12,6 +12,7 @@ import importlib
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from fastcore.basics import patch
 from torch import Tensor, nn
@@ -74,7 +75,15 @@ class Backbone(nn.Module):
     `timm.create_model(timm_name, num_classes=0, **timm_kwargs)` has the same keys and shapes as `model`.
     """
 
+    # A long cell, as each thing that is known about a backbone has a line.
     accepts: tuple[str, ...] = ()
+    model: Any
+    input_size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_pct: float
+    interpolation: str
+    intermediates: Callable[..., list]  # grows below, as do `forward` and others
 
     def __init__(self, timm_name: str, drop_path: float = 0.0, **timm_kwargs):
         super().__init__()
@@ -200,7 +209,7 @@ def register_backbone(**variants: dict) -> Callable:
 
 # %% ../../nbs/3_backbones/1_features.ipynb #acb4060c
 _names = dict(
-    vit=(
+    queries=(
         *('vit_tiny_p16', 'vit_tiny_p8', 'vit_small_p16', 'vit_small_p8', 'vit_base_p16', 'vit_base_p8'),
         *('vit_tiny_p16_mean', 'vit_tiny_p8_mean', 'vit_small_p16_mean', 'vit_small_p8_mean', 'vit_mini'),
     ),

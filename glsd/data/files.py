@@ -61,7 +61,7 @@ def _is_disk_full(e: BaseException | None) -> bool:
 
 # %% ../../nbs/2_data/2_files.ipynb #2aabaab8
 class InUseError(ValueError):
-    "Somebody else is writing there; the message names the process."
+    "Another call or process is writing there; the message names the process."
 
 
 _held: dict[str, tuple[int, object]] = {}  # lock file -> (process, the call that holds it)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'list_checkpoints', 'save_checkpoint', 'CheckpointWriter', 'load_checkpoint', 'upgrade_checkpoint',
-           'old_supervised_values', 'last_checkpoint', 'load_weights', 'check_same_recipe', 'saved_recipe',
-           'MetricsLog', 'MetricsReader', 'read_metrics', 'backbone_weights', 'export_backbone', 'load_start']
+           'saved_recipe', 'last_checkpoint', 'load_weights', 'check_same_recipe', 'MetricsLog', 'MetricsReader',
+           'read_metrics', 'backbone_weights', 'export_backbone', 'load_start', 'read_safetensors']
 
 # %% ../../nbs/7_training/2_checkpoint.ipynb #3fceb7d0
 import errno
@@ -25,8 +25,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
-import glsd.backbones  # registers its own models with timm
-from ..backbones import create_backbone
 from ..data.files import atomic_write
 from .recipe import FORMAT, FREE, Recipe
 
@@ -53,7 +51,7 @@ def save_checkpoint(run_dir: str | os.PathLike, state: dict, keep: int = 2) -> P
         old.unlink()
     return path
 
-
+# %% ../../nbs/7_training/2_checkpoint.ipynb #26643e31
 def _no_space(path: Path, state: dict) -> OSError:
     needed, free = (f'{n / 1e6:,.1f} MB' for n in (_bytes(state), shutil.disk_usage(path.parent).free))
     return OSError(
@@ -70,36 +68,39 @@ def _bytes(state: Any) -> int:
     return sum(map(_bytes, parts))
 
 # %% ../../nbs/7_training/2_checkpoint.ipynb #7be43c49
-class CheckpointWriter:
-    """`save_checkpoint` in a thread: the caller waits for a copy in memory, not for the disk. An error is
-    raised by the next call.
+class CheckpointWriter:  # in one cell: three short functions around one thread
+    """`save_checkpoint` in a thread: the caller waits for a copy in memory, not for the disk.
 
-    One is written at a time; `close` waits for the last."""
+    One is written at a time; `close` waits for the last. An error is raised by the next call."""
 
-    def __init__(self, run_dir, keep=2):
-        self.run_dir, self.keep, self.thread, self.error = run_dir, keep, None, None
+    def __init__(self, run_dir: str | os.PathLike, keep: int = 2):
+        self.run_dir, self.keep = run_dir, keep
+        self.thread: threading.Thread | None = None
+        self.error: BaseException | None = None
 
-    def save(self, state: dict):
+    def save(self, state: dict) -> None:
+        "Copies the state, and has the copy written."
         self.close()
         self.thread = threading.Thread(target=self._write, args=[_copied(state)])
         self.thread.start()
 
-    def _write(self, state):
+    def _write(self, state: dict) -> None:
         try:
             save_checkpoint(self.run_dir, state, self.keep)
         except BaseException as e:
             self.error = e
 
-    def close(self):
+    def close(self) -> None:
+        "Waits until all is written. Raises what went wrong."
         if self.thread:
             self.thread.join()
         error, self.thread, self.error = self.error, None, None
         if error:
             raise error
 
-
-def _copied(x, seen=None):
-    "What stands in two places, as the weights of a supervised network do, is copied once."
+# %% ../../nbs/7_training/2_checkpoint.ipynb #23a9bb0c
+def _copied(x: Any, seen: dict | None = None) -> Any:
+    "A copy on the CPU. What has two names in a state, as shared weights do, is copied once."
     seen = {} if seen is None else seen
     if isinstance(x, torch.Tensor):
         if id(x) not in seen:
@@ -126,66 +127,76 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
         raise ValueError(
             f'{path} is cut, damaged, or holds more than weights; it is not loaded ({kind})'
         ) from e
-    if isinstance(state, dict) and state.get('format', 1) > FORMAT:
-        there = state['format']
-        raise ValueError(f'{path} was written by a newer glsd (format {there}, this one knows {FORMAT})')
-    state = upgrade_checkpoint(state)
+    state = upgrade_checkpoint(state, path)
     missing = [p for p in PARTS if p not in state] if isinstance(state, dict) else list(PARTS)
     if missing:
         raise ValueError(f"{path} is not a checkpoint of glsd: it has no '{missing[0]}'")
     return state
 
+# %% ../../nbs/7_training/2_checkpoint.ipynb #92759e2a
+_FORMAT_1 = 'step', 'recipe', 'backbone', 'student', 'teacher', 'objective', 'optimizer'
+
 # %% ../../nbs/7_training/2_checkpoint.ipynb #d3c79c5b
-def upgrade_checkpoint(state: Any) -> Any:
-    "A checkpoint of this format from one of the first; any other state as it is."
-    if not isinstance(state, dict) or state.get('format', 1) >= FORMAT or 'student' not in state:
+def upgrade_checkpoint(state: Any, where: Any = 'checkpoint') -> Any:
+    """A checkpoint of this format from one of an earlier one; any other state as it is. ValueError for a
+    later one."""
+    written = state.get('format', 1) if isinstance(state, dict) else FORMAT
+    if written > FORMAT:
+        raise ValueError(f'{where} was written by a newer glsd (format {written}, this one knows {FORMAT})')
+    if written == FORMAT or any(part not in state for part in _FORMAT_1):
         return state
-    supervised = state.get('kind') == 'SupervisedRecipe'
-    values = (
-        old_supervised_values(state['recipe'])
-        if supervised
-        else {'objective': 'geometric', **state['recipe']}
-    )
-    recipe = Recipe.from_dict(values)
-    parts = (
-        {'': state['student']}
-        if supervised
-        else {f'{k}.': state[k] for k in ('student', 'teacher', 'objective')}
-    )
+    recipe = saved_recipe(state, where)
+    if recipe.method == 'supervised':
+        weights, prefix = state['student'], 'backbone.'
+    else:
+        parts = {part: state[part] for part in ('student', 'teacher', 'objective')}
+        weights = {f'{part}.{k}': v for part, values in parts.items() for k, v in values.items()}
+        prefix = 'teacher.backbone.'
+    backbone = dict(state['backbone'], name=recipe.backbone, prefix=prefix)
     return dict(
         format=FORMAT,
         step=state['step'],
         recipe=recipe.to_dict(),
         classes=state.get('classes', []),
-        backbone=dict(
-            state['backbone'], name=recipe.backbone, prefix='backbone.' if supervised else 'teacher.backbone.'
-        ),
-        method={prefix + k: v for prefix, part in parts.items() for k, v in part.items()},
+        backbone=backbone,
+        method=weights,
         optimizer=state['optimizer'],
     )
 
+# %% ../../nbs/7_training/2_checkpoint.ipynb #29d3c826
+def saved_recipe(state: dict, where: Any) -> Recipe:
+    """The recipe of a checkpoint, or of the metadata of an exported file, of any format.
 
-def old_supervised_values(values: dict) -> dict:
-    "Fields of a supervised recipe of the first format, by their names of today."
+    ValueError for fields that are not known here."""
+    values = state['recipe']
+    values = json.loads(values) if isinstance(values, str) else dict(values)
+    if state.get('kind') == 'SupervisedRecipe':  # the first format had two kinds of recipe
+        values = _old_supervised_values(values)
+    elif 'method' not in values:
+        values = {'objective': 'geometric', **values}
+    return Recipe.from_dict(values, where=str(where))
+
+
+def _old_supervised_values(values: dict) -> dict:
     renamed = dict(size='global_size', scale='global_scale', drloc='drloc_weight', drloc_pairs='drloc_m')
-    dropped = 'test_every', 'n_test'
-    kept = {renamed.get(k, k): v for k, v in values.items() if k not in dropped}
-    wd = {'weight_decay_final': kept['weight_decay']} if 'weight_decay' in kept else {}
-    return {'method': 'supervised', 'format': 1, **kept, **wd}
+    kept = {renamed.get(k, k): v for k, v in values.items() if k != 'test_every'}
+    if 'weight_decay' in kept:  # it was constant
+        kept['weight_decay_final'] = kept['weight_decay']
+    return {'method': 'supervised', 'format': 1, **kept}
 
 # %% ../../nbs/7_training/2_checkpoint.ipynb #f3a643e3
-def last_checkpoint(run_dir) -> dict | None:
+def last_checkpoint(run_dir: str | os.PathLike) -> dict | None:
     "The newest checkpoint that can be read, or None. One that cannot be read is warned about."
     paths = list_checkpoints(run_dir)
     for path in reversed(paths):
         try:
             return load_checkpoint(path)
         except ValueError as e:
-            warnings.warn(f'{e}; going back to the checkpoint before it')
+            warnings.warn(f'{e}; going back to the checkpoint before it', stacklevel=2)
     if paths:
-        raise ValueError(
-            f'none of the {len(paths)} checkpoints in {paths[0].parent} can be read; to start again, remove that folder'
-        )
+        advice = 'to start again, remove that folder'
+        raise ValueError(f'none of the {len(paths)} checkpoints in {paths[0].parent} can be read; {advice}')
+    return None
 
 # %% ../../nbs/7_training/2_checkpoint.ipynb #b524499c
 def load_weights(
@@ -196,22 +207,18 @@ def load_weights(
 
     `place(tensor, like)` makes a whole tensor one like that of the module (`World.shard_like`)."""
     ours = module.state_dict()
-    other_shape = [
-        f'{k} ({_shape(state[k])}, here {_shape(v)})'
-        for k, v in ours.items()
-        if k in state and state[k].shape != v.shape
-    ]
+    reshaped = [k for k, v in ours.items() if k in state and state[k].shape != v.shape]
     unlike = {
         'missing': [k for k in ours if k not in state],
         'too many': [k for k in state if k not in ours],
-        'of another shape': other_shape,
+        'of another shape': [f'{k} ({_shape(state[k])}, here {_shape(ours[k])})' for k in reshaped],
     }
     lines = [f'{kind}: {_first(keys)}' for kind, keys in unlike.items() if keys]
     if lines:
         raise ValueError(f'{where} is of another architecture; {"; ".join(lines)}')
     module.load_state_dict({k: place(v, ours[k]) for k, v in state.items()})
 
-
+# %% ../../nbs/7_training/2_checkpoint.ipynb #dd381225
 def _shape(tensor: torch.Tensor) -> str:
     return 'x'.join(map(str, tensor.shape)) or 'one number'
 
@@ -232,71 +239,71 @@ def check_same_recipe(recipe: Recipe, saved: Recipe, where: Any, free: tuple = F
             'without resuming'
         )
 
-# %% ../../nbs/7_training/2_checkpoint.ipynb #292e6722
-def saved_recipe(state: dict, where: Any) -> Recipe:
-    """The recipe of a checkpoint, or of the metadata of an exported file. ValueError for fields that are not
-    known here."""
-    values = state['recipe']
-    values = json.loads(values) if isinstance(values, str) else dict(values)
-    if state.get('kind') == 'SupervisedRecipe':
-        values = old_supervised_values(values)
-    elif 'method' not in values:
-        values = {'objective': 'geometric', **values}
-    return Recipe.from_dict(values, where=str(where))
-
 # %% ../../nbs/7_training/2_checkpoint.ipynb #9cdb25e5
-class MetricsLog:
+class MetricsLog:  # in one cell: short functions around one file
     """run_dir/metrics.jsonl, one line a step, and the same for TensorBoard where it is installed.
 
     Opened at a step, it drops what was written after that step: those lines will be written again."""
 
     def __init__(self, run_dir: str | os.PathLike, step: int = 0):
-        self.path, self.board = Path(run_dir) / 'metrics.jsonl', None
+        self.path = Path(run_dir) / 'metrics.jsonl'
         self.path.touch()
         os.truncate(self.path, _length_until(self.path, step))
         self.file = open(self.path, 'ab', buffering=0)
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            return
-        self.board = SummaryWriter(Path(run_dir) / 'tensorboard', purge_step=step + 1)
+        self.board = _tensorboard(Path(run_dir) / 'tensorboard', step)
 
     def write(self, line: dict) -> None:
-        "`line` has 'step' and numbers."
+        "`line` has 'step' and numbers. OSError of one line if the disk is full."
         text = (json.dumps(line) + '\n').encode()
         if self.file.write(text) < len(text):
             raise OSError(errno.ENOSPC, f'no space left to write {self.path}; free some and start again')
-        numbers = {k: v for k, v in line.items() if k != 'step' and not isinstance(v, str)}
-        for name, value in numbers.items() if self.board else ():
-            self.board.add_scalar(name, value, line['step'])
+        if self.board:
+            for name, value in line.items():
+                if name != 'step' and not isinstance(value, str):
+                    self.board.add_scalar(name, value, line['step'])
 
     def sync(self) -> None:
         "Sees to it that the lines are on the disk: a checkpoint must not be ahead of its log."
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
+        "Closes the file and TensorBoard's."
         self.file.close()
         if self.board:
             self.board.close()
+
+# %% ../../nbs/7_training/2_checkpoint.ipynb #207f073a
+def _tensorboard(path: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(path, purge_step=step + 1)
 
 # %% ../../nbs/7_training/2_checkpoint.ipynb #6191814f
 class MetricsReader:
     "Reads run_dir/metrics.jsonl while it grows: each call of `read` gives the whole lines that are new."
 
     def __init__(self, run_dir: str | os.PathLike):
-        self.path, self.at = Path(run_dir) / 'metrics.jsonl', 0
+        self.path, self.position = Path(run_dir) / 'metrics.jsonl', 0
 
     def read(self) -> list[dict]:
+        "The lines since the last call, as dicts; one that is not yet whole waits for the next call."
         if not self.path.exists():
             return []
         with open(self.path, 'rb') as f:
-            f.seek(self.at)
+            f.seek(self.position)
             text = f.read()
         text = text[: text.rfind(b'\n') + 1]
-        self.at += len(text)
+        self.position += len(text)
         return _parsed(text)
 
 
+def read_metrics(run_dir: str | os.PathLike) -> list[dict]:
+    "The lines of a run's metrics.jsonl as dicts. A line cut by a kill ends them."
+    return MetricsReader(run_dir).read()
+
+# %% ../../nbs/7_training/2_checkpoint.ipynb #30e7169a
 def _parsed(text: bytes) -> list[dict]:
     "Lines of JSON, up to the first that is none."
     lines = []
@@ -308,12 +315,8 @@ def _parsed(text: bytes) -> list[dict]:
     return lines
 
 
-def read_metrics(run_dir: str | os.PathLike) -> list[dict]:
-    "The lines of a run's metrics.jsonl as dicts. A line cut by a kill ends them."
-    return MetricsReader(run_dir).read()
-
-
 def _length_until(path: Path, step: int) -> int:
+    "Bytes of the whole lines up to this step."
     length = 0
     with open(path, 'rb') as f:
         for line in f:
@@ -329,7 +332,7 @@ def backbone_weights(state: dict) -> dict:
     prefix = state['backbone']['prefix']
     return {k[len(prefix) :]: v for k, v in state['method'].items() if k.startswith(prefix)}
 
-
+# %% ../../nbs/7_training/2_checkpoint.ipynb #d5d66c67
 def export_backbone(run_dir: str | os.PathLike, path: str | os.PathLike) -> str:
     """Writes a run's backbone as safetensors that timm loads. Returns the line of code that loads it.
 
@@ -364,15 +367,26 @@ def load_start(backbone: nn.Module, weights: str | os.PathLike) -> None:
         state = last_checkpoint(path)
         if state is None:
             raise FileNotFoundError(f'{where}: no checkpoint in this folder')
-        return load_weights(backbone, backbone_weights(state), where)
-    if path.suffix != '.safetensors' or not path.is_file():
+        load_weights(backbone, backbone_weights(state), where)
+    elif path.suffix != '.safetensors' or not path.is_file():
         raise FileNotFoundError(f'{where}: neither the folder of a run nor a .safetensors file')
+    else:
+        load_weights(
+            backbone.model, _without_classifier(read_safetensors(path, where), backbone.model), where
+        )
+
+# %% ../../nbs/7_training/2_checkpoint.ipynb #f14f28cb
+def read_safetensors(path: Path, where: Any) -> dict:
+    "All tensors of a file. ValueError, in one line, if it is damaged."
     try:
         with safe_open(path, 'pt') as f:
-            found = {k: f.get_tensor(k) for k in f.keys()}
+            return {k: f.get_tensor(k) for k in f.keys()}
     except SafetensorError as e:
         raise ValueError(f'{where} is not a readable safetensors file: {e}') from None
-    classifier = (getattr(backbone.model, 'pretrained_cfg', None) or {}).get('classifier') or ()
+
+
+def _without_classifier(state: dict, model: nn.Module) -> dict:
+    classifier = (getattr(model, 'pretrained_cfg', None) or {}).get('classifier') or ()
     names = [classifier] if isinstance(classifier, str) else classifier
     heads = tuple(f'{name}.' for name in names)
-    load_weights(backbone.model, {k: v for k, v in found.items() if not k.startswith(heads)}, where)
+    return {k: v for k, v in state.items() if not k.startswith(heads)}

@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,8 @@ def batches(
 ) -> Iterator[Views]:
     """The Views of steps `start` to `steps`, epoch after epoch; the same ones whether a run was cut or not.
 
-    `multicrop`: a method's `views`. Of each batch, the part of this process; pinned where a GPU will take it."""
+    `multicrop`: a method's `views`. Of each batch, the part of this process; pinned where a GPU will take it.
+    """
     world, r = world or World(), recipe.run
     pin = torch.cuda.is_available() and world.device(r.device).type == 'cuda'
     yield from step_loader(
@@ -113,7 +114,7 @@ def pretrain(
     dataset: Any = None,
     progress: bool = True,
     world: World | None = None,
-) -> Run:
+) -> Run:  # longer than other cells: half of it says what it takes and what it refuses
     """Trains `recipe` in the folder `out`, or goes on where it was cut; a finished run is only read.
 
     monitors: name -> callable(method, step, views) -> dict of numbers, every `monitor_every` steps and at the
@@ -147,18 +148,20 @@ def check_dataset(recipe: Recipe, dataset: Any) -> None:
     "ValueError for fewer images than a batch, and for images without labels where the method needs them."
     n, batch = len(dataset), recipe.run.batch_size
     if n < batch:
-        raise ValueError(
-            f'{n} images are fewer than a batch of {batch}: choose a smaller batch_size, or more images'
-        )
+        advice = 'choose a smaller batch_size, or more images'
+        raise ValueError(f'{n} images are fewer than a batch of {batch}: {advice}')
     if recipe.needs_labels:
-        bare = int((torch.as_tensor(dataset.labels) < 0).sum())
-        if bare or not len(dataset.classes):
-            raise ValueError(f'{bare} of {n} images have no class: {recipe.method} needs a folder per class')
-        if len(dataset.classes) < 2:
-            raise ValueError(
-                f"all images are of one class, '{dataset.classes[0]}': there is nothing to tell apart; add a "
-                'second folder'
-            )
+        _check_labels(recipe.method, dataset)
+
+
+def _check_labels(method: str, dataset: Any) -> None:
+    n, classes = len(dataset), list(dataset.classes)
+    bare = int((torch.as_tensor(dataset.labels) < 0).sum())
+    if bare or not classes:
+        raise ValueError(f'{bare or n} of {n} images have no class: {method} needs a folder per class')
+    if len(classes) < 2:
+        advice = 'there is nothing to tell apart; add a second folder'
+        raise ValueError(f"all images are of one class, '{classes[0]}': {advice}")
 
 # %% ../../nbs/7_training/5_loop.ipynb #2249537d
 def restore(trainer: Trainer, out: Path) -> None:
@@ -175,7 +178,7 @@ def restore(trainer: Trainer, out: Path) -> None:
         trainer.recipe.save(out / 'recipe.yaml')
 
 # %% ../../nbs/7_training/5_loop.ipynb #69a035ee
-class RunLog:
+class RunLog:  # in one cell: when to write what
     "Log, checkpoints and progress of a run in the folder `out`."
 
     def __init__(self, out: Path, trainer: Trainer, every: int, progress: bool = True):
@@ -209,6 +212,7 @@ class RunLog:
             self.progress.add([line])
 
     def close(self) -> None:
+        "Waits for the last checkpoint, and closes the files."
         try:
             self.writer.close()
         finally:
@@ -223,11 +227,10 @@ class Stopped(RuntimeError):
     exit_code = 128 + signal.SIGTERM
 
     def __init__(self, out: Path, step: int):
-        super().__init__(
-            f'{out}: asked to end after step {step}; a checkpoint is written, the same call goes on from there'
-        )
+        advice = 'a checkpoint is written, the same call goes on from there'
+        super().__init__(f'{out}: asked to end after step {step}; {advice}')
 
-
+# %% ../../nbs/7_training/5_loop.ipynb #cf827e7e
 @contextmanager
 def sigterm() -> Iterator[Callable[[], bool]]:
     "Gives a function that says whether SIGTERM has come since; False in threads, which get no signals."
@@ -248,7 +251,7 @@ def batch_of(recipe: Recipe, dataset: Any, step: int) -> tuple:
     epoch, k = divmod(step - 1, len(dataset) // batch)
     return epoch, order_of(dataset, recipe.run.seed, epoch)[k * batch :][:batch]
 
-
+# %% ../../nbs/7_training/5_loop.ipynb #a37c6f83
 def keep_for_replay(trainer: Trainer, out: Path, dataset: Any, error: NotFinite) -> None:
     """Writes the state from before a step that failed, its images and its numbers, for `glsd replay`.
 
@@ -275,6 +278,7 @@ class Skipper:
         self.trainer, self.out, self.dataset, self.skipped = trainer, out, dataset, 0
 
     def step(self, views: Views) -> dict:
+        "`Trainer.step`, or the line of a step that was left out. ValueError for the one that ends the run."
         try:
             line = self.trainer.step(views)
         except NotFinite as e:
@@ -301,32 +305,27 @@ def look(trainer: Trainer, monitors: dict[str, Callable], stuck: StuckCheck, vie
             stuck(done, terms)
     return found
 
-
+# %% ../../nbs/7_training/5_loop.ipynb #348df1b1
 def train(trainer: Trainer, out: Path, dataset: Any, monitors: dict[str, Callable], progress: bool) -> None:
     "The loop: a batch, a step, a look, a line of the log, and now and then a checkpoint."
-    r, world = trainer.recipe.run, trainer.world
-    stuck = StuckCheck(trainer.steps, trainer.settled())
-    every = r.checkpoint_every or len(dataset) // r.batch_size
+    recipe, world = trainer.recipe, trainer.world
+    every = recipe.run.checkpoint_every or len(dataset) // recipe.run.batch_size
     log = RunLog(out, trainer, every, progress) if world.rank == 0 else None
-    skipper = Skipper(trainer, out, dataset)
-    views_of = trainer.method.views
-    try:
-        with sigterm() as asked_to_stop, worker_errors():
-            for views in batches(trainer.recipe, dataset, trainer.done, trainer.steps, views_of, world):
-                if log:
-                    log.loaded = time.perf_counter()
-                line = skipper.step(views)
-                if 'skipped' not in line:
-                    line |= look(trainer, monitors, stuck, views)
-                stop, due = world.any(asked_to_stop(), log is not None and log.due())
-                state = trainer.state_dict() if stop or due else None
-                if log:
-                    log.write(line, state)
-                if stop and trainer.done < trainer.steps:
-                    raise Stopped(out, trainer.done)
-    finally:
-        if log:
-            log.close()
+    stuck, skipper = StuckCheck(trainer.steps, trainer.settled()), Skipper(trainer, out, dataset)
+    steps = batches(recipe, dataset, trainer.done, trainer.steps, trainer.method.views, world)
+    with closing(log) if log else nullcontext(), sigterm() as asked_to_stop, worker_errors():
+        for views in steps:
+            if log:
+                log.loaded = time.perf_counter()
+            line = skipper.step(views)
+            if 'skipped' not in line:
+                line |= look(trainer, monitors, stuck, views)
+            stop, due = world.any(asked_to_stop(), log is not None and log.due())
+            state = trainer.state_dict() if stop or due else None
+            if log:
+                log.write(line, state)
+            if stop and trainer.done < trainer.steps:
+                raise Stopped(out, trainer.done)
 
 # %% ../../nbs/7_training/5_loop.ipynb #4a25ccb4
 def remove_run(out: Path) -> None:

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SyncedBatchNorm', 'DistributedWorld', 'process_group', 'die_with_parent', 'world_size', 'rank_indices',
-           'all_gather_rows', 'all_gather_batch', 'all_gather_outputs', 'agent', 'end_with_stdin', 'launch']
+           'all_gather_rows', 'all_gather_batch', 'all_gather_outputs', 'torchrun_flags', 'report_failure', 'agent',
+           'end_with_stdin', 'launch']
 
 # %% ../../nbs/7_training/8_processes.ipynb #07955cd7
 import ctypes
@@ -26,6 +27,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .checkpoint import MetricsReader
@@ -38,39 +40,43 @@ class _SumOverAll(torch.autograd.Function):
     "A sum over all processes whose gradient is the sum over all processes."
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         x = x.clone()
         dist.all_reduce(x)
         return x
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx: Any, g: Tensor) -> Tensor:
         g = g.clone()
         dist.all_reduce(g)
         return g
 
+# %% ../../nbs/7_training/8_processes.ipynb #11fef5c9
+def _mean_over_all(x: Tensor, dims: list) -> Tensor:
+    return _SumOverAll.apply(x.mean(dims)) / dist.get_world_size()
+
 # %% ../../nbs/7_training/8_processes.ipynb #81806cf0
 class SyncedBatchNorm(nn.BatchNorm1d):
-    """BatchNorm over the batches of all processes, of equal size; x [N, C] or [N, C, ...]. torch's own needs a GPU."""
+    "BatchNorm over the batches of all processes, of equal size. torch's own needs a GPU."
 
-    def _check_input_dim(self, x):
+    def _check_input_dim(self, x: Tensor) -> None:
         pass
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
+        "x [N, C] or [N, C, ...] -> the same shape and type."
         if not self.training:
             return super().forward(x)
         others, per_channel = [0, *range(2, x.ndim)], [1, -1] + [1] * (x.ndim - 2)
-        mean_of = lambda t: _SumOverAll.apply(t.mean(others)) / dist.get_world_size()
-        mean = mean_of(x.float() if x.dtype.itemsize < 4 else x)
-        var = mean_of((x - mean.view(per_channel)).square())
+        mean = _mean_over_all(x.float() if x.dtype.itemsize < 4 else x, others)
+        var = _mean_over_all((x - mean.view(per_channel)).square(), others)
         self.follow(mean.detach(), var.detach(), x.numel() // x.shape[1] * dist.get_world_size())
         scale = self.weight * (var + self.eps).rsqrt()
-        return ((x - mean.view(per_channel)) * scale.view(per_channel) + self.bias.view(per_channel)).to(
-            x.dtype
-        )
+        y = (x - mean.view(per_channel)) * scale.view(per_channel) + self.bias.view(per_channel)
+        return y.to(x.dtype)
 
     @torch.no_grad()
-    def follow(self, mean, var, n):
+    def follow(self, mean: Tensor, var: Tensor, n: int) -> None:
+        "Moves the running statistics towards those of n numbers a channel."
         self.num_batches_tracked += 1
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
         self.running_var.lerp_((var * n / max(1, n - 1)).to(self.running_var.dtype), self.momentum)
@@ -88,31 +94,36 @@ class DistributedWorld(World):
         device = pick_device(name)
         return self.at if device.type == 'cuda' and self.at.type == 'cuda' else device
 
-    def sync_batchnorm(self, module: nn.Module) -> nn.Module:
-        for m in module.modules():
-            if type(m) in (nn.BatchNorm1d, nn.BatchNorm2d):
-                m.__class__ = SyncedBatchNorm  # its parameters and names stay
-        return module
-
-    def wrap(self, method: nn.Module) -> nn.Module:
-        DDP = nn.parallel.DistributedDataParallel
-        names = inspect.signature(DDP).parameters
-        # buffers are the same everywhere; torch calls the switch by an older name, or by a newer one
-        quiet = 'forward_sync_buffers' if 'forward_sync_buffers' in names else 'broadcast_buffers'
-        # the graph is the same in every step, and in every step the same parameters (a mask token, say) may
-        # have
-        # no gradient
-        return DDP(method, static_graph=True, gradient_as_bucket_view=True, **{quiet: False})
-
     def mean(self, numbers: Tensor) -> Tensor:
         numbers = numbers.clone()
         dist.all_reduce(numbers)
         return numbers / self.size
 
     def any(self, *flags: bool) -> list:
-        told = torch.tensor(flags, dtype=torch.float, device=self.at)
-        dist.all_reduce(told)
-        return (told > 0).tolist()
+        counts = torch.tensor(flags, dtype=torch.float, device=self.at)
+        dist.all_reduce(counts)
+        return (counts > 0).tolist()
+
+# %% ../../nbs/7_training/8_processes.ipynb #d6b6918c
+@patch
+def sync_batchnorm(self: DistributedWorld, module: nn.Module) -> nn.Module:
+    "The module with `SyncedBatchNorm`, in place; parameters and their names stay."
+    for m in module.modules():
+        if type(m) in (nn.BatchNorm1d, nn.BatchNorm2d):
+            m.__class__ = SyncedBatchNorm
+    return module
+
+
+@patch
+def wrap(self: DistributedWorld, method: nn.Module) -> nn.Module:
+    "The method in `DistributedDataParallel`: its gradients become means over all processes."
+    DDP = nn.parallel.DistributedDataParallel
+    names = inspect.signature(DDP).parameters
+    # buffers are the same everywhere; torch calls the switch by an older name, or by a newer one
+    quiet = 'forward_sync_buffers' if 'forward_sync_buffers' in names else 'broadcast_buffers'
+    # the graph is the same in every step: in each, the same parameters (a mask token, say) may have no
+    # gradient
+    return DDP(method, static_graph=True, gradient_as_bucket_view=True, **{quiet: False})
 
 # %% ../../nbs/7_training/8_processes.ipynb #9a4e5219
 @contextmanager
@@ -136,7 +147,7 @@ def process_group(device: str = 'auto') -> Iterator[bool]:
     finally:
         dist.destroy_process_group()
 
-
+# %% ../../nbs/7_training/8_processes.ipynb #5033dcb5
 def die_with_parent() -> None:
     "On Linux: the kernel ends this process when the one that started it is gone, however that ended."
     if sys.platform == 'linux':
@@ -158,7 +169,7 @@ def rank_indices(n: int) -> list[int]:
     each = -(-n // world_size())
     return [min(dist.get_rank() + i * world_size(), n - 1) for i in range(each)] if n else []
 
-
+# %% ../../nbs/7_training/8_processes.ipynb #e8762dee
 def all_gather_rows(rows: Tensor, n: int) -> Tensor:
     "The rows [n, ...] of all processes, from those that each has for `rank_indices(n)`; on the CPU."
     if world_size() == 1:
@@ -183,7 +194,7 @@ def all_gather_batch(x: Any, most: int) -> Any:
     dist.all_gather(parts, x)
     return torch.cat(parts)
 
-
+# %% ../../nbs/7_training/8_processes.ipynb #5e9c395f
 def all_gather_outputs(outputs: Any, most: int = 64) -> Any:
     "`Outputs` of the images of all processes; at most so many images, logits are large."
     if world_size() == 1:
@@ -203,97 +214,101 @@ def all_gather_outputs(outputs: Any, most: int = 64) -> Any:
     inputs = [{k: by_view(v) for k, v in more.items()} for more in outputs.inputs]
     return replace(outputs, **fields, logits=logits, inputs=inputs)
 
-# %% ../../nbs/7_training/8_processes.ipynb #b5b5ca15
-def agent(argv: list, nproc: int, nnodes: int = 1, rdzv: str = '', restarts: int = 3) -> int:
-    """Runs `glsd ARGV` in `nproc` processes here, of those on `nnodes` machines that meet at `rdzv`
-    (host:port). Returns an exit code.
-
-    torchrun's agent, in this process: when a process dies all are started again, at most `restarts` times.
-    SIGTERM goes on to all of them. ValueError for numbers that make no sense."""
-    from torch.distributed import run as torchrun
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
+# %% ../../nbs/7_training/8_processes.ipynb #2ef6d8d2
+def torchrun_flags(nproc: int, nnodes: int, rdzv: str, restarts: int) -> list[str]:
+    "What torchrun is called with. ValueError, in one line, for numbers that make no sense."
     if nproc < 1 or nnodes < 1 or restarts < 0:
-        raise ValueError(
-            f'--nproc and --nnodes must be 1 or more, --restarts 0 or more, not {nproc}, {nnodes}, {restarts}'
-        )
+        given = f'{nproc}, {nnodes}, {restarts}'
+        raise ValueError(f'--nproc and --nnodes must be 1 or more, --restarts 0 or more, not {given}')
     if nnodes > 1 and not rdzv:
         raise ValueError('several nodes need a place to meet: --rdzv HOST:PORT, the same on all of them')
-    meet = (
-        ['--rdzv-backend', 'c10d', '--rdzv-endpoint', rdzv, '--rdzv-id', 'glsd', '--nnodes', str(nnodes)]
-        if rdzv
-        else ['--standalone']
-    )
+    meet = ['--standalone']
+    if rdzv:
+        meet = [
+            '--rdzv-backend',
+            'c10d',
+            '--rdzv-endpoint',
+            rdzv,
+            '--rdzv-id',
+            'glsd',
+            '--nnodes',
+            str(nnodes),
+        ]
+    processes = ['--nproc-per-node', str(nproc), '--max-restarts', str(restarts), '--monitor-interval', '.2']
+    return [*processes, *meet]
+
+# %% ../../nbs/7_training/8_processes.ipynb #dddc1f80
+@contextmanager
+def _agent_environment(argv: list, nproc: int, tmp: Path) -> Iterator[None]:
+    "What the processes find in their environment; this one's is as before afterwards."
     logging.disable(logging.ERROR)  # the one line at the end says it all
     before = dict(os.environ)
-    with tempfile.TemporaryDirectory() as tmp:
-        # a store of their own for those who are started again: in the agent's they would find the addresses
-        # of the dead
-        os.environ |= {
-            'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1',
-            'TORCH_ELASTIC_SHUTDOWN_TIMEOUT': '90',
-            'GLSD_ARGV': json.dumps(argv),
-            'GLSD_REFUSED': f'{tmp}/refused',
-        }
-        os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // nproc)))
-        try:
-            torchrun.main(
-                [
-                    '--nproc-per-node',
-                    str(nproc),
-                    '--max-restarts',
-                    str(restarts),
-                    '--monitor-interval',
-                    '.2',
-                    *meet,
-                    '--no-python',
-                    sys.executable,
-                    '-c',
-                    _PROCESS,
-                ]
-            )
-        except ChildFailedError as e:
-            if Path(tmp, 'refused').exists():
-                print(Path(tmp, 'refused').read_text(), file=sys.stderr)
-                return 2
-            rank, failure = e.get_first_failure()
-            if failure.exitcode == 143:
-                return 143  # asked to end; it has said so
-            how = (
-                f'was killed by {signal.Signals(-failure.exitcode).name}'
-                if failure.exitcode < 0
-                else _told(failure)
-            )
-            print(
-                f'glsd: process {rank} of {nproc * nnodes} {how}; the same command goes on from the last checkpoint',
-                file=sys.stderr,
-            )
-            return 1
-        except SignalException as e:
-            return 128 + e.sigval
-        finally:
-            logging.disable(logging.NOTSET)
-            os.environ.clear()
-            os.environ.update(before)
-    return 0
+    os.environ |= {
+        # those who are started again get a store of their own: in the agent's they would find old addresses
+        'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1',
+        'TORCH_ELASTIC_SHUTDOWN_TIMEOUT': '90',
+        'GLSD_ARGV': json.dumps(argv),
+        'GLSD_REFUSED': f'{tmp}/refused',
+    }
+    os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // nproc)))
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+        os.environ.clear()
+        os.environ.update(before)
+
+# %% ../../nbs/7_training/8_processes.ipynb #6dcbdc74
+def report_failure(rank: int, failure: Any, processes: int, refused: Path) -> int:
+    "Says in one line why a run of several processes ended; its exit code. `failure`: torchrun's."
+    if refused.exists():
+        print(refused.read_text(), file=sys.stderr)
+        return 2
+    if failure.exitcode == 143:
+        return 143  # it was asked to end, and has said so
+    advice = 'the same command goes on from the last checkpoint'
+    print(f'glsd: process {rank} of {processes} {_what_happened(failure)}; {advice}', file=sys.stderr)
+    return 1
 
 
+def _what_happened(failure: Any) -> str:
+    if failure.exitcode < 0:
+        return f'was killed by {signal.Signals(-failure.exitcode).name}'
+    message = failure.message if isinstance(failure.message, str) else failure.message.get('message', '')
+    return f'failed: {message.splitlines()[0] if message else f"exit code {failure.exitcode}"}'
+
+# %% ../../nbs/7_training/8_processes.ipynb #4678eac8
 # not as arguments: torchrun would take --nproc for one of its own
 _PROCESS = (
     'import json, os, sys; from glsd.cli import main; sys.exit(main(json.loads(os.environ["GLSD_ARGV"])))'
 )
 
+# %% ../../nbs/7_training/8_processes.ipynb #b5b5ca15
+def agent(argv: list, nproc: int, nnodes: int = 1, rdzv: str = '', restarts: int = 3) -> int:
+    """Runs `glsd ARGV` in `nproc` processes here, of those on `nnodes` machines that meet at `rdzv`
+    (host:port). Returns an exit code.
 
-def _told(failure):
-    message = failure.message if isinstance(failure.message, str) else failure.message.get('message', '')
-    return f'failed: {message.splitlines()[0] if message else f"exit code {failure.exitcode}"}'
+    torchrun's agent, in this process: when a process fails all are started again, at most `restarts` times.
+    SIGTERM goes on to all of them. ValueError for numbers that make no sense."""
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    flags = torchrun_flags(nproc, nnodes, rdzv, restarts)
+    with tempfile.TemporaryDirectory() as tmp, _agent_environment(argv, nproc, Path(tmp)):
+        try:
+            torchrun.main([*flags, '--no-python', sys.executable, '-c', _PROCESS])
+        except ChildFailedError as e:
+            return report_failure(*e.get_first_failure(), nproc * nnodes, Path(tmp, 'refused'))
+        except SignalException as e:
+            return 128 + e.sigval
+    return 0
 
 # %% ../../nbs/7_training/8_processes.ipynb #e357804b
-def end_with_stdin():
+def end_with_stdin() -> None:
     "SIGTERM for this process when its standard input closes: whoever started it is gone."
 
-    def listen():
+    def listen() -> None:
         while os.read(0, 4096):
             pass  # not sys.stdin: Python would wait for its lock when it ends
         os.kill(os.getpid(), signal.SIGTERM)
@@ -302,38 +317,36 @@ def end_with_stdin():
 
 # %% ../../nbs/7_training/8_processes.ipynb #70bbe45e
 def launch(recipe: Any, out: str | Path, nproc: int = 2, progress: bool = True, **flags) -> Run:
-    """`pretrain(recipe, out)` in `nproc` processes on this machine, from a notebook: its progress in the
-    cell.
+    """`pretrain(recipe, out)` in `nproc` processes here, from a notebook: its progress in the cell.
 
     No process is left behind. `flags`: of `glsd pretrain`, such as anchors='...', restarts=0. Its output goes
     to out/log.txt. RuntimeError with the last line of that, if it fails."""
     check_batch(recipe, nproc)
     out = Path(out).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    recipe.save(out / 'asked.yaml')
-    given = dict(flags, recipe=out / 'asked.yaml', out=out, nproc=nproc)
-    words = [w for k, v in given.items() for w in (f'--{k.replace("_", "-")}', str(v))]
-    command = [
-        sys.executable,
-        '-c',
-        'import sys; from glsd.cli import main; sys.exit(main())',
-        'pretrain',
-        *words,
-    ]
-    env = dict(os.environ, GLSD_END_WITH_STDIN='1', PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
-    with open(out / 'log.txt', 'wb') as log:
-        streams = dict(stdin=subprocess.PIPE, stdout=log, stderr=log)
-        process = subprocess.Popen(command, env=env, start_new_session=True, **streams)
+    recipe.save(out / 'launch.yaml')
+    process = _start(out, dict(flags, recipe=out / 'launch.yaml', out=out, nproc=nproc))
     try:
         _follow(process, out, recipe, progress)
     finally:
         process.stdin.close()  # asks it to end, if it has not
         code = process.wait()
-    (out / 'asked.yaml').unlink(missing_ok=True)
+    (out / 'launch.yaml').unlink(missing_ok=True)
     if code:
-        log_file = out / 'log.txt'
-        raise RuntimeError(f'{out}: {_last_line(log_file)} (exit code {code}; log: {log_file})')
+        log = out / 'log.txt'
+        raise RuntimeError(f'{out}: {_last_line(log)} (exit code {code}; log: {log})')
     return load_run(out)
+
+# %% ../../nbs/7_training/8_processes.ipynb #0650564b
+def _start(out: Path, flags: dict) -> subprocess.Popen:
+    "`glsd pretrain` with these flags, which ends when this process does."
+    words = [word for k, v in flags.items() for word in (f'--{k.replace("_", "-")}', str(v))]
+    main = 'import sys; from glsd.cli import main; sys.exit(main())'
+    env = dict(os.environ, GLSD_END_WITH_STDIN='1', PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
+    with open(out / 'log.txt', 'wb') as log:
+        streams = dict(stdin=subprocess.PIPE, stdout=log, stderr=log)
+        command = [sys.executable, '-c', main, 'pretrain', *words]
+        return subprocess.Popen(command, env=env, start_new_session=True, **streams)
 
 # %% ../../nbs/7_training/8_processes.ipynb #aa0a6642
 def _follow(process: subprocess.Popen, out: Path, recipe: Any, progress: bool) -> None:
