@@ -19,7 +19,7 @@ from glsd.objectives.drloc import (
 
 
 def slow(tokens, grid, mlp, pairs, variant, divisor):
-    "Loops over images, pairs and axes; the MLP reads two tokens side by side. All errors [image, pair, axis]."
+    "Loops over images, pairs and axes; the MLP reads two tokens side by side. Errors [image, pair, axis]."
     errors = []
     for image, drawn in zip(tokens, pairs):
         for a, b in drawn.tolist():

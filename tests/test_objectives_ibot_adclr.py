@@ -47,7 +47,7 @@ def test_methods_train(method, terms):
 
 
 def test_resumes_and_repeats():
-    "A checkpoint holds all there is, the shared head and the mask token too; all chance comes from seed and step."
+    "A checkpoint holds everything, the shared head and the mask token too; chance comes from seed and step."
     trainer, lines, views = trained('adclr_ibot')
     first = trained('adclr_ibot', steps=1)[0]
     again = Trainer(trainer.recipe, 2)

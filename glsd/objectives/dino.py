@@ -161,11 +161,11 @@ class Term(nn.Module):  # in one cell: what a loss may ask of the method around 
         "The same for the teacher."
         return self.heads
 
-    def extra_modules(self, backbone: nn.Module, **head_kwargs) -> dict:
+    def extra_modules(self, backbone: Any, **head_kwargs) -> dict:
         "Modules beside or in place of DINO's heads, new for each branch: name -> module, or a head to share."
         return {}
 
-    def backbone_inputs(self, views: 'Views', branch: nn.Module, teacher: bool) -> list[dict]:
+    def backbone_inputs(self, views: 'Views', branch: Any, teacher: bool) -> list[dict]:
         "What the backbone gets beside the crops, a dict for each size group."
         return []
 
@@ -192,6 +192,7 @@ class Distillation(Term):  # in one cell: subclasses fill the gaps of this form
     old one."""
 
     name, level = 'region', 'tokens'
+    center: Tensor
 
     def __init__(
         self,
@@ -242,12 +243,22 @@ class Distillation(Term):  # in one cell: subclasses fill the gaps of this form
         return W.sum() / len(W) * math.log(len(self.center))
 
 # %% ../../nbs/4_distillation/3_dino.ipynb #14321d25
-def aligned_cross_entropy(student: Any, teacher: Any, weight: Tensor, *settings, **options) -> Tensor:
+def aligned_cross_entropy(
+    student: Any,
+    teacher: Any,
+    weight: Tensor,
+    student_temp: float,
+    teacher_temp: float,
+    center: Tensor | float = 0.0,
+    *,
+    overwrite: bool = False,
+) -> Tensor:
     """Row s of the student against row s of the teacher: the mean of weight[b,s] H(P[b,s], Q[b,s]). A scalar.
 
     Logits [B, S, K], `weight` [B, S]; the rest as in `soft_cross_entropy`, of which it is the diagonal."""
-    pairs = [x.flatten(0, 1)[:, None] for x in (student, teacher)]
-    return soft_cross_entropy(*pairs, weight.flatten()[:, None, None], *settings, **options)
+    s, t = (x.flatten(0, 1)[:, None] for x in (student, teacher))
+    W = weight.flatten()[:, None, None]
+    return soft_cross_entropy(s, t, W, student_temp, teacher_temp, center, overwrite=overwrite)
 
 # %% ../../nbs/4_distillation/3_dino.ipynb #60668994
 class AlignedDistillation(Distillation):

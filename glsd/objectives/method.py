@@ -45,7 +45,8 @@ def decay_groups(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> list[d
     """AdamW's two groups: weights decay; biases and other parameters of one dimension do not.
 
     Parameters that need no gradient are left out. DINO (Caron et al. 2021), its code."""
-    decay, rest = [], []
+    decay: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, p in named_parameters:
         if p.requires_grad:
             (rest if p.ndim <= 1 or name.endswith('.bias') else decay).append(p)
@@ -144,7 +145,8 @@ def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     Buffers (running statistics) stay the teacher's own. Sharded parameters are averaged part by part."""
     pairs = zip(teacher.parameters(), student.parameters(), strict=True)
     parts = [[p.to_local() if hasattr(p, 'to_local') else p for p in pair] for pair in pairs]
-    torch._foreach_lerp_(*map(list, zip(*parts)), 1 - momentum)
+    teachers, students = (list(side) for side in zip(*parts))
+    torch._foreach_lerp_(teachers, students, 1 - momentum)
 
 # %% ../../nbs/4_distillation/1_method.ipynb #1561d316
 METHODS: dict[str, type[Method]] = {}  # name -> method

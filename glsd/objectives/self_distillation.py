@@ -12,7 +12,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -66,8 +66,8 @@ class Branch(nn.Module):  # in one cell: half of it says what its arguments are
         super().__init__()
         check_sources(heads)
         self.backbone, self.sources, self.make_logits = backbone, dict(heads), make_logits
-        modules = modules or {}
-        new = {name: DINOHead(backbone.dim, **head_kwargs) for name in heads if name not in modules}
+        modules, width = modules or {}, cast(int, backbone.dim)
+        new = {name: DINOHead(width, **head_kwargs) for name in heads if name not in modules}
         self.heads = nn.ModuleDict(new)
         self.heads.update({name: m for name, m in modules.items() if not isinstance(m, str)})
         self.heads.update({name: self.heads[m] for name, m in modules.items() if isinstance(m, str)})
@@ -155,7 +155,7 @@ def heads_of(terms: Any, teacher: bool = False) -> dict:
     return {k: v for term in terms for k, v in (term.teacher_heads if teacher else term.heads).items()}
 
 
-def modules_of(terms: Any, backbone: nn.Module, **head_kwargs) -> dict:
+def modules_of(terms: Any, backbone: Any, **head_kwargs) -> dict:
     "New modules of a branch for these terms, beside or in place of DINO's heads."
     return {k: v for term in terms for k, v in term.extra_modules(backbone, **head_kwargs).items()}
 
@@ -196,7 +196,11 @@ class DistillationOptions(Method.Options):
 def init_parameters(cls: type) -> set[str]:
     "Names of all arguments that a class and its bases are made with."
     classes = [c for c in cls.__mro__ if '__init__' in vars(c)]
-    return {p for c in classes for p in inspect.signature(c.__init__).parameters} - {'self', 'args', 'kwargs'}
+    return {p for c in classes for p in inspect.signature(vars(c)['__init__']).parameters} - {
+        'self',
+        'args',
+        'kwargs',
+    }
 
 
 def create_term(term: type[Term], options: Any, dim: int) -> Term:
@@ -218,7 +222,8 @@ class StudentTeacher(Method):  # in one cell: the networks, and what becomes of 
     def __init__(self, options: Any = None, views: Any = None, classes: Sequence[str] = ()):
         super().__init__(options, views, classes)
         backbone = create_backbone(self.options.backbone, drop_path=self.options.drop_path)
-        objective = Objective(*(create_term(term, self.options, backbone.dim) for term in self.terms))
+        width = cast(int, backbone.dim)
+        objective = Objective(*(create_term(term, self.options, width) for term in self.terms))
         self.student = create_branch(backbone, objective, self.options)
         teacher = create_backbone(self.options.backbone)
         self.teacher = create_branch(teacher, objective, self.options, teacher=True).requires_grad_(False)
@@ -226,7 +231,7 @@ class StudentTeacher(Method):  # in one cell: the networks, and what becomes of 
         self.objective = objective
 
     @property
-    def backbone(self) -> nn.Module:
+    def backbone(self) -> nn.Module:  # type: ignore[override]  # a property in the attribute's place
         "The teacher's."
         return self.teacher.backbone
 
@@ -305,7 +310,7 @@ class SelfDistillation(StudentTeacher):  # in one cell: a step, in the order in 
     def dry_step(self, views: Views, values: dict) -> Tensor:
         "All logits; the terms themselves need numbers to choose what they compare."
         logits = [x for out in self.outputs(views) for x in out.logits.values()]
-        return sum((x if isinstance(x, Tensor) else x.dense()).sum() for x in logits)
+        return torch.stack([(x if isinstance(x, Tensor) else x.dense()).sum() for x in logits]).sum()
 
 # %% ../../nbs/4_distillation/4_self_distillation.ipynb #f50aa724
 @torch.no_grad()
@@ -314,8 +319,8 @@ def uniform_terms(
 ) -> dict[str, str]:
     "Terms that are what uniform outputs of the student would cost, with what to try: name -> one line."
     doubled = replace(student, logits={k: v * 2 for k, v in student.logits.items()})
-    found = {}
-    for name, term in objective.terms.items():
+    found, terms = {}, cast(dict[str, Term], objective.terms)
+    for name, term in terms.items():
         uniform = term.uniform_loss(student, teacher, teacher_temp)
         losses = [term(out, teacher, teacher_temp) for out in (student, doubled) if uniform]
         if losses and all(abs(loss - uniform) < tolerance * uniform for loss in losses):
