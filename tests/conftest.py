@@ -9,6 +9,10 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'slow: left out by `make check`, run by `make test`')
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

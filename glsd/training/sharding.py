@@ -98,7 +98,7 @@ class ShardedWorld(DistributedWorld):
     def shard_like(self, x: Any, like: Any) -> Any:
         return shard_like(x, like)
 
-
+# %% ../../nbs/7_training/12_sharding.ipynb #c370db65
 @contextmanager
 def join_world(recipe: Any) -> Iterator[World]:
     "The processes that torchrun has started for a run of this recipe; without torchrun, this one alone."
