@@ -16,8 +16,8 @@ from glsd.training.checkpoint import FORMAT, last_checkpoint, load_start, saved_
 GOLDEN = json.loads((Path(__file__).parent / 'golden/format1_checkpoint.json').read_text())
 DISTILLATION = dict(
     n_images=48, image_size=32, global_size=32, local_size=16, n_local=1, local_scale=(0.1, 0.4),
-    drop_path=0.2, out_dim=32, head_hidden=32, head_bottleneck=16, head_batchnorm=True, batch_size=8, steps=12, lr=1e-2,
-    momentum=0.9, checkpoint_every=4,
+    drop_path=0.2, out_dim=32, head_hidden=32, head_bottleneck=16, head_batchnorm=True, batch_size=8,
+    steps=12, lr=1e-2, momentum=0.9, checkpoint_every=4,
 )  # fmt: skip
 SWIN, VIT = (dict(DISTILLATION, backbone=name) for name in ('swin_mini', 'vit_mini'))
 RECIPES = dict(  # what the recipes of the files mean, in words of today

@@ -336,8 +336,8 @@ def test_outputs_gathered_in_a_group_of_one_are_the_outputs(group_of_one, monkey
 @linux
 @pytest.mark.slow
 def test_two_nodes_meet_and_start_again_together(tmp_path, undisturbed):
-    """Two agents with one process each, here on one machine; a process of the second is killed, and both begin
-    again from the checkpoint."""
+    """Two agents with one process each, here on one machine; a process of the second is killed, and both
+    begin again from the checkpoint."""
     out = tmp_path / 'run'
     with socket.socket() as held:  # the port stays ours, and may be listened at all the same
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,5 +1,5 @@
-"""Compiled backbones: the same loss, the same names in a checkpoint, one line without a compiler; colours that
-wait for the device."""
+"""Compiled backbones: the same loss, the same names in a checkpoint, one line without a compiler; colours
+that wait for the device."""
 
 import numpy as np
 import pytest
