@@ -1,6 +1,6 @@
 """Seconds of the whole training step, from JPEG files to updated weights: glsd beside the published step
-written plainly, in turns, from the same weights. On a GPU also images a second, peak memory and model FLOPs of
-Swin-T and ViT-S/16, without a rival."""
+written plainly, in turns, from the same weights. On a GPU also images a second, peak memory and model FLOPs
+of Swin-T and ViT-S/16, without a rival."""
 
 import tempfile
 import time

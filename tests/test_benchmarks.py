@@ -1,4 +1,5 @@
-"""The benchmarks run from another folder, agree with their plain rivals (run.py checks that), and write what they print."""
+"""The benchmarks run from another folder, agree with their plain rivals (run.py checks that), and write what
+they print."""
 
 import json
 import subprocess
