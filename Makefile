@@ -1,6 +1,7 @@
-# make run   the low-data comparison on the toy world, from nothing to table and figure
-# make test  every chapter and every test
-# Both install into .venv first. Also: lab, bench, check, lock, readme, clean.
+# make run    the low-data comparison on the toy world, from nothing to table and figure
+# make test   every chapter and every test
+# make check  format, lint, types, notebooks and package in step, and the quick tests
+# All install into .venv first. Also: lab, bench, lock, readme, clean.
 PY = .venv/bin/python
 STAMP = .venv/.installed
 
@@ -22,6 +23,7 @@ bench: install
 
 check: install
 	@$(PY) .ci/check.py
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile -m "not slow" tests
 
 lock:
 	@$(PY) .ci/lock.py $$(command -v uv || echo .venv/bin/uv)

@@ -23,7 +23,8 @@ setup(
     else '',
     long_description_content_type='text/markdown',
     packages=find_packages(include=['glsd', 'glsd.*']),
+    package_data={'glsd': ['py.typed']},
     install_requires=cfg['requirements'].split(),
-    extras_require={'dev': cfg['dev_requirements'].split()},
+    extras_require={name: cfg[f'{name}_requirements'].split() for name in ('course', 'dev')},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': ['glsd=glsd._modidx:d']},
 )

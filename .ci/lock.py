@@ -9,7 +9,12 @@ root = Path(__file__).resolve().parent.parent
 ini = ConfigParser(delimiters=['='], interpolation=None)
 ini.read(root / 'settings.ini', encoding='utf-8')
 cfg = ini['DEFAULT']
-wanted = '\n'.join(cfg['requirements'].split() + cfg['dev_requirements'].split() + ['setuptools'])
+wanted = '\n'.join(
+    cfg['requirements'].split()
+    + cfg['course_requirements'].split()
+    + cfg['dev_requirements'].split()
+    + ['setuptools']
+)
 done = subprocess.run(
     [
         *sys.argv[1:],

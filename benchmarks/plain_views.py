@@ -1,4 +1,4 @@
-"""The views of DINO and GLSD as most code makes them: one image at a time, PIL in, torchvision's transforms one after the other."""
+"""The views of DINO and GLSD as most code makes them: PIL in, torchvision's transforms one by one."""
 
 import random
 

@@ -1,4 +1,4 @@
-"CIFAR-10 as folders of PNG files: python data_scripts/cifar10.py --root DIR [--source ARCHIVE_OR_FOLDER_OR_URL]"
+"CIFAR-10 as folders of PNG files: data_scripts/cifar10.py --root DIR [--source ARCHIVE_OR_FOLDER_OR_URL]"
 
 import sys
 

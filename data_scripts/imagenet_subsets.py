@@ -1,4 +1,4 @@
-"The 1, 2, 5, 10 and 20 % subsets of ImageNet-1k, from archives that you have: python data_scripts/imagenet_subsets.py --root DIR --source TAR_OR_FOLDER"
+"The 1 to 20 % subsets of ImageNet-1k: data_scripts/imagenet_subsets.py --root DIR --source TAR_OR_FOLDER"
 
 import sys
 

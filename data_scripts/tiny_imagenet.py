@@ -1,4 +1,4 @@
-"Tiny-ImageNet as folders of JPEG files: python data_scripts/tiny_imagenet.py --root DIR [--source ARCHIVE_OR_FOLDER_OR_URL]"
+"Tiny-ImageNet as folders: data_scripts/tiny_imagenet.py --root DIR [--source ARCHIVE_OR_FOLDER_OR_URL]"
 
 import sys
 

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from glsd.backbones import create_backbone
-from glsd.backbones.heads import Branch
 from glsd.evaluation.attention import attention_maps, block_attention
 from glsd.evaluation.frozen import load_frozen
+from glsd.objectives.self_distillation import Branch
 
 MINI, LARGE = ['cvt_mini', 'resnet_mini', 't2t_mini'], {'cvt_13': 16, 't2t_vit_14': 16, 'resnet50': 32}
 
@@ -98,7 +98,7 @@ def test_a_supervised_step_lowers_the_loss(name):
 
 
 def test_cvt_equals_an_independent_implementation():
-    "The numbers are those of CvtForImageClassification of transformers 5.23 with the same weights and, as published, the quick GELU."
+    "The numbers are those of CvtForImageClassification of transformers 5.23, set to the quick GELU."
     model = timm.create_model('cvt_mini_32', num_classes=3, depths=(1, 2, 3))
     with torch.no_grad():
         for i, (name, p) in enumerate(model.named_parameters()):  # weights that need no random generator
@@ -169,7 +169,11 @@ def test_attention_of_t2t_can_be_read():
     assert maps.shape == (2, 3, 4, 6) and (maps.sum((2, 3)) < 1).all()
 
 
-@pytest.mark.parametrize('name', ['cvt_13', 'cvt_mini_32', 't2t_vit_14', 't2t_mini_32', 'resnet_mini_32'])
+OURS = ['cvt_13', 'cvt_mini_32', 't2t_vit_14', 't2t_mini_32', 'resnet_mini_32']
+OURS += ['vit_mini_patch8_32', 'swin_mini_patch4_window4_32']
+
+
+@pytest.mark.parametrize('name', OURS)
 def test_no_random_weights_in_place_of_published_ones(name):
     with pytest.raises(RuntimeError, match=f'no published weights of {name}'):
         timm.create_model(name, pretrained=True)

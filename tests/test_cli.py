@@ -1,4 +1,4 @@
-"""Whole commands, one after the other, as a user gives them; and wrong input, which costs one line and never a traceback."""
+"""Whole commands, one after the other, as a user gives them; and wrong input: one line, never a traceback."""
 
 import json
 import subprocess
@@ -14,8 +14,8 @@ from glsd.cli import main
 from glsd.data import ToyWorld
 
 TINY = (
-    '--image-size 32 --n-images 64 --global-size 32 --local-size 16 --n-local 1 --backbone vit_mini --out-dim 32 --head-hidden 16 '
-    '--head-bottleneck 8 --batch-size 16 --steps 2 --device cpu'
+    '--image-size 32 --n-images 64 --global-size 32 --local-size 16 --n-local 1 --backbone vit_mini '
+    '--out-dim 32 --head-hidden 16 --head-bottleneck 8 --batch-size 16 --steps 2 --device cpu'
 ).split()
 
 
@@ -23,7 +23,7 @@ TINY = (
 def run(tmp_path_factory):
     "The folder of a run of two steps."
     out = tmp_path_factory.mktemp('cli') / 'run'
-    assert main(['pretrain', 'toyworld', '--out', str(out), '--objective', 'geometric', *TINY]) == 0
+    assert main(['pretrain', 'toyworld', '--out', str(out), '--method', 'geometric', *TINY]) == 0
     return out
 
 
@@ -57,7 +57,7 @@ def test_evaluate_gives_json_a_picture_and_a_line(what, run, tmp_path, capsys):
 
 
 def test_evaluate_anything_beside_anything(run, tmp_path, capsys):
-    "A run, its exported file and networks of timm, on the user's own folders; features are kept, and a second call reads them."
+    "A run, its exported file and networks of timm, on the user's own folders; features are kept."
     exported = tmp_path / 'mine.safetensors'
     main(['export', str(run), '--out', str(exported)])
     world = ToyWorld(24, size=32)
@@ -110,8 +110,13 @@ def test_evaluate_says_what_is_wrong(run, tmp_path, capsys):
         folder('none', '1.png', '2.png'),
     )
     more, small = folder('more', 'a/1.png', 'c/1.png'), folder('small', '1.png')
-    say = lambda *argv: wrong(capsys, 'evaluate', *argv, '--out', tmp_path / 'x.json')
-    sets = lambda a, t: ('--anchors', a, '--test', t)
+
+    def say(*argv):
+        return wrong(capsys, 'evaluate', *argv, '--out', tmp_path / 'x.json')
+
+    def sets(a, t):
+        return '--anchors', a, '--test', t
+
     assert 'labels' in say('knn', run, *sets(none, two)) and 'labels' in say('linear', run, *sets(two, none))
     assert 'two classes' in say('knn', run, *sets(one, one)) and 'one class' in say(
         'linear', run, *sets(one, one)
@@ -152,10 +157,10 @@ def test_export_gives_a_file_and_the_line_that_loads_it(run, tmp_path, capsys):
 
 
 def test_a_second_call_goes_on_and_another_architecture_is_refused(run, capsys):
-    assert main(['pretrain', 'toyworld', '--out', str(run), '--objective', 'geometric', *TINY]) == 0
+    assert main(['pretrain', 'toyworld', '--out', str(run), '--method', 'geometric', *TINY]) == 0
     capsys.readouterr()
     line = wrong(
-        capsys, 'pretrain', 'toyworld', '--out', run, '--objective', 'geometric', *TINY, '--head-hidden', '24'
+        capsys, 'pretrain', 'toyworld', '--out', run, '--method', 'geometric', *TINY, '--head-hidden', '24'
     )
     assert 'head_hidden' in line
 
@@ -172,8 +177,13 @@ def test_folder_problems(tmp_path, capsys):
 @pytest.mark.parametrize(
     'argv, word',
     [
-        (['pretrain', '--out', 'x', '--objective', 'geometrik'], 'geometric'),
-        (['pretrain', '--out', 'x', '--objectve', 'geometric'], '--objective'),
+        (['pretrain', '--out', 'x', '--method', 'geometrik'], 'geometric'),
+        (['pretrain', '--out', 'x', '--methd', 'geometric'], '--method'),
+        (['pretrain', '--out', 'x', '--objective', 'geometric'], '--method'),
+        (['pretrain', '--out', 'x', '--learning-rate', '1e-3'], '--lr'),
+        (['pretrain', '--out', 'x', '--method', 'no_module:MAE'], 'no_module'),
+        (['finetune', '--out', 'x'], '--weights'),
+        (['evaluate', 'knn', 'random:vit_mini', '--data', 'toyworld', '--k', 'ten'], 'ten'),
         (['pretrain', '--out', 'x', '--steps', 'many'], 'steps'),
         (['pretrain', '--out', 'x', '--recipe', '/no/recipe.yaml'], '/no/recipe.yaml'),
         (['pretrain', '--out', 'x', '--backbone', 'swin_tini_w7'], 'swin_tiny_w7'),
@@ -207,39 +217,57 @@ def test_the_installed_command_has_no_traceback():
     assert done.returncode == 2 and 'Traceback' not in done.stderr and '/no/run' in done.stderr
 
 
-def test_supervise_with_drloc_and_measure_the_run(tmp_path, capsys):
-    tiny = '--n-images 32 --n-test 16 --image-size 32 --size 32 --backbone vit_mini --steps 2 --batch-size 8 --drloc 0.5 --drloc-hidden 16'.split()
-    assert main(['supervise', 'toyworld', '--out', str(tmp_path / 'a'), *tiny]) == 0
-    assert 'of the test images are right' in capsys.readouterr().out
-    assert main(['export', str(tmp_path / 'a')]) == 0
-    both = [str(tmp_path / 'a'), f'b={tmp_path}/a/backbone.safetensors']
+def test_supervised_with_drloc_and_measured(run, tmp_path, capsys):
+    tiny = (
+        '--n-images 32 --n-test 16 --image-size 32 --global-size 32 --backbone vit_mini --steps 2 '
+        '--batch-size 8 --drloc-weight 0.5 --drloc-hidden 16'
+    ).split()
+    a = tmp_path / 'a'
+    assert main(['pretrain', 'toyworld', '--method', 'supervised', '--out', str(a), *tiny]) == 0
+    assert 'test/top1' in capsys.readouterr().out
+    assert main(['export', str(a)]) == 0
+    both = [str(a), f'b={a}/backbone.safetensors']
+    out = ['--out', str(tmp_path / 'knn.json')]
+    assert main(['evaluate', 'knn', *both, '--images', '16', '--k', '3', *out]) == 0
+    assert main(['finetune', '--weights', str(run), '--out', str(tmp_path / 'c'), *tiny]) == 0
     assert (
-        main(['evaluate', 'knn', *both, '--images', '16', '--k', '3', '--out', str(tmp_path / 'knn.json')])
-        == 0
+        main(['finetune', '--weights', f'{a}/backbone.safetensors', '--out', str(tmp_path / 'd'), *tiny]) == 0
     )
-    assert 'no folder train/' in wrong(capsys, 'supervise', tmp_path, '--out', tmp_path / 'b', *tiny)
-    assert '--drloc' in wrong(capsys, 'supervise', '--out', tmp_path / 'b', '--drlok', '1')
+    words = 'no folder train/', 'pretrain', tmp_path, '--method', 'supervised', '--out', tmp_path / 'b', *tiny
+    assert words[0] in wrong(capsys, *words[1:])
+    assert '--drloc-m' in wrong(capsys, 'finetune', '--out', tmp_path / 'b', '--drlocm', '1')
+
+
+def test_dino_has_both_of_its_names(run, tmp_path):
+    for name in 'dino', 'vanilla':
+        assert main(['pretrain', '--method', name, '--out', str(tmp_path / name), *TINY]) == 0
+
+
+def test_help_imports_no_torch():
+    code = (
+        'import sys\nfrom glsd.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n'
+        "assert 'torch' not in sys.modules"
+    )
+    for words in ['--help'], ['pretrain', '--help'], ['evaluate', 'knn', '--help'], ['finetune', '--help']:
+        done = subprocess.run([sys.executable, '-c', code, *words], capture_output=True, text=True)
+        assert done.returncode == 0 and 'usage: glsd' in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(
     'flags, words',
     [
-        ('--objective adclr --backbone swin_mini', 'queries'),
-        ('--objective adclr --n-query 0', 'n_query'),
-        ('--objective adclr --query-scale 0.5,2', 'query_scale'),
-        ('--objective selfpatch --objective-options {patch:{k:9}}', '8 neighbours'),
-        ('--objective selfpatch --local-size 8', '1x1'),
-        ('--objective ibot --global-size 8 --n-local 0', 'one token'),
-        ('--objective drloc --objective-options {drloc:{m:1000}}', '256'),
-        ('--objective drloc --objective-options {variant:l3}', 'l1'),
-        ('--objective moby --n-global 1', 'two global views'),
+        ('--method adclr --backbone swin_mini', 'queries'),
+        ('--method adclr --n-query 0', 'n_query'),
+        ('--method adclr --query-scale 0.5,2', 'query_scale'),
+        ('--method selfpatch --patch-k 9', '8 neighbours'),
+        ('--method selfpatch --local-size 8', '1x1'),
+        ('--method ibot --global-size 8 --n-local 0', 'one token'),
+        ('--method drloc --drloc-m 1000', '256'),
+        ('--method drloc --drloc-variant l3', 'l1'),
+        ('--method moby --n-global 1', 'two global views'),
     ],
 )
 def test_a_method_that_cannot_be_had_is_one_line(flags, words, capsys, tmp_path):
-    assert main(['pretrain', 'toyworld', '--out', str(tmp_path / 'a'), *TINY, *_words(flags)]) == 2
+    assert main(['pretrain', 'toyworld', '--out', str(tmp_path / 'a'), *TINY, *flags.split()]) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith('glsd: ') and words in last
-
-
-def _words(flags):
-    return [w.replace(':', ': ') for w in flags.split()]

@@ -1,4 +1,4 @@
-"Whole data sets through the scripts: cut downloads, a killed process, a full disk, hostile archives; all in miniature."
+"Whole data sets through the scripts: broken downloads, a killed process, a full disk, hostile archives."
 
 import errno
 import functools
@@ -21,48 +21,24 @@ from PIL import Image
 
 from glsd.data import archives
 from glsd.data.archives import FetchError, download, members
-from glsd.data.fetching import DATASETS, command, get
+from glsd.data.fetching import DATASETS, DataSet, command, get
+from glsd.data.files import InUseError
 from glsd.data.folders import ImageFolder, read_image
 
 SCRIPTS = Path(__file__).parents[1] / 'data_scripts'
 
 
 def python2_pickle(data, labels):
-    "{'data': uint8 array [n, 3072], 'labels': list} as Python 2 wrote it: byte strings, numpy.core, protocol 2."
+    "{'data': uint8 array [n, 3072], 'labels': list} as Python 2 wrote it: byte strings, protocol 2."
     text = lambda s: b'U' + bytes([len(s)]) + s
     number = lambda k: b'J' + k.to_bytes(4, 'little', signed=True)
-    dtype = (
-        b'cnumpy\ndtype\n'
-        + text(b'u1')
-        + b'K\x00K\x01\x87R(K\x03'
-        + text(b'|')
-        + b'NNN'
-        + number(-1)
-        + number(-1)
-        + b'K\x00tb'
-    )
-    array = (
-        b'cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85'
-        + text(b'b')
-        + b'\x87R(K\x01'
-        + number(len(data))
-        + b'M\x00\x0c\x86'
-        + dtype
-        + b'\x89T'
-        + len(data.tobytes()).to_bytes(4, 'little')
-        + data.tobytes()
-        + b'tb'
-    )
-    return (
-        b'\x80\x02}('
-        + text(b'data')
-        + array
-        + text(b'labels')
-        + b']('
-        + b''.join(map(number, labels))
-        + b'e'
-        + b'u.'
-    )
+    dtype = b'cnumpy\ndtype\n' + text(b'u1') + b'K\x00K\x01\x87R(K\x03' + text(b'|')
+    dtype += b'NNN' + number(-1) + number(-1) + b'K\x00tb'
+    array = b'cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85' + text(b'b')
+    array += b'\x87R(K\x01' + number(len(data)) + b'M\x00\x0c\x86' + dtype + b'\x89T'
+    array += len(data.tobytes()).to_bytes(4, 'little') + data.tobytes() + b'tb'
+    items = b''.join(map(number, labels))
+    return b'\x80\x02}(' + text(b'data') + array + text(b'labels') + b'](' + items + b'e' + b'u.'
 
 
 def cifar_archive(path, n=20):
@@ -77,19 +53,19 @@ def cifar_archive(path, n=20):
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    "Serves `content`; understands ranges or not; hangs up after `limit` bytes of an answer."
+    "Serves `content`; understands ranges or not; hangs up after `limit` bytes of a response."
 
     content, limit, ranges, log = b'', None, True, []
 
     def do_GET(self):
-        asked = self.headers.get('Range') if self.ranges else None
-        start = int(asked[6:-1]) if asked else 0
+        wanted = self.headers.get('Range') if self.ranges else None
+        start = int(wanted[6:-1]) if wanted else 0
         self.log.append(start)
-        if asked and start >= len(self.content):
+        if wanted and start >= len(self.content):
             self.send_response(416)
             self.send_header('Content-Range', f'bytes */{len(self.content)}')
             return self.end_headers()
-        self.send_response(206 if asked else 200)
+        self.send_response(206 if wanted else 200)
         self.send_header('Content-Length', str(len(self.content) - start))
         self.end_headers()
         self.wfile.write(self.content[start:][: self.limit])
@@ -113,7 +89,7 @@ def serve():
         s.shutdown()
 
 
-def test_a_cut_download_goes_on_where_it_stopped(serve, tmp_path):
+def test_a_broken_download_goes_on_where_it_stopped(serve, tmp_path):
     content = os.urandom(100_000)
     url, server = serve(content, limit=30_000)
     assert download(url, tmp_path / 'a').read_bytes() == content
@@ -173,17 +149,15 @@ def test_cifar10_pixels_and_labels_survive(tmp_path, serve, monkeypatch):
     url, server = serve(archive.read_bytes(), limit=150_000)
     data = DATASETS['cifar10']._replace(md5=archives.md5sum(archive), counts=dict(train=100, val=20))
     monkeypatch.setitem(DATASETS, 'cifar10', data)
-    out = get('cifar10', tmp_path / 'root', url)  # verified, over a connection that is cut
+    out = get('cifar10', tmp_path / 'root', url)  # verified, over a connection that breaks
     assert len(server.log) > 1 and os.listdir(tmp_path / 'root') == ['cifar10']
     pixels = np.random.default_rng(0).integers(0, 256, (20, 3072), np.uint8)[13].reshape(3, 32, 32)
     assert (read_image(out / 'train/cat' / 'data_batch_1_00013.png').numpy() == pixels).all()
-    assert (
-        len(ImageFolder(out / 'train')) == 100
-        and np.bincount(ImageFolder(out / 'val').labels).tolist() == [2] * 10
-    )
+    assert len(ImageFolder(out / 'train')) == 100
+    assert np.bincount(ImageFolder(out / 'val').labels).tolist() == [2] * 10
 
 
-def test_a_number_of_images_that_differs_is_refused_unless_told(tmp_path, monkeypatch):
+def test_a_number_of_images_that_differs_is_refused_without_no_verify(tmp_path, monkeypatch):
     archive = cifar_archive(tmp_path / 'a.tar.gz')
     monkeypatch.setitem(DATASETS, 'cifar10', DATASETS['cifar10']._replace(md5=archives.md5sum(archive)))
     with pytest.raises(FetchError, match='instead of'):
@@ -212,13 +186,12 @@ def test_killed_while_unpacking_then_called_again(tmp_path):
     assert command('cifar10', ['--root', str(root), '--source', str(small), '--no-verify']) == 0
     assert len(ImageFolder(root / 'cifar10/train')) == 50 and os.listdir(root) == ['cifar10']
     stamp = (root / 'cifar10').stat().st_mtime_ns
-    assert (
-        get('cifar10', root) == root / 'cifar10' and (root / 'cifar10').stat().st_mtime_ns == stamp
-    )  # no source, no network
+    assert get('cifar10', root) == root / 'cifar10'  # no source, no network
+    assert (root / 'cifar10').stat().st_mtime_ns == stamp
 
 
 @pytest.mark.parametrize(
-    'name, source, says',
+    'name, source, message',
     [
         ('cifar10', 'nowhere', 'no such archive or folder'),
         ('cifar10', 'text.txt', 'md5'),
@@ -226,12 +199,12 @@ def test_killed_while_unpacking_then_called_again(tmp_path):
         ('imagenet_subsets', None, 'account'),
     ],
 )
-def test_wrong_input_ends_with_one_line(tmp_path, name, source, says, capsys):
+def test_wrong_input_ends_with_one_line(tmp_path, name, source, message, capsys):
     (tmp_path / 'text.txt').write_text('no archive')
     source = source and (source if '://' in source else str(tmp_path / source))
     assert command(name, ['--root', str(tmp_path / 'root'), *(['--source', source] if source else [])]) == 2
-    said = capsys.readouterr().err
-    assert says in said and said.count('\n') == 1 and not list((tmp_path / 'root').glob('*'))
+    error = capsys.readouterr().err
+    assert message in error and error.count('\n') == 1 and not list((tmp_path / 'root').glob('*'))
 
 
 @pytest.mark.parametrize('name', ['tiny_imagenet', 'imagenet_subsets'])
@@ -328,3 +301,78 @@ def test_imagenet_lists_do_not_depend_on_how_the_images_come(tmp_path):
         assert len(ImageFolder(outs[0] / 'train', files=outs[0] / f'train_{p}pct.txt').classes) == 2
     with pytest.raises(FetchError, match='instead of'):
         get('imagenet_subsets', tmp_path / 'v', tmp_path / 'full')
+
+
+class Paused:
+    "A data set whose `lay_out` writes one image, and waits for `go` before the second."
+
+    def __init__(self, monkeypatch):
+        self.begun, self.go = threading.Event(), threading.Event()
+        entry = DataSet('paused.zip', '', None, dict(train=2), self.lay_out)
+        monkeypatch.setitem(DATASETS, 'paused', entry)
+
+    def lay_out(self, source, out, verify):
+        (out / 'train/a').mkdir(parents=True)
+        Image.new('RGB', (2, 2)).save(out / 'train/a/0.png')
+        self.begun.set()
+        assert self.go.wait(60)
+        Image.new('RGB', (2, 2)).save(out / 'train/a/1.png')
+
+
+def test_a_second_call_for_the_same_data_set_is_refused_and_harms_nothing(tmp_path, monkeypatch):
+    paused, results = Paused(monkeypatch), []
+    (tmp_path / 'source').mkdir()
+    first = threading.Thread(
+        target=lambda: results.append(get('paused', tmp_path / 'root', tmp_path / 'source'))
+    )
+    first.start()
+    assert paused.begun.wait(60)
+    with pytest.raises(InUseError, match=f'paused is in use by process {os.getpid()}; wait for it') as e:
+        get('paused', tmp_path / 'root', tmp_path / 'source')
+    assert '\n' not in str(e.value)
+    paused.go.set()
+    first.join()
+    assert results == [tmp_path / 'root/paused'] and len(ImageFolder(results[0] / 'train')) == 2
+    assert get('paused', tmp_path / 'root') == results[0] and os.listdir(tmp_path / 'root') == ['paused']
+
+
+def test_a_second_process_for_the_same_data_set_is_refused_by_one_line(tmp_path):
+    archive, root = cifar_archive(tmp_path / 'a.tar.gz', n=1000), tmp_path / 'root'
+    first = subprocess.Popen(script('cifar10', '--root', root, '--source', archive, '--no-verify'))
+    while first.poll() is None and not list(root.rglob('*.png')):
+        time.sleep(0.02)
+    os.kill(first.pid, signal.SIGSTOP)  # it is in the middle, and stays there
+    second = run('cifar10', '--root', root, '--source', archive, '--no-verify')
+    os.kill(first.pid, signal.SIGCONT)
+    assert second.returncode == 2 and second.stderr.count('\n') == 1
+    assert f'cifar10 is in use by process {first.pid}; wait for it' in second.stderr
+    assert first.wait() == 0
+    assert len(ImageFolder(root / 'cifar10/train')) == 5000 and os.listdir(root) == ['cifar10']
+
+
+def test_two_downloads_of_one_file_do_not_mix(serve, tmp_path):
+    content, errors = os.urandom(200_000), []
+    url, server = serve(content, limit=20_000)
+    started = threading.Barrier(4)
+
+    def call():
+        started.wait()
+        try:
+            download(url, tmp_path / 'a')
+        except InUseError as e:
+            errors.append(e)
+
+    calls = [threading.Thread(target=call) for _ in range(4)]
+    for c in calls:
+        c.start()
+    for c in calls:
+        c.join()
+    assert (tmp_path / 'a').read_bytes() == content and os.listdir(tmp_path) == ['a']
+    assert server.log == list(range(0, 200_000, 20_000)) and len(errors) <= 3
+
+
+@pytest.mark.parametrize('name, match', [('cifar100', 'did you mean cifar10'), ('', 'unknown data set')])
+def test_an_unknown_name_is_one_line_and_makes_no_folder(tmp_path, name, match):
+    with pytest.raises(ValueError, match=match):
+        get(name, tmp_path / 'root')
+    assert not (tmp_path / 'root').exists()

@@ -1,6 +1,8 @@
-"Tar shards as a data set: the same bits however they are read, and one clear line for what is wrong with them."
+"Tar shards as a data set: the same bits however they are read, and one line for what is wrong with them."
 
 import io
+import os
+import pickle
 import tarfile
 
 import numpy as np
@@ -8,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from glsd.data.folders import ImageError, ImageFolder, Subset, balanced_subset
+from glsd.data.folders import ImageError, ImageFolder, Subset, balanced_subset, save_list
 from glsd.data.loading import eval_loader, make_loader
 from glsd.data.shards import INDEX, PLAN, ShardError, ShardFolder, open_images, split_name, write_shards
+from glsd.data.toyworld import ToyWorld
 from glsd.views.multicrop import MultiCrop
 
 pytestmark = pytest.mark.filterwarnings('ignore:This DataLoader', 'ignore:The image decoding')
@@ -70,16 +73,15 @@ def test_the_same_images_and_labels_as_the_folder(folder, shards):
 
 
 def test_same_views_with_any_workers_start_and_processes(shards):
-    reference = list(
-        make_loader(shards, MULTICROP, 4, seed=3, epoch=2)
-    )  # files are open when workers are forked
+    # files are open when workers are forked
+    reference = list(make_loader(shards, MULTICROP, 4, seed=3, epoch=2))
     assert torch.cat([v.index for v in reference]).tolist() == shards.order(3, 2)[:36].tolist()
     fresh = ShardFolder(shards.root)
     for workers in (0, 1, 3):
         for start in (0, 7):
             got = list(make_loader(fresh, MULTICROP, 4, seed=3, epoch=2, workers=workers, start=start))
             assert len(got) == 9 - start and all(map(same, reference[start:], got))
-    parts = [list(make_loader(shards, MULTICROP, 4, seed=3, epoch=2, rank=r, world=2)) for r in (0, 1)]
+    parts = [list(make_loader(shards, MULTICROP, 4, seed=3, epoch=2, rank=r, world_size=2)) for r in (0, 1)]
     for whole, *halves in zip(reference, *parts):
         assert torch.equal(whole.index, torch.cat([h.index for h in halves]))
         for k, crops in enumerate(whole.crops):
@@ -115,14 +117,12 @@ def test_evaluation_subsets_and_spawned_readers_work_as_with_a_folder(folder, sh
     assert np.bincount(part.labels).tolist() == [4, 4, 4]
     views = next(iter(make_loader(part, MULTICROP, 12)))
     assert sorted(views.label.tolist()) == [0] * 4 + [1] * 4 + [2] * 4
-    import pickle
-
     shards[0]
     again = pickle.loads(pickle.dumps(shards))
     assert torch.equal(again[5][0], shards[5][0])
 
 
-def test_a_run_on_shards_that_is_cut_goes_on_to_the_same_weights(shards, tmp_path):
+def test_a_run_on_shards_that_is_interrupted_goes_on_to_the_same_weights(shards, tmp_path):
     from glsd.training import Recipe, pretrain
 
     recipe = Recipe(
@@ -141,17 +141,17 @@ def test_a_run_on_shards_that_is_cut_goes_on_to_the_same_weights(shards, tmp_pat
     )
     whole = pretrain(recipe, tmp_path / 'whole', progress=False)
 
-    class Cut(Exception):
+    class Interrupted(Exception):
         pass
 
-    def stop(backbone, step):
+    def stop(method, step, views):
         if step == 2:
-            raise Cut
+            raise Interrupted
         return {}
 
-    cut = recipe.replace(monitor_every=2)
-    with pytest.raises(Cut):
-        pretrain(cut, tmp_path / 'cut', progress=False, monitors={'stop': stop})
+    monitored = recipe.replace(monitor_every=2)
+    with pytest.raises(Interrupted):
+        pretrain(monitored, tmp_path / 'cut', progress=False, monitors={'stop': stop})
     rest = pretrain(recipe, tmp_path / 'cut', progress=False)
     for (name, a), b in zip(whole.backbone.state_dict().items(), rest.backbone.state_dict().values()):
         assert torch.equal(a, b), name
@@ -178,9 +178,8 @@ def test_tarfile_reads_ours_by_the_convention_of_webdataset(shards):
 def test_the_webdataset_package_reads_ours_and_we_read_its(shards, tmp_path):
     wds = pytest.importorskip('webdataset')
     theirs = list(wds.WebDataset([str(shards.root / s) for s in shards.shards], shardshuffle=False))
-    assert [s['__key__'] for s in theirs] == shards.keys() and [
-        int(s['cls']) for s in theirs
-    ] == shards.labels.tolist()
+    assert [s['__key__'] for s in theirs] == shards.keys()
+    assert [int(s['cls']) for s in theirs] == shards.labels.tolist()
     (tmp_path / 'theirs').mkdir()
     with wds.TarWriter(str(tmp_path / 'theirs/000000.tar')) as out:
         for k in range(3):
@@ -228,14 +227,12 @@ def test_writing_elsewhere_is_refused(folder, shards, tmp_path):
 
 
 @pytest.mark.parametrize('keep', ['inside an image', 'between members', 'nothing'])
-def test_a_cut_tar_is_named_with_its_last_member(shards, keep):
+def test_a_truncated_tar_is_named_with_its_last_member(shards, keep):
     path = shards.root / '000002.tar'
     with tarfile.open(path) as tar:
         members = list(tar)
-    end = {'inside an image': members[4].offset_data + 9, 'between members': members[5].offset, 'nothing': 0}[
-        keep
-    ]
-    path.write_bytes(path.read_bytes()[:end])
+    ends = {'inside an image': members[4].offset_data + 9, 'between members': members[5].offset, 'nothing': 0}
+    path.write_bytes(path.read_bytes()[: ends[keep]])
     with pytest.raises(ShardError, match='000002.tar') as e:
         ShardFolder(shards.root)
     assert one_line(e) and (members[4].name in str(e.value)) == (keep != 'nothing')
@@ -279,7 +276,7 @@ def test_a_folder_that_cannot_be_written_keeps_its_index_in_memory(tmp_path, mon
     def refuse(*_):
         raise PermissionError(30, 'Read-only file system')
 
-    monkeypatch.setattr(module, '_write_beside', refuse)
+    monkeypatch.setattr(module, 'atomic_write', refuse)
     assert len(ShardFolder(root)) == 1 and not (root / INDEX).exists()
 
 
@@ -309,9 +306,8 @@ def test_a_member_that_is_no_image_and_folders_without_shards(tmp_path, folder):
         ShardFolder(folder)
     with pytest.raises(FileNotFoundError, match='no such folder'):
         ShardFolder(tmp_path / 'nowhere')
-    assert isinstance(open_images(folder), ImageFolder) and isinstance(
-        open_images(tmp_path / 's'), ShardFolder
-    )
+    assert isinstance(open_images(folder), ImageFolder)
+    assert isinstance(open_images(tmp_path / 's'), ShardFolder)
     (tmp_path / 's/000000.tar').unlink()
     with pytest.raises(ShardError, match='is gone'):
         ShardFolder.__getitem__(_without_files(ds), 0)
@@ -329,3 +325,99 @@ def test_the_command_packs_a_folder(folder, tmp_path, capsys):
     assert '37 images in 4 shards' in capsys.readouterr().out and len(ShardFolder(tmp_path / 'out')) == 37
     assert main(['data', 'shard', str(folder), '--root', str(folder)]) == 2
     assert capsys.readouterr().err.count('\n') == 1
+
+
+KINDS = ['folder', 'list', 'shards', 'toy world', 'part of a folder', 'part of shards', 'part of a part']
+
+
+@pytest.fixture
+def kinds(folder, shards, tmp_path):
+    "A data set of every kind, made anew at each call."
+    (tmp_path / 'list.txt').write_text(''.join(f'{f}\n' for f in ImageFolder(folder).files[::2]))
+    return {
+        'folder': lambda: ImageFolder(folder),
+        'list': lambda: ImageFolder(folder, files=tmp_path / 'list.txt'),
+        'shards': lambda: ShardFolder(shards.root),
+        'toy world': lambda: ToyWorld(24, 16),
+        'part of a folder': lambda: balanced_subset(ImageFolder(folder), 4),
+        'part of shards': lambda: balanced_subset(ShardFolder(shards.root), 4),
+        'part of a part': lambda: Subset(balanced_subset(ShardFolder(shards.root), 4), [5, 0, 3]),
+    }
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_every_kind_of_data_set_offers_the_same(kinds, kind):
+    ds = kinds[kind]()
+    assert len(ds) == len(ds.labels) > 0 and ds.labels.dtype == np.int64
+    assert all(isinstance(c, str) for c in ds.classes) and ds.labels.max() < len(ds.classes)
+    for i in (0, len(ds) - 1):
+        image, label = ds[i]
+        assert image.dtype == torch.uint8 and image.ndim == 3 and image.shape[0] == 3
+        assert type(label) is int and label == ds.labels[i]
+    assert ds.fingerprint() == kinds[kind]().fingerprint() == pickle.loads(pickle.dumps(ds)).fingerprint()
+    assert len(ds.fingerprint()) == 16 and int(ds.fingerprint(), 16) >= 0
+    views = next(iter(make_loader(ds, MULTICROP, 3)))
+    crops, labels, _ = next(iter(eval_loader(ds, 16, 3)))
+    assert views.batch_size == len(crops) == 3 and labels.tolist() == ds.labels[:3].tolist()
+
+
+def test_fingerprints_tell_all_kinds_apart(kinds):
+    assert len({make().fingerprint() for make in kinds.values()}) == len(KINDS)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_features_of_every_kind_are_cached_until_the_data_change(kinds, kind, tmp_path, monkeypatch):
+    from glsd.backbones import create_backbone
+    from glsd.evaluation import frozen
+
+    extracted, extract = [], frozen.extract
+    monkeypatch.setattr(frozen, 'extract', lambda *args, **kw: (extracted.append(1), extract(*args, **kw))[1])
+    backbone = create_backbone('vit_mini').eval()
+    for _ in range(2):
+        features, labels = frozen.cached_extract(backbone, kinds[kind](), 16, tmp_path / 'cache')
+    assert len(extracted) == 1 and len(features) == len(kinds[kind]())
+    assert labels.tolist() == kinds[kind]().labels.tolist()
+
+
+def test_a_shard_that_changes_changes_the_fingerprint(shards):
+    before = shards.fingerprint()
+    os.utime(shards.root / '000003.tar', ns=(0, 0))
+    assert ShardFolder(shards.root).fingerprint() != before
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_list_is_saved_or_refused_in_one_line(kinds, kind, folder, tmp_path):
+    ds, path = kinds[kind](), tmp_path / 'saved.txt'
+    if 'folder' in kind or kind == 'list':
+        save_list(ds, path)
+        again = ImageFolder(folder, files=path)
+        assert all(torch.equal(again[i][0], ds[i][0]) for i in (0, len(ds) - 1)) and len(again) == len(ds)
+    else:
+        with pytest.raises(ValueError, match='a list holds paths of image files.*write_shards') as e:
+            save_list(ds, path)
+        assert one_line(e) and not path.exists()
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_every_kind_can_be_packed(kinds, kind, tmp_path):
+    ds = kinds[kind]()
+    packed = write_shards(ds, tmp_path / 'packed', per_shard=7)
+    assert packed.classes == ds.classes and len(packed) == len(ds)
+    for i, k in enumerate(map(int, packed.keys())):
+        assert torch.equal(packed[i][0], ds[k][0]) and packed[i][1] == ds[k][1]
+
+
+def test_packing_another_toy_world_into_the_same_folder_is_refused(tmp_path):
+    "The labels are the same ones; the images are not."
+    write_shards(ToyWorld(24, 16), tmp_path / 'out', per_shard=8)
+    with pytest.raises(ValueError, match='shards of other images'):
+        write_shards(ToyWorld(24, 16, seed=1), tmp_path / 'out', per_shard=8)
+
+
+def test_what_a_killed_call_leaves_does_not_stop_the_next(folder, tmp_path):
+    out = tmp_path / 'out'
+    out.mkdir()
+    (out / f'.{PLAN}.123-0a1b2c3d.part').write_text('{"ima')
+    assert len(write_shards(folder, out, per_shard=10)) == 37
+    (out / '.000001.tar.123-0a1b2c3d.part').write_bytes(b'half')
+    assert len(ShardFolder(out)) == 37

@@ -9,11 +9,11 @@ import torch
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 
-from glsd.backbones import create_backbone
+from glsd.backbones import TimmBackbone, create_backbone
 from glsd.backbones.swin import SwinBackbone
 from glsd.data import ToyWorld
 from glsd.evaluation.attention import attention_blocks, attention_maps, block_attention, window_places
-from glsd.evaluation.frozen import TimmFeatures, load_frozen
+from glsd.evaluation.frozen import load_frozen
 from glsd.evaluation.object_masks import attention_jaccard, attention_masks, attention_picture
 from glsd.evaluation.similarity import (
     pca_rgb,
@@ -26,12 +26,12 @@ from glsd.evaluation.token_matching import PixelPatches
 
 SMALL = dict(patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=0)
 NETWORKS = {
-    'vit with registers and q-norm': lambda: TimmFeatures(
+    'vit with registers and q-norm': lambda: TimmBackbone(
         VisionTransformer(img_size=48, reg_tokens=2, qk_norm=True, **SMALL)
     ),
     'vit without CLS': lambda: create_backbone('vit_mini'),
     'swin of glsd': lambda: create_backbone('swin_mini'),
-    'swin of timm': lambda: TimmFeatures(
+    'swin of timm': lambda: TimmBackbone(
         SwinTransformer(
             img_size=48,
             patch_size=4,
@@ -111,7 +111,7 @@ def test_weights_times_values_are_what_our_swin_computed(size):
 
 def test_a_register_is_not_cls():
     "Registers without CLS: the mean over all tokens, not the first register."
-    net = TimmFeatures(
+    net = TimmBackbone(
         VisionTransformer(img_size=48, reg_tokens=2, class_token=False, global_pool='avg', **SMALL)
     ).eval()
     maps, A = attention_maps(net, x := torch.randn(1, 3, 48, 48)), block_attention(net, x)[0]
@@ -170,7 +170,7 @@ def test_every_token_lies_in_exactly_one_slot():
 
 def test_a_network_made_to_look_at_one_kind_of_patch_is_seen_doing_so():
     "Keys that measure brightness, and a CLS that asks for it: the brightest patch gets the attention."
-    net = TimmFeatures(VisionTransformer(img_size=48, **SMALL)).eval()
+    net = TimmBackbone(VisionTransformer(img_size=48, **SMALL)).eval()
     image = torch.zeros(3, 48, 48)
     image[:, 16:24, 32:40] = 1
     with torch.no_grad():
@@ -238,7 +238,7 @@ def test_jaccard_result_is_json_and_other_sizes_work():
 
 
 def test_a_plain_convolutional_network_is_refused():
-    net = TimmFeatures(timm.create_model('resnet10t', num_classes=0))
+    net = TimmBackbone(timm.create_model('resnet10t', num_classes=0))
     with pytest.raises(ValueError, match='no self-attention') as e:
         attention_maps(net, torch.zeros(3, 64, 64))
     assert '\n' not in str(e.value)

@@ -6,21 +6,20 @@ import json
 import numpy as np
 import pytest
 import torch
-from glsd.evaluation.correspondence import PixelPatches
 from PIL import Image
 
 from glsd.backbones import Features, create_backbone
 from glsd.data import ToyWorld
-from glsd.evaluation.dense import (
+from glsd.evaluation.dense import Memory, dense_nn, dense_picture
+from glsd.evaluation.segmentation import (
     MaskFolder,
-    Memory,
     ToySegmentation,
+    check_mask,
     class_iou,
-    dense_nn,
-    dense_picture,
     new_confusion,
     token_shares,
 )
+from glsd.evaluation.token_matching import PixelPatches
 
 
 class Listed:
@@ -78,19 +77,18 @@ def test_masks_of_several_sizes_are_counted_at_their_own():
 
 def test_a_class_that_nobody_meets_is_none_and_left_out_of_the_mean():
     r = run(Listed(flags(6, 32, 32), 4), Listed(flags(3, 32, 32, seed=1), 4), 32, k=5)
-    assert r['iou']['c3'] is None and r['miou'] == pytest.approx(
-        np.mean([r['iou'][f'c{i}'] for i in range(3)])
-    )
+    assert r['iou']['c3'] is None
+    assert r['miou'] == pytest.approx(np.mean([r['iou'][f'c{i}'] for i in range(3)]))
 
 
 def test_one_matrix_is_the_sum_of_many():
     a, b, counts = torch.randint(5, (2, 50, 50)), torch.randint(4, (2, 50, 50)), new_confusion(4, void=4)
-    for said, truth in zip(b, a):
-        counts.update(said, truth)
+    for predicted, truth in zip(b, a):
+        counts.update(predicted, truth)
     m = counts.compute()
     for truth in range(4):
-        for said in range(4):
-            assert m[truth, said] == ((a == truth) & (b == said)).sum()
+        for predicted in range(4):
+            assert m[truth, predicted] == ((a == truth) & (b == predicted)).sum()
     for c in range(4):
         either = (((a == c) | (b == c)) & (a != 4)).sum()
         assert class_iou(m)[c] == pytest.approx(float(100 * ((a == c) & (b == c)).sum() / either))
@@ -105,17 +103,12 @@ def test_shares_of_a_grid_that_does_not_divide_sum_to_one():
 def test_batches_and_workers_change_nothing(name):
     torch.manual_seed(0)
     net, kinds = create_backbone(name).train(), dict(size=32, shapes=('disc',), textures=('bars', 'rings'))
-    memory, queries = (
-        ToySegmentation(ToyWorld(12, **kinds)),
-        ToySegmentation(ToyWorld(6, split='val', **kinds)),
-    )
+    memory = ToySegmentation(ToyWorld(12, **kinds))
+    queries = ToySegmentation(ToyWorld(6, split='val', **kinds))
     one = run(memory, queries, 32, net, memory_size=100)
     two = run(memory, queries, 32, net, memory_size=100, batch_size=5, workers=1)
-    assert (
-        net.training
-        and one['memory'] == two['memory'] == 96
-        and one['miou'] == pytest.approx(two['miou'], abs=0.5)
-    )
+    assert net.training and one['memory'] == two['memory'] == 96
+    assert one['miou'] == pytest.approx(two['miou'], abs=0.5)
 
 
 def test_what_it_refuses():
@@ -161,11 +154,9 @@ def test_a_folder_is_what_was_saved(tmp_path):
     pairs = flags(3, 32, 48)
     save(tmp_path / 'train', pairs)
     ds = MaskFolder(tmp_path, 'train', classes=('red', 'green', 'blue'))
-    assert ds.void == 3 and all(
-        torch.equal(a, b)
-        for got, want in zip(map(ds.__getitem__, range(3)), pairs)
-        for a, b in zip(got, want)
-    )
+    assert ds.void == 3
+    for i, (image, mask) in enumerate(pairs):
+        assert torch.equal(ds[i][0], image) and torch.equal(ds[i][1], mask)
     indexed = Image.fromarray(pairs[0][1].byte().numpy(), mode='P')
     indexed.putpalette([0, 0, 0, 9, 9, 9, 200, 1, 1])
     indexed.save(tmp_path / 'train/masks/0.png')
@@ -182,3 +173,54 @@ def test_a_broken_mask_is_named(tmp_path):
         ds[1]
     with pytest.raises(ValueError, match='masks/1.png'):
         run(ds, ds, 32)
+
+
+class Counts(PixelPatches):
+    "Counts the images that it sees."
+
+    seen = 0
+
+    def forward(self, x):
+        self.seen += len(x)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize('options', [dict(k=33), dict(k=0), dict(memory_size=1), dict(k=3, memory_size=2)])
+def test_cheap_mistakes_are_found_before_any_features(options):
+    net, toy = Counts(8), Listed(flags(2, 32, 32), 3)
+    with pytest.raises(ValueError, match='memory') as e:
+        run(toy, toy, 32, net, **options)
+    assert '\n' not in str(e.value) and net.seen == 1  # one empty image, for the grid
+
+
+def test_masks_that_hold_no_class_and_files_that_do_not_fit(tmp_path):
+    check_mask(torch.tensor([0, 2, 9]), 3, 9)
+    for mask, void in ((torch.tensor([0, 9]), None), (torch.tensor([0, 7]), 9), (torch.tensor([-1]), 9)):
+        with pytest.raises(ValueError, match='a mask holds the number'):
+            check_mask(mask, 3, void)
+    save(tmp_path / 'val', flags(2, 32, 32))
+    with pytest.raises(FileNotFoundError, match='a split has images/ and masks/'):
+        MaskFolder(tmp_path, 'train')
+    Image.new('RGB', (32, 32)).save(tmp_path / 'val/masks/0.png')
+    with pytest.raises(ValueError, match='a mask in colours'):
+        MaskFolder(tmp_path, 'val')[0]
+    Image.new('L', (16, 32)).save(tmp_path / 'val/masks/0.png')
+    with pytest.raises(ValueError, match=r'has \[32, 16\] pixels, its image'):
+        MaskFolder(tmp_path, 'val')[0]
+    (tmp_path / 'val/masks/1.png').unlink()
+    with pytest.raises(ValueError, match='1 of 2 images in .* have no mask'):
+        MaskFolder(tmp_path, 'val')
+
+
+def test_images_as_the_backbone_wants_them():
+    "Colours that only a network with the right mean tells apart."
+
+    class Signs(PixelPatches):
+        mean, std = (0.5,) * 3, (0.5,) * 3
+
+        def forward(self, x):
+            assert x.min() >= -1 and x.max() <= 1
+            return super().forward(x)
+
+    toy = Listed(flags(4, 32, 32), 3)
+    assert run(toy, toy, 32, Signs(8), k=2)['miou'] == pytest.approx(run(toy, toy, 32, k=2)['ceiling'])

@@ -5,10 +5,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from glsd.backbones import TimmBackbone, create_backbone
 from glsd.data import Subset, ToyWorld
 from glsd.evaluation.knn import (
     evaluating,
@@ -237,3 +239,22 @@ def test_a_tensor_called_mean_is_not_a_wish():
     net = Flat()
     net.register_buffer('mean', torch.zeros(96))
     assert transform_of(net) == transform_of(Flat())
+
+
+def test_published_vits_get_their_own_mean_and_ours_get_imagenets():
+    model = timm.create_model('vit_tiny_patch16_224', num_classes=0, img_size=32)
+    for net in (model, TimmBackbone(model)):
+        how = transform_of(net)
+        assert how.mean == how.std == (0.5,) * 3 and how.crop_pct == 0.9
+    assert transform_of(create_backbone('vit_tiny_p16')) == transform_of(Flat())
+
+
+def test_features_of_a_published_vit_are_those_of_images_with_mean_half():
+    net = TimmBackbone(timm.create_model('vit_tiny_patch16_224', num_classes=0, img_size=32)).eval()
+    world = ToyWorld(4, 32)
+    images = torch.stack([world[i][0] for i in range(4)])
+    with torch.no_grad():
+        right, wrong = net(images / 255 * 2 - 1).pooled, net((images / 255 - 0.45) / 0.225).pooled
+    found = extract(net, world, 32)[0]
+    torch.testing.assert_close(found, right, atol=1e-4, rtol=1e-3)
+    assert (found - wrong).abs().max() > 0.01

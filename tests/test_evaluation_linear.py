@@ -8,9 +8,12 @@ import timm
 import torch
 from torch import nn
 
-from glsd.backbones import create_backbone
-from glsd.data import ToyWorld
-from glsd.evaluation.linear import LastBlocks, linear_probe
+from glsd.backbones import TimmBackbone, create_backbone
+from glsd.data import Subset, ToyWorld
+from glsd.evaluation.blocks import AtBlock, LastBlocks, block_features
+from glsd.evaluation.copies import WithGeM
+from glsd.evaluation.knn import extract
+from glsd.evaluation.linear import check_labels, linear_probe
 from glsd.views.photometric import denormalize
 
 
@@ -27,25 +30,24 @@ class Colours(nn.Module):
 
 
 def probe(worlds, backbone=None, **options):
-    return linear_probe(
-        backbone or Colours(), *worlds, 32, progress=False, **{**dict(epochs=4, batch_size=20), **options}
-    )
+    options = {'size': 32, 'epochs': 4, 'batch_size': 20, 'progress': False, **options}
+    return linear_probe(backbone or Colours(), *worlds, **options)
 
 
 @pytest.mark.parametrize('cut_after', [1, 5, 9])
 def test_resumed_is_bit_equal(worlds, tmp_path, cut_after):
-    class Dies(Colours):
+    class Fails(Colours):
         calls = 0
 
         def forward(self, x):
-            Dies.calls += 1
-            if Dies.calls > cut_after:
+            Fails.calls += 1
+            if Fails.calls > cut_after:
                 raise KeyboardInterrupt
             return super().forward(x)
 
-    Dies.__repr__ = lambda self: 'Colours()'
+    Fails.__repr__ = lambda self: 'Colours()'
     with pytest.raises(KeyboardInterrupt):
-        probe(worlds, Dies(), out=tmp_path)
+        probe(worlds, Fails(), out=tmp_path)
     whole, again = probe(worlds), probe(worlds, out=tmp_path)
     assert again['grid'] == whole['grid'] and not list(tmp_path.glob('*.part'))
     assert probe(worlds, out=tmp_path) == again == json.loads((tmp_path / 'linear.json').read_text())
@@ -62,13 +64,10 @@ def test_each_rate_is_what_it_would_be_alone(worlds):
         assert alone['loss'] == pytest.approx(row['loss'], rel=1e-4)
 
 
-def test_a_rate_that_explodes_is_named_and_scores_nothing(worlds):
+def test_a_rate_that_diverges_is_named_and_scores_nothing(worlds):
     r = probe(worlds, lrs=(0.1, 1e38), cached=True)
-    assert (
-        r['grid'][1] == dict(lr=1e38, top1=0.0, top5=0.0, loss=None)
-        and r['lr'] == 0.1
-        and r['grid'][0]['loss'] > 0
-    )
+    assert r['grid'][1] == dict(lr=1e38, top1=0.0, top5=0.0, loss=None)
+    assert r['lr'] == 0.1 and r['grid'][0]['loss'] > 0
     json.dumps(r, allow_nan=False)
 
 
@@ -107,9 +106,8 @@ def test_blocks_of_a_plain_timm_vit_are_timms_own():
 
 
 def test_registers_and_cls_stay_out_of_a_mean():
-    vit = timm.create_model(
-        'vit_tiny_patch16_224', num_classes=0, img_size=32, reg_tokens=3, global_pool='avg'
-    ).eval()
+    options = dict(num_classes=0, img_size=32, reg_tokens=3, global_pool='avg')
+    vit = timm.create_model('vit_tiny_patch16_224', **options).eval()
     x = torch.randn(2, 3, 32, 32)
     net = LastBlocks(vit, 2)
     with torch.no_grad():
@@ -146,3 +144,109 @@ def test_data_that_cannot_be_probed(worlds):
         probe((worlds[0], none))
     with pytest.raises(ValueError, match='class disc rings has test images'):
         probe((ToyWorld(4, size=32), worlds[1]))
+
+
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (dict(lrs=(0.1, -1.0)), 'must be positive'),
+        (dict(lrs=()), 'must be positive'),
+        (dict(epochs=0), 'must be positive'),
+        (dict(n_blocks=2), 'n_blocks = 2: choose from 1 to 1'),
+        (dict(lrs=(1e38,), cached=True), 'the loss diverged at every learning rate'),
+        (dict(backbone=create_backbone('vit_mini'), n_blocks=3), 'n_blocks = 3: choose from 1 to 2'),
+        (dict(backbone=create_backbone('vit_mini'), size=30), 'multiples of 8'),
+    ],
+)
+def test_options_that_cannot_be_in_one_line(worlds, change, message):
+    with pytest.raises(ValueError, match=message) as e:
+        probe(worlds, **change)
+    assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    'sets, message',
+    [
+        (lambda a, b: (a, ToyWorld(20, size=32, shapes=('square',))), 'differ in their classes'),
+        (lambda a, b: (Subset(a, [0, 12]), Subset(b, [0])), 'all training images are of one class'),
+        (lambda a, b: (a, Subset(b, [])), 'there are no test images'),
+        (lambda a, b: (Subset(a, np.flatnonzero(a.labels != 3)), b), 'no probe can learn it'),
+    ],
+)
+def test_sets_that_cannot_be_probed_in_one_line(worlds, sets, message):
+    with pytest.raises(ValueError, match=message) as e:
+        check_labels(*sets(*worlds))
+    assert '\n' not in str(e.value)
+
+
+def test_another_backbone_does_not_take_over_a_state(worlds, tmp_path):
+    probe(worlds, create_backbone('vit_mini'), out=tmp_path, epochs=1, n_blocks=1)
+    with pytest.raises(ValueError, match='backbone = '):
+        probe(worlds, create_backbone('vit_mini'), out=tmp_path, epochs=1, n_blocks=1)
+
+
+def test_the_size_is_checked_before_features_are_computed(worlds):
+    class Counts(Colours):
+        seen = 0
+
+        def forward(self, x):
+            self.seen += len(x)
+            raise ValueError('no crops of this size')
+
+    net = Counts()
+    with pytest.raises(ValueError, match='no crops'):
+        probe(worlds, net, cached=True)
+    assert net.seen == 1
+
+
+def test_the_last_four_blocks_of_a_swin_are_esvits():
+    """2,304 numbers of a Swin-T: averages after two blocks of the third stage, and two of the last with
+    its LayerNorm."""
+    swin = create_backbone('swin_tiny_w7').eval()
+    x, seen = torch.randn(2, 3, 64, 64), []
+    blocks = [b for stage in swin.model.layers[2:] for b in stage.blocks][-4:]
+    hooks = [b.register_forward_hook(lambda block, args, out: seen.append(out)) for b in blocks]
+    with torch.no_grad():
+        swin(x)
+        for hook in hooks:
+            hook.remove()
+        found = LastBlocks(swin, 4)(x)
+        expected = [m if m.shape[-1] == 384 else swin.model.norm(m) for m in seen]
+    assert found.shape == (2, 2304) and LastBlocks(swin).layers == 1
+    torch.testing.assert_close(found, torch.cat([m.mean((1, 2)) for m in expected], 1))
+
+
+def test_a_published_swin_and_a_resnet_have_blocks_or_stages():
+    for name, layers in (('swin_tiny_patch4_window7_224', 12), ('resnet10t', 5)):
+        net = TimmBackbone(timm.create_model(name, num_classes=0, pretrained=False)).eval()
+        x = torch.randn(1, 3, 224, 224)
+        with torch.no_grad():
+            torch.testing.assert_close(AtBlock(net, -1)(x).pooled, net(x).pooled)
+            early = AtBlock(net, -layers)(x)
+        assert early.grid > net(x).grid and early.tokens.shape[1] == early.grid[0] * early.grid[1]
+        with pytest.raises(ValueError, match=f'no block {layers}: the backbone has {layers}'):
+            AtBlock(net, layers)
+
+
+def test_every_block_of_a_vit_with_cls_and_registers():
+    model = timm.create_model('vit_tiny_patch16_224', num_classes=0, img_size=32, reg_tokens=2).eval()
+    net, x = TimmBackbone(model), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        theirs = model.get_intermediate_layers(x, n=[3, 11], return_prefix_tokens=True, norm=True)
+        for f, (tokens, prefix) in zip(block_features(net, x, [3, -1]), theirs):
+            torch.testing.assert_close(f.pooled, prefix[:, 0])
+            torch.testing.assert_close(f.tokens, tokens)
+        torch.testing.assert_close(AtBlock(net, 3)(x).pooled, theirs[0][1][:, 0])
+
+
+def test_a_module_without_blocks_is_named():
+    with pytest.raises(ValueError, match='Colours gives no maps of its inner layers'):
+        AtBlock(Colours(), -1)
+
+
+@pytest.mark.parametrize('wrap', [LastBlocks, WithGeM, lambda net: AtBlock(net, 0)])
+def test_a_wrapper_leaves_the_mode_alone(wrap):
+    for mode in (True, False):
+        net = create_backbone('vit_mini').train(mode)
+        extract(wrap(net), ToyWorld(4, 32), 32)
+        assert net.training == mode and net.model.blocks[0].training == mode

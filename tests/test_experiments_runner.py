@@ -11,22 +11,21 @@ from pathlib import Path
 import psutil
 import pytest
 
-from glsd.experiments import run_grid, runner
+from glsd.experiments import cells, run_grid, runner
 from glsd.training import Recipe
 
-TINY = Recipe(
-    n_images=64,
-    image_size=32,
+CROPS = dict(n_images=64, image_size=32, global_size=32, local_size=16, n_local=0)
+HEADS = dict(out_dim=64, head_hidden=32, head_bottleneck=16)
+TINY = Recipe('dino', backbone='vit_mini', batch_size=8, steps=3, **CROPS, **HEADS)
+LABELLED = Recipe(
+    'supervised',
     backbone='vit_mini',
+    n_images=64,
+    n_test=32,
+    image_size=32,
     global_size=32,
-    local_size=16,
-    n_local=0,
     batch_size=8,
     steps=3,
-    out_dim=64,
-    head_hidden=32,
-    head_bottleneck=16,
-    objective='vanilla',
 )
 
 
@@ -52,13 +51,13 @@ def wait_for(what, seconds=300):
 
 
 def test_a_killed_cell_and_a_raising_one_do_not_stop_the_others(tmp_path):
-    cells = {
+    grid = {
         'killed': TINY.replace(seed=1),
         'raises': TINY.replace(seed=2),
         'fine': TINY,
         'also fine': TINY.replace(seed=3),
     }
-    killed, raises, fine, also = run_grid(cells, tmp_path, rude, jobs=1, progress=False)
+    killed, raises, fine, also = run_grid(grid, tmp_path, rude, jobs=1, progress=False)
     assert 'SIGKILL' in killed['error'] and Path(killed['log']).is_file()
     assert raises['error'] == "KeyError: 'no such thing'" and 'Traceback' in Path(raises['log']).read_text()
     assert fine['metrics'] == also['metrics'] == {'steps': 3}
@@ -77,11 +76,11 @@ LONG = TINY.replace(steps=40, checkpoint_every=4)
 
 
 def test_a_killed_grid_leaves_no_process_and_goes_on(tmp_path):
-    folder = runner.cell_folder(tmp_path, 'long', LONG)
+    folder = cells.cell_folder(tmp_path, 'long', LONG)
     parent = subprocess.Popen(
         [sys.executable, '-c', PARENT.format(tests=str(Path(__file__).parent), out=str(tmp_path))]
     )
-    wait_for(lambda: runner.steps_done(folder) >= 10)
+    wait_for(lambda: cells.steps_done(folder) >= 10)
     with pytest.raises(ValueError, match='in use by process'):
         run_grid({'long': LONG}, tmp_path, count)
 
@@ -92,7 +91,7 @@ def test_a_killed_grid_leaves_no_process_and_goes_on(tmp_path):
     psutil.wait_procs(workers, timeout=10)
     assert not [w for w in workers if w.is_running() and w.status() != psutil.STATUS_ZOMBIE]
 
-    done = runner.steps_done(folder)
+    done = cells.steps_done(folder)
     assert 8 <= done < 40, 'killed too late to show anything'
     before = (folder / 'metrics.jsonl').read_bytes().splitlines()[:8]
     [result] = run_grid({'long': LONG}, tmp_path, count, jobs=1, progress=False)
@@ -102,19 +101,19 @@ def test_a_killed_grid_leaves_no_process_and_goes_on(tmp_path):
 
 
 def test_an_interrupt_ends_the_workers(tmp_path):
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a job in a shell's background is born deaf to it
+    # a job in the background of a shell starts with this signal ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Timer(1.0, signal.raise_signal, [signal.SIGINT]).start()
     seen = []
     with pytest.raises(KeyboardInterrupt):
-        hire = runner.Grid.hire
+        start = runner.Grid.start_worker
+
+        def noticed(grid, slot):
+            start(grid, slot)
+            seen.append(grid.workers[-1].process)
+
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                runner.Grid,
-                'hire',
-                lambda grid, slot: (hire(grid, slot), seen.append(grid.workers[-1].process))[0],
-            )
+            patch.setattr(runner.Grid, 'start_worker', noticed)
             run_grid({'one': TINY, 'two': TINY.replace(seed=5)}, tmp_path, count, jobs=2, progress=False)
     assert len(seen) == 2 and all(p.poll() is not None for p in seen)
 
@@ -126,37 +125,55 @@ def test_a_worker_that_cannot_start_is_one_line(tmp_path, monkeypatch):
 
 
 def test_another_measurement_does_not_train_again(tmp_path):
-    folder = runner.cell_folder(tmp_path, 'one', TINY)
-    runner.run_cell(folder, TINY.differences(), runner.source_of(count), {})
+    folder = cells.cell_folder(tmp_path, 'one', TINY)
+    cells.run_cell(folder, TINY.to_dict(), cells.source_of(count), {})
     written = (folder / 'metrics.jsonl').stat().st_mtime_ns
     result = json.loads((folder / 'result.json').read_text())
-    assert runner.read_result(folder, runner.fingerprint(runner.source_of(count), {'k': 1})) is None
+    assert cells.read_result(folder, cells.fingerprint(cells.source_of(count), {'k': 1})) is None
 
     def steps_twice(run):
         return {'twice': 2 * len(run.metrics)}
 
-    runner.run_cell(folder, TINY.differences(), runner.source_of(steps_twice), {})
-    assert json.loads((folder / 'result.json').read_text())['metrics'] == {'twice': 6} and result[
-        'metrics'
-    ] == {'steps': 3}
+    cells.run_cell(folder, TINY.to_dict(), cells.source_of(steps_twice), {})
+    assert result['metrics'] == {'steps': 3}
+    assert json.loads((folder / 'result.json').read_text())['metrics'] == {'twice': 6}
     assert (folder / 'metrics.jsonl').stat().st_mtime_ns == written
+
+
+def first_loss(result):
+    return json.loads((Path(result['folder']) / 'metrics.jsonl').read_text().splitlines()[0])['loss']
 
 
 def test_a_run_of_a_grid_may_have_several_processes(tmp_path):
     still = TINY.replace(drop_path=0.0)  # each process would drop other paths
-    shared, refused = run_grid(
-        {'shared': still, 'too many': TINY.replace(batch_size=9)},
-        tmp_path,
-        count,
-        jobs=1,
-        nproc=2,
-        progress=False,
-    )
+    grid = {'shared': still, 'labelled': LABELLED, 'too many': TINY.replace(batch_size=9)}
+    shared, labelled, refused = run_grid(grid, tmp_path, count, jobs=1, nproc=2, progress=False)
+    assert shared['metrics'] == labelled['metrics'] == {'steps': 3}
     assert (
-        shared['metrics'] == {'steps': 3}
-        and refused['error']
-        == 'ValueError: batch_size=9 cannot be shared equally by 2 processes: choose a multiple of 2'
+        0
+        <= json.loads((Path(labelled['folder']) / 'metrics.jsonl').read_text().splitlines()[-1])['test/top1']
     )
-    (alone,) = run_grid({'alone': still}, tmp_path / 'alone', count, jobs=1, progress=False)
-    first = lambda r: json.loads((Path(r['folder']) / 'metrics.jsonl').read_text().splitlines()[0])['loss']
-    assert abs(first(shared) - first(alone)) < 1e-4
+    expected = 'batch_size=9 cannot be shared equally by 2 processes: choose a multiple of 2'
+    assert refused['error'] == f'ValueError: {expected}'
+    (single,) = run_grid({'single': still}, tmp_path / 'single', count, jobs=1, progress=False)
+    assert abs(first_loss(shared) - first_loss(single)) < 1e-4
+
+
+def test_a_folder_stands_for_what_changes_the_result():
+    folder = cells.cell_folder('out', 'a b', TINY)
+    assert folder == cells.cell_folder(
+        'out', 'a b', TINY.replace(device='cpu', checkpoint_minutes=3, monitor_every=2)
+    )
+    others = [TINY.replace(lr=1e-3), TINY.replace(method='geometric'), LABELLED]
+    assert len({cells.cell_folder('out', 'a b', r) for r in [TINY, *others]}) == 4
+    again = Recipe.from_dict(json.loads(json.dumps(TINY.to_dict())))
+    assert again == TINY and cells.cell_folder('out', 'a b', again) == folder
+
+
+@pytest.mark.parametrize(
+    'change', [dict(jobs=0), dict(nproc=0), dict(evaluate=len), dict(cells={'a b': TINY, 'a?b': TINY})]
+)
+def test_what_cannot_run_is_one_line(tmp_path, change):
+    with pytest.raises(ValueError) as e:
+        run_grid(**{'cells': {'one': TINY}, 'out': tmp_path, 'evaluate': count, **change})
+    assert '\n' not in str(e.value) and not list(tmp_path.glob('*/result.json'))

@@ -1,5 +1,5 @@
 """Supervised training is a method under the one trainer: without DrLoc it is plain supervised training;
-faults are one line. (Cut and gone on, NaN, replay and processes: with all other methods, in their own files.)"""
+faults are one line. (Cut and gone on, NaN, replay and processes: with all other methods, elsewhere.)"""
 
 import json
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from glsd.backbones.swin import SwinBackbone
     from glsd.backbones.vit import ViTBackbone
 
+# %% ../../nbs/3_backbones/index.ipynb #b004910d
 _all_ = [
     'Backbone',
     'Features',

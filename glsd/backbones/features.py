@@ -12,6 +12,7 @@ import importlib
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from fastcore.basics import patch
 from torch import Tensor, nn
@@ -74,7 +75,15 @@ class Backbone(nn.Module):
     `timm.create_model(timm_name, num_classes=0, **timm_kwargs)` has the same keys and shapes as `model`.
     """
 
+    # A long cell, as each thing that is known about a backbone has a line.
     accepts: tuple[str, ...] = ()
+    model: Any
+    input_size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_pct: float
+    interpolation: str
+    intermediates: Callable[..., list]  # grows below, as do `forward` and others
 
     def __init__(self, timm_name: str, drop_path: float = 0.0, **timm_kwargs):
         super().__init__()
@@ -89,16 +98,20 @@ class Backbone(nn.Module):
         self.embed_dim = convs[-1].out_channels if convs else self.dim
         self.set_data_config(input_size=timm_kwargs.get('img_size'), **TRAINED_HERE)
 
-    def set_data_config(self, **given):
-        "Set input_size, mean, std, crop_pct and interpolation: those given, or else the model's own."
-        for name, value in data_config(self.model, **given).items():
-            setattr(self, name, value)
-
-    def features(self, x: Tensor) -> Features:
-        "What a subclass has to say: crops [N, 3, h, w] -> Features."
-        raise NotImplementedError(f'{type(self).__name__} must say how it turns crops into Features')
-
 # %% ../../nbs/3_backbones/1_features.ipynb #5ca23eb4
+@patch
+def set_data_config(self: Backbone, **given):
+    "Set input_size, mean, std, crop_pct and interpolation: those given, or else the model's own."
+    for name, value in data_config(self.model, **given).items():
+        setattr(self, name, value)
+
+
+@patch
+def features(self: Backbone, x: Tensor) -> Features:
+    "What a subclass has to say: crops [N, 3, h, w] -> Features."
+    raise NotImplementedError(f'{type(self).__name__} must say how it turns crops into Features')
+
+
 @patch
 def check_size(self: Backbone, x: Tensor):
     "ValueError unless crops x [N, 3, h, w] divide into patches."
@@ -109,7 +122,7 @@ def check_size(self: Backbone, x: Tensor):
             f'{self.timm_name}: choose sizes that are multiples of {self.patch}'
         )
 
-
+# %% ../../nbs/3_backbones/1_features.ipynb #701d4da5
 @patch
 def forward(self: Backbone, x: Tensor, **inputs) -> Features:
     """The features of float crops x [N, 3, h, w], h and w multiples of the patch. ValueError for other sizes.
@@ -186,7 +199,7 @@ _backbones = {}
 
 
 def register_backbone(**variants: dict) -> Callable:
-    """Class decorator: `name=dict(arguments)` for each variant that `create_backbone(name)` shall build."""
+    """Class decorator: `name=dict(arguments)` for each variant that `create_backbone(name)` builds."""
 
     def register(cls):
         _backbones.update({name: (cls, arguments) for name, arguments in variants.items()})
@@ -196,7 +209,7 @@ def register_backbone(**variants: dict) -> Callable:
 
 # %% ../../nbs/3_backbones/1_features.ipynb #acb4060c
 _names = dict(
-    vit=(
+    queries=(
         *('vit_tiny_p16', 'vit_tiny_p8', 'vit_small_p16', 'vit_small_p8', 'vit_base_p16', 'vit_base_p8'),
         *('vit_tiny_p16_mean', 'vit_tiny_p8_mean', 'vit_small_p16_mean', 'vit_small_p8_mean', 'vit_mini'),
     ),
@@ -207,7 +220,7 @@ _names = dict(
 )
 _modules = {name: module for module, names in _names.items() for name in names}
 
-
+# %% ../../nbs/3_backbones/1_features.ipynb #f2ba4005
 def list_backbones() -> list[str]:
     """All names that `create_backbone` knows."""
     return sorted({*_modules, *_backbones})

@@ -90,17 +90,7 @@ class WindowBlock(SwinTransformerBlock):
         x = x + self.drop_path1(window_attention(self, self.norm1(x)))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
-
-_any = dict(strict_img_size=False)  # timm's own model takes other sizes as well
-
-
-@register_backbone(
-    swin_tiny_w7=dict(timm_name='swin_tiny_patch4_window7_224', **_any),
-    swin_tiny_w14=dict(timm_name='swin_tiny_patch4_window7_224', window_size=14, **_any),
-    swin_small_w7=dict(timm_name='swin_small_patch4_window7_224', **_any),
-    swin_base_w7=dict(timm_name='swin_base_patch4_window7_224', **_any),
-    swin_mini=dict(timm_name='swin_mini_patch4_window4_32', **_any),
-)
+# %% ../../nbs/3_backbones/3_swin.ipynb #2c5a4a95
 class SwinBackbone(Backbone):
     """Swin Transformer on timm's weights, equal to the reference at any crop size (Liu et al. 2021).
 
@@ -120,26 +110,43 @@ class SwinBackbone(Backbone):
             if type(module) is SwinTransformerBlock:
                 module.__class__ = WindowBlock  # its weights and their names stay
 
-    def features(self, x: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Features:
-        "Crops [N, 3, h, w] -> Features; for the other inputs see the class."
-        x = self.model.patch_embed(x)
-        if mask is not None:
-            x = apply_mask(x.flatten(1, 2), self.enlarge(mask, x.shape[1:3]), mask_token).view(x.shape)
-        x = self.model.norm(self.model.layers(x))
-        tokens = x.flatten(1, 2)
-        return Features(tokens.mean(1), tokens, tuple(x.shape[1:3]))
+# %% ../../nbs/3_backbones/3_swin.ipynb #031db461
+@patch
+def features(
+    self: SwinBackbone, x: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None
+) -> Features:
+    "Crops [N, 3, h, w] -> Features; for the other inputs see the class."
+    x = self.model.patch_embed(x)
+    if mask is not None:
+        x = apply_mask(x.flatten(1, 2), self.enlarge(mask, x.shape[1:3]), mask_token).view(x.shape)
+    x = self.model.norm(self.model.layers(x))
+    tokens = x.flatten(1, 2)
+    return Features(tokens.mean(1), tokens, tuple(x.shape[1:3]))
 
-    def enlarge(self, mask: Tensor, size: tuple[int, int]) -> Tensor:
-        "A mask [N, H*W] of the tokens that come out -> [N, h*w] of the patches that go in, a grid of `size`."
-        times = self.stride // self.patch
-        grid = [-(-n // times) for n in size]
-        if mask.shape[1:] != (grid[0] * grid[1],):
-            raise ValueError(
-                f'a mask for {grid[0]} x {grid[1]} tokens must be [N, {grid[0] * grid[1]}]; '
-                f'it is {list(mask.shape)}'
-            )
-        mask = mask.unflatten(1, grid).repeat_interleave(times, 1).repeat_interleave(times, 2)
-        return mask[:, : size[0], : size[1]].flatten(1)
+# %% ../../nbs/3_backbones/3_swin.ipynb #ac41feac
+@patch
+def enlarge(self: SwinBackbone, mask: Tensor, size: tuple[int, int]) -> Tensor:
+    "A mask [N, H*W] of the tokens that come out -> [N, h*w] of the patches that go in, a grid of `size`."
+    times = self.stride // self.patch
+    grid = [-(-n // times) for n in size]
+    if mask.shape[1:] != (grid[0] * grid[1],):
+        raise ValueError(
+            f'a mask for {grid[0]} x {grid[1]} tokens must be [N, {grid[0] * grid[1]}]; '
+            f'it is {list(mask.shape)}'
+        )
+    mask = mask.unflatten(1, grid).repeat_interleave(times, 1).repeat_interleave(times, 2)
+    return mask[:, : size[0], : size[1]].flatten(1)
+
+# %% ../../nbs/3_backbones/3_swin.ipynb #475bb6cb
+_any = dict(strict_img_size=False)  # timm's own model takes other sizes as well
+
+register_backbone(
+    swin_tiny_w7=dict(timm_name='swin_tiny_patch4_window7_224', **_any),
+    swin_tiny_w14=dict(timm_name='swin_tiny_patch4_window7_224', window_size=14, **_any),
+    swin_small_w7=dict(timm_name='swin_small_patch4_window7_224', **_any),
+    swin_base_w7=dict(timm_name='swin_base_patch4_window7_224', **_any),
+    swin_mini=dict(timm_name='swin_mini_patch4_window4_32', **_any),
+)(SwinBackbone)
 
 # %% ../../nbs/3_backbones/3_swin.ipynb #7e483d2b
 def swin_block_maps(model: SwinTransformer, x: Tensor, layers: set[int]) -> dict[int, Tensor]:

@@ -83,6 +83,7 @@ def sinusoid(n: int, dim: int) -> Tensor:
 
 # %% ../../nbs/3_backbones/7_t2t.ipynb #4cda494b
 class T2TViT(nn.Module):
+    # A long cell, as each of the published options has a line.
     """Tokens-to-token ViT (Yuan et al. 2021, arXiv 2101.11986, Table 1), with Performer steps.
 
     Used like a timm model. splits: (kernel, stride) of each soft split. Images of any multiple of the

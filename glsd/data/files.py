@@ -61,12 +61,16 @@ def _is_disk_full(e: BaseException | None) -> bool:
 
 # %% ../../nbs/2_data/2_files.ipynb #2aabaab8
 class InUseError(ValueError):
-    "Somebody else is writing there; the message names the process."
+    "Another call or process is writing there; the message names the process."
 
 
 _held: dict[str, tuple[int, object]] = {}  # lock file -> (process, the call that holds it)
 
 
+def _in_use(what: Any, process: Any) -> InUseError:
+    return InUseError(f'{what} is in use by process {process}; wait for it, or choose another folder')
+
+# %% ../../nbs/2_data/2_files.ipynb #50f02216
 @contextmanager
 def file_lock(path: str | os.PathLike, what: Any = None) -> Iterator[None]:
     """Holds the lock file `path` during the block. InUseError, at once, if another call or process holds it.
@@ -88,10 +92,6 @@ def file_lock(path: str | os.PathLike, what: Any = None) -> Iterator[None]:
         if os.getpid() == me[0]:
             del _held[key]
 
-
-def _in_use(what: Any, process: Any) -> InUseError:
-    return InUseError(f'{what} is in use by process {process}; wait for it, or choose another folder')
-
 # %% ../../nbs/2_data/2_files.ipynb #78b69f74
 @contextmanager
 def _locked(path: Path, what: Any) -> Iterator[None]:
@@ -110,7 +110,7 @@ def _locked(path: Path, what: Any) -> Iterator[None]:
             path.unlink(missing_ok=True)
         f.close()
 
-
+# %% ../../nbs/2_data/2_files.ipynb #46248814
 def _open_locked(path: Path, what: Any) -> IO[str]:
     f = open(path, 'a+')
     try:

@@ -78,7 +78,7 @@ def read_image(path: str | os.PathLike) -> Tensor:
         raise ImageError(f'cannot read {path}: {_reason(e)}') from None
     return decode_image(data, path)
 
-
+# %% ../../nbs/2_data/3_folders.ipynb #3e939f92
 def decode_image(data: bytes, name: Any) -> Tensor:
     "The bytes of an image file -> uint8 [3, H, W], as `read_image`; `name` is for the ImageError."
     try:

@@ -6,83 +6,85 @@
 __all__ = ['INDEX', 'PLAN', 'ShardError', 'walk', 'split_name', 'index_shard', 'ShardFolder', 'write_shards', 'open_images']
 
 # %% ../../nbs/2_data/7_shards.ipynb #23c2b872
-import hashlib
 import io
 import json
 import os
 import tarfile
 import zlib
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
+from .files import atomic_write
 from .folders import SUFFIXES, ImageFolder, Subset, decode_image
 from .loading import epoch_order, sample_rng
+from .toyworld import Dataset, fingerprint_of
 
 # %% ../../nbs/2_data/7_shards.ipynb #591bb871
 class ShardError(ValueError):
     "Shards that cannot be read as a data set; the message names the file and the member."
 
 
-def walk(path):
+def walk(path: Path) -> Iterator[tuple[tarfile.TarInfo, Callable[[], bytes], int]]:
     """(member, read function, crc32 of its header) of each file in a tar, front to back.
 
-    Raises ShardError when the tar is cut, naming the last member that is there."""
-    tar = None
+    ShardError when the tar is truncated, naming the last member that is there.
+    """
+    last = None
     try:
         with open(path, 'rb') as f, tarfile.open(path, 'r:') as tar:
-            for m in tar:
-                if m.isfile():
-                    yield (
-                        m,
-                        lambda: tar.extractfile(m).read(),
-                        zlib.crc32(os.pread(f.fileno(), 512, m.offset_data - 512)),
-                    )
+            for member in tar:
+                last = member.name
+                if member.isfile():
+                    header = os.pread(f.fileno(), 512, member.offset_data - 512)
+                    yield member, partial(_content, tar, member), zlib.crc32(header)
             if os.pread(f.fileno(), 512, tar.offset) != bytes(512):
                 raise tarfile.ReadError
     except tarfile.ReadError:
-        last = (
-            f'is cut in or behind its member {tar.members[-1].name}'
-            if tar and tar.members
-            else 'is empty, or no tar file'
-        )
-        raise ShardError(f'{path} {last}: fetch or write it again') from None
+        end = f'ends in or after its member {last}' if last else 'is empty, or no tar file'
+        raise ShardError(f'{path} {end}: fetch or write it again') from None
+
+# %% ../../nbs/2_data/7_shards.ipynb #40039b45
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    f = tar.extractfile(member)
+    assert f is not None  # it is None for folders and the like, which `walk` leaves out
+    return f.read()
 
 # %% ../../nbs/2_data/7_shards.ipynb #e1ed9d5b
-_COLUMNS = dict(name='S', offset=np.int64, size=np.int64, check=np.uint32, label=np.int64)
+_COLUMNS: dict[str, Any] = dict(name='S', offset=np.int64, size=np.int64, check=np.uint32, label=np.int64)
 
 
-def split_name(name):
+def split_name(name: str) -> tuple[str, str]:
     "webdataset's convention: 'a/b.seg.png' -> ('a/b', 'seg.png')."
     folder, _, last = name.rpartition('/')
     key, _, ext = last.partition('.')
     return f'{folder}/{key}' if folder else key, ext.lower()
 
-
-def index_shard(path):
-    "{'name', 'offset', 'size', 'check', 'label'}: an array each, a row an image. Raises ShardError."
-    images, labels = {}, {}
-    for m, read, check in walk(path):
-        key, ext = split_name(m.name)
+# %% ../../nbs/2_data/7_shards.ipynb #286dd67b
+def index_shard(path: Path) -> dict[str, np.ndarray]:
+    "{'name', 'offset', 'size', 'check', 'label'}: an array each, a row an image. ShardError."
+    images: dict[str, tuple] = {}
+    labels: dict[str, int] = {}
+    for member, read, check in walk(path):
+        key, ext = split_name(member.name)
         if '.' + ext in SUFFIXES:
-            images.setdefault(key, (m.name.encode(), m.offset_data, m.size, check))
-        label = _label(ext, read, f'{path}: {m.name}')
+            images.setdefault(key, (member.name.encode(), member.offset_data, member.size, check))
+        label = _label(ext, read, f'{path}: {member.name}')
         if label is not None:
             labels[key] = label
-    for key in labels.keys() - images.keys():
-        raise ShardError(f'{path}: {key} has a label, but no image')
-    if labels:
-        for key in images.keys() - labels.keys():
-            raise ShardError(f'{path}: {key} has no label, and others have one')
+    _check_labels(path, images, labels)
     rows = [(*row, labels.get(key, -1)) for key, row in images.items()]
-    return {
-        c: np.array(list(v), t)
-        for (c, t), v in zip(_COLUMNS.items(), zip(*rows) if rows else [[]] * len(_COLUMNS))
-    }
+    values = list(zip(*rows)) or [()] * len(_COLUMNS)
+    return {name: np.array(v, kind) for (name, kind), v in zip(_COLUMNS.items(), values)}
 
-
-def _label(ext, read, where):
+# %% ../../nbs/2_data/7_shards.ipynb #14eaff0d
+def _label(ext: str, read: Callable[[], bytes], where: str) -> int | None:
     if ext not in ('cls', 'json'):
         return None
     try:
@@ -93,59 +95,52 @@ def _label(ext, read, where):
         raise ShardError(f'{where} holds no whole number as the label')
     return label
 
-# %% ../../nbs/2_data/7_shards.ipynb #487d8b63
-class ShardFolder:
-    """Images in tar files, as a data set like `ImageFolder`: `ds[i]` -> (uint8 [3, H, W], label) reads that image alone.
 
-    `root` holds *.tar by webdataset's convention: KEY.jpg (or another image) and KEY.cls, or KEY.json with "label", or neither.
-    Classes are named in shards.json as `write_shards` makes it, and numbers otherwise. `window`: how many shards an epoch mixes
-    at a time, see `order`. Raises FileNotFoundError or ShardError: no shards, a missing or cut one, labels that do not fit;
-    on access ImageError naming shard and member, ShardError for a shard that changed."""
+def _check_labels(path: Path, images: dict, labels: dict) -> None:
+    for key in labels.keys() - images.keys():
+        raise ShardError(f'{path}: {key} has a label, but no image')
+    if labels:
+        for key in images.keys() - labels.keys():
+            raise ShardError(f'{path}: {key} has no label, and others have one')
 
-    def __init__(self, root, window=8):
-        self.root, self.window, self._open = Path(root), window, {}
-        if window < 1:
-            raise ValueError(f'window is {window}: mix at least one shard at a time')
-        if not self.root.is_dir():
-            raise FileNotFoundError(f'no such folder: {root}')
-        plan = _read_plan(self.root)
-        self.shards, stats = _list_shards(self.root, plan)
-        index = _load_index(self.root, self.shards, stats) or _build_index(self.root, self.shards, stats)
-        self.shard, self.labels = index['shard'], index['label']
-        self._name, self._offset, self._size, self._check = (
-            index[c] for c in ('name', 'offset', 'size', 'check')
-        )
-        self.classes = plan.get('classes') or [str(k) for k in range(self.labels.max(initial=-1) + 1)]
-        if not len(self):
-            raise ShardError(f'no image in the {len(self.shards)} shards of {root}')
-        if self.labels.max() >= len(self.classes):
-            raise ShardError(
-                f'{root}: there is a label {self.labels.max()}, and shards.json names {len(self.classes)} classes'
-            )
+# %% ../../nbs/2_data/7_shards.ipynb #2635ad23
+INDEX, PLAN = 'index.npz', 'shards.json'
 
-    def __len__(self):
-        return len(self.labels)
 
-    def __getitem__(self, i):
-        return decode_image(self.read(i), self.name(i)), int(self.labels[i])
+class _Members:
+    "The image files in the shards of a folder, by number."
 
-    def name(self, i):
+    def __init__(self, root: Path, shards: list[str], index: dict[str, np.ndarray]):
+        self.root, self.shards, self.shard = root, shards, index['shard']
+        self._name, self._offset = index['name'], index['offset']
+        self._size, self._check = index['size'], index['check']
+        self._open: dict[int, Any] = {}
+
+    def name(self, i: int) -> str:
+        "Shard and member, for messages."
         return f'{self.root / self.shards[self.shard[i]]}: {self._name[i].decode()}'
 
-    def keys(self):
+    def keys(self) -> list[str]:
+        "The key of each image: its name without folders' dots and suffix, see `split_name`."
         return [split_name(name.decode())[0] for name in self._name]
 
-    def read(self, i):
-        "The bytes of the image's file."
-        f, start = self._file(self.shard[i]), self._offset[i] - 512
-        data = os.pread(f.fileno(), 512 + self._size[i], start)
-        if len(data) == 512 + self._size[i] and zlib.crc32(data[:512]) == self._check[i]:
-            return data[512:]
-        raise ShardError(
-            f'{self.name(i)} is not where the index says: the shard has changed; remove {INDEX} there to have it made again'
-        )
+    def __getstate__(self) -> dict:
+        return {**vars(self), '_open': {}}  # open files cannot be sent to another process
 
-    def _file(self, s):
+# %% ../../nbs/2_data/7_shards.ipynb #7d46491d
+class _Reader(_Members):
+    window = 8
+
+    def read(self, i: int) -> bytes:
+        "The bytes of an image's file. ShardError if the shard has changed."
+        f, size = self._file(int(self.shard[i])), int(self._size[i])
+        data = os.pread(f.fileno(), 512 + size, int(self._offset[i]) - 512)
+        if len(data) == 512 + size and zlib.crc32(data[:512]) == self._check[i]:
+            return data[512:]
+        reason = f'{self.name(i)} is not where the index says: the shard has changed'
+        raise ShardError(f'{reason}; remove {INDEX} there to have it made again')
+
+    def _file(self, s: int) -> Any:
         f = self._open.get(s)
         if f is None:
             try:
@@ -156,22 +151,62 @@ class ShardFolder:
                 self._open.pop(next(iter(self._open)))
         return f
 
-    def __getstate__(self):
-        return {**vars(self), '_open': {}}  # open files cannot be sent to another process
+# %% ../../nbs/2_data/7_shards.ipynb #487d8b63
+# In one cell, although it is long: type checkers know only the methods that stand in the class.
+class ShardFolder(_Reader):
+    """Images in tar files, as a data set: `ds[i]` -> uint8 [3, H, W] and label, reading that image only.
 
-    def order(self, seed, epoch):
-        """The order of an epoch, int64 [n], a function of (seed, epoch) alone: shards shuffled, `window` of them at a time,
-        images shuffled within these."""
+    `root` holds *.tar by webdataset's convention: KEY.jpg (or another image) and KEY.cls, or KEY.json with
+    "label", or neither. Classes are named in shards.json as `write_shards` makes it, and numbers otherwise.
+    `window`: how many shards an epoch mixes at a time, see `order`. FileNotFoundError or ShardError: no
+    shards, a missing or truncated one, labels that do not fit; on access ImageError or ShardError.
+    """
+
+    def __init__(self, root: str | os.PathLike, window: int = 8):
+        root = Path(root)
+        if window < 1:
+            raise ValueError(f'window is {window}: mix at least one shard at a time')
+        if not root.is_dir():
+            raise FileNotFoundError(f'no such folder: {root}')
+        plan = _read_plan(root)
+        shards, self._stats = _list_shards(root, plan)
+        index = _load_index(root, shards, self._stats) or _build_index(root, shards, self._stats)
+        super().__init__(root, shards, index)
+        self.window, self.labels = window, index['label']
+        self.classes = _classes(root, shards, self.labels, plan)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        return decode_image(self.read(i), self.name(i)), int(self.labels[i])
+
+    def fingerprint(self) -> str:
+        "See `Dataset`; of a shard count the name, the size and the time of the last change."
+        shards = list(zip(self.shards, self._stats.tolist()))
+        return fingerprint_of(type(self).__name__, shards, self.labels.tolist())
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        "The order of an epoch, int64 [n], of (seed, epoch) only: `window` shuffled shards mixed at a time."
         turn = sample_rng(seed, epoch, _SHARDS).permutation(len(self.shards)) // self.window
         order = epoch_order(len(self), seed, epoch)
         return order[np.argsort(turn[self.shard[order]], kind='stable')]
 
 
-INDEX, PLAN = 'index.npz', 'shards.json'
 _SHARDS = 2**64 - 2  # an index that no image has: the order of the shards is drawn from it
 
 # %% ../../nbs/2_data/7_shards.ipynb #7d1ad144
-def _read_plan(root):
+def _classes(root: Path, shards: list[str], labels: np.ndarray, plan: dict) -> list[str]:
+    if not len(labels):
+        raise ShardError(f'no image in the {len(shards)} shards of {root}')
+    classes = plan.get('classes') or [str(k) for k in range(labels.max() + 1)]
+    if labels.max() >= len(classes):
+        reason = f'there is a label {labels.max()}, and shards.json names {len(classes)} classes'
+        raise ShardError(f'{root}: {reason}')
+    return classes
+
+
+def _read_plan(root: Path) -> dict:
     try:
         return json.loads((root / PLAN).read_text())
     except FileNotFoundError:
@@ -179,24 +214,24 @@ def _read_plan(root):
     except ValueError:
         raise ShardError(f'{root / PLAN} is not JSON: remove it, and classes are numbers') from None
 
-
-def _list_shards(root, plan):
+# %% ../../nbs/2_data/7_shards.ipynb #44ef9f3c
+def _list_shards(root: Path, plan: dict) -> tuple[list[str], np.ndarray]:
+    "The names of the shards, and size and time of each, int64 [n, 2]."
     found = {p.name: p.stat() for p in sorted(root.glob('*.tar')) if p.name[0] != '.'}
     for k in range(plan.get('shards', 0)):
         if _shard_name(k) not in found:
-            raise ShardError(
-                f'{root / _shard_name(k)} is missing, of {plan["shards"]} shards: put it back, or write them again'
-            )
+            reason = f'{root / _shard_name(k)} is missing, of {plan["shards"]} shards'
+            raise ShardError(f'{reason}: put it back, or write them again')
     if not found:
         raise ShardError(f'no shards in {root}: it has no *.tar')
     return list(found), np.array([(f.st_size, f.st_mtime_ns) for f in found.values()])
 
 
-def _shard_name(k):
+def _shard_name(k: int) -> str:
     return f'{k:06}.tar'
 
-
-def _load_index(root, shards, stats):
+# %% ../../nbs/2_data/7_shards.ipynb #2d10f0f9
+def _load_index(root: Path, shards: list[str], stats: np.ndarray) -> dict[str, np.ndarray] | None:
     "The index beside the shards, or None if there is none that fits them."
     try:
         with np.load(root / INDEX) as z:
@@ -204,85 +239,60 @@ def _load_index(root, shards, stats):
         then = dict(zip(index['shards'].tolist(), index['stats'].tolist()))
         columns = {c: index[c] for c in ('shard', *_COLUMNS)}
     except Exception:
-        return None  # absent, cut, or of another kind: it is made again
+        return None  # absent, truncated, or of another kind: it is made again
     for gone in then.keys() - set(shards):
         raise ShardError(f'{root / gone} is missing: put it back, or remove {INDEX} there to do without it')
     return columns if then == dict(zip(shards, stats.tolist())) else None
 
 
-def _build_index(root, shards, stats):
+def _build_index(root: Path, shards: list[str], stats: np.ndarray) -> dict[str, np.ndarray]:
     parts = [index_shard(root / s) for s in shards]
     index = {c: np.concatenate([p[c] for p in parts]) for c in _COLUMNS}
     index['shard'] = np.repeat(np.arange(len(shards)), [len(p['label']) for p in parts])
     labelled = [p['label'].max() >= 0 for p in parts if len(p['label'])]
     if any(labelled) and not all(labelled):
         raise ShardError(f'{root}: some shards have labels, others have none')
-    try:
-        _write_beside(root / INDEX, lambda f: np.savez(f, shards=np.array(shards), stats=stats, **index))
-    except OSError:
-        pass  # a read-only folder: the index stays in memory
+    with suppress(OSError), atomic_write(root / INDEX) as f:  # in a read-only folder it stays in memory
+        np.savez(f, shards=np.array(shards), stats=stats, **index)  # type: ignore[arg-type]
     return index
 
-
-def _write_beside(path, write):
-    part = path.with_name(
-        f'{path.name}.{os.urandom(4).hex()}.part'
-    )  # several processes, on several machines, may write the same
-    try:
-        with open(part, 'wb') as f:
-            write(f)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
 # %% ../../nbs/2_data/7_shards.ipynb #340aab0c
-def write_shards(source, out, per_shard=1000, seed=0):
-    """A data set, or a folder of images, -> tar shards in the folder `out`, which are returned as a `ShardFolder`.
+def write_shards(
+    source: Dataset | str | os.PathLike, out: str | os.PathLike, per_shard: int = 1000, seed: int | None = 0
+) -> ShardFolder:
+    """A data set, or a folder of images, -> tar shards in the folder `out`, returned as a `ShardFolder`.
 
-    `per_shard` images a file, shuffled by `seed` (None: in the source's order). A call that was cut goes on where it was.
-    Raises ValueError if `out` holds something else."""
+    `per_shard` images a file, shuffled by `seed` (None: in the source's order). An interrupted call is
+    continued by the same call. ValueError if `out` holds something else.
+    """
     dataset = ImageFolder(source) if isinstance(source, (str, os.PathLike)) else source
     if per_shard < 1:
         raise ValueError(f'per_shard is {per_shard}: put at least one image into a shard')
     out, n = Path(out), len(dataset)
     order = np.arange(n) if seed is None else epoch_order(n, seed, 0)
     parts = np.split(order, range(per_shard, n, per_shard))
-    _keep_plan(
-        out,
-        dict(
-            images=n,
-            shards=len(parts),
-            per_shard=per_shard,
-            seed=seed,
-            source=_digest(dataset),
-            classes=list(dataset.classes),
-        ),
-    )
+    plan = dict(images=n, shards=len(parts), per_shard=per_shard, seed=seed)
+    _keep_plan(out, {**plan, 'source': dataset.fingerprint(), 'classes': list(dataset.classes)})
     for k, part in enumerate(parts):
         if not (out / _shard_name(k)).exists():
-            _write_beside(out / _shard_name(k), lambda f: _write_shard(f, dataset, part))
+            with atomic_write(out / _shard_name(k)) as f:
+                _write_shard(f, dataset, part)
     return ShardFolder(out)
 
-
-def _keep_plan(out, plan):
+# %% ../../nbs/2_data/7_shards.ipynb #72688998
+def _keep_plan(out: Path, plan: dict) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    if _read_plan(out) not in ({}, plan):
-        raise ValueError(
-            f'{out} holds shards of other images or of another per_shard or seed: choose another folder'
-        )
-    if not _read_plan(out) and any(out.iterdir()):
+    before = _read_plan(out)
+    if before not in ({}, plan):
+        reason = f'{out} holds shards of other images or of another per_shard or seed'
+        raise ValueError(f'{reason}: choose another folder')
+    if not before and any(p.name[0] != '.' for p in out.iterdir()):
         raise ValueError(f'{out} is not empty: choose another folder for the shards')
-    _write_beside(out / PLAN, lambda f: f.write(json.dumps(plan, indent=1).encode()))
+    with atomic_write(out / PLAN) as f:
+        f.write(json.dumps(plan, indent=1).encode())
 
 
-def _digest(dataset):
-    files = '\n'.join(getattr(dataset, 'files', ()))
-    return hashlib.sha1(
-        files.encode(errors='surrogateescape') + np.asarray(dataset.labels).tobytes()
-    ).hexdigest()
-
-
-def _write_shard(f, dataset, indices):
+def _write_shard(f: IO[bytes], dataset: Dataset, indices: np.ndarray) -> None:
     with tarfile.open(fileobj=f, mode='w', format=tarfile.USTAR_FORMAT) as tar:
         for i in indices.tolist():
             data, suffix = _encoded(dataset, i)
@@ -290,26 +300,29 @@ def _write_shard(f, dataset, indices):
             if dataset.classes:
                 _add(tar, f'{i:08}.cls', str(int(dataset.labels[i])).encode())
 
-
-def _add(tar, name, data):
+# %% ../../nbs/2_data/7_shards.ipynb #564281f3
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     member = tarfile.TarInfo(name)  # no time, no owner: the same images make the same bytes
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))
 
 
-def _encoded(dataset, i):
+def _encoded(dataset: Dataset, i: int) -> tuple[bytes, str]:
+    "The bytes of the file of image i, and its suffix."
     if isinstance(dataset, Subset):
         return _encoded(dataset.dataset, int(dataset.indices[i]))
     if isinstance(dataset, ShardFolder):
         return dataset.read(i), os.path.splitext(dataset.name(i))[1].lower()
     if isinstance(dataset, ImageFolder):
-        return (dataset.root / dataset.files[i]).read_bytes(), os.path.splitext(dataset.files[i])[1].lower()
+        path = dataset.root / dataset.files[i]
+        return path.read_bytes(), path.suffix.lower()
     out = io.BytesIO()
     Image.fromarray(dataset[i][0].permute(1, 2, 0).numpy()).save(out, 'PNG')
     return out.getvalue(), '.png'
 
-# %% ../../nbs/2_data/7_shards.ipynb #4490cd63
-def open_images(root):
+# %% ../../nbs/2_data/7_shards.ipynb #a092e3c5
+def open_images(root: str | os.PathLike) -> ImageFolder | ShardFolder:
     "A folder as a data set: `ShardFolder` if there are .tar files in it, else `ImageFolder`."
     root = Path(root)
-    return ShardFolder(root) if (root / PLAN).is_file() or any(root.glob('*.tar')) else ImageFolder(root)
+    has_shards = (root / PLAN).is_file() or any(root.glob('*.tar'))
+    return ShardFolder(root) if has_shards else ImageFolder(root)

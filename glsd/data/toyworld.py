@@ -222,9 +222,6 @@ class _Scenes:
     def _rng(self, i: int, stream: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, 2 * self._index(i) + (self.split == 'val'), stream])
 
-    def _draw(self, i: int) -> Scene:
-        return draw_scene(self._rng(i, 0), int(self.labels[i]))
-
     def _paint(self, i: int, scene: Scene, frame: int = 0) -> tuple[Tensor, np.ndarray]:
         image, masks = paint(scene, self.size, *self.kinds[scene.label])
         noise = self._rng(i, 2 + frame).random((self.size, self.size), np.float32)
@@ -233,6 +230,9 @@ class _Scenes:
 
 # %% ../../nbs/2_data/1_toyworld.ipynb #55480011
 class _Annotated(_Scenes):
+    def _draw(self, i: int) -> Scene:
+        return draw_scene(self._rng(i, 0), int(self.labels[i]))
+
     def scene(self, i: int) -> tuple[Tensor, int, Tensor, Tensor]:
         "Image i, its label, the visible part of every object, bool [n_obj, H, W], boxes float32 [n_obj, 4]."
         image, masks = self._paint(i, self._draw(i))

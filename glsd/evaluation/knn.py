@@ -216,24 +216,25 @@ IMAGENET = EvalTransform()  # how everything that glsd trains sees its images
 def transform_of(backbone: nn.Module) -> EvalTransform:
     """How a backbone wants its images: its own `mean`, `std`, `crop_pct` and `interpolation`.
 
-    ImageNet's where it says nothing. A wrapper without attributes of its own (with the network as
-    `backbone`) wants what the network in it wants."""
+    Of a plain timm model those of its `pretrained_cfg`, of a wrapper (with the network as `backbone`)
+    those of the network in it; ImageNet's where nothing is said."""
     inner: Any = backbone
-    while not _says(inner) and isinstance(getattr(inner, 'backbone', None), nn.Module):
+    while not _wishes(inner) and isinstance(getattr(inner, 'backbone', None), nn.Module):
         inner = inner.backbone
-    if not _says(inner):
-        return IMAGENET
-    own: dict[str, Any] = {
-        name: getattr(inner, name, default) for name, default in IMAGENET._asdict().items()
-    }
+    own = {**IMAGENET._asdict(), **_wishes(inner)}
     if own['interpolation'] not in ('bilinear', 'bicubic'):  # timm also knows 'random' and 'lanczos'
         own['interpolation'] = 'bicubic'
     return EvalTransform(tuple(own['mean']), tuple(own['std']), float(own['crop_pct']), own['interpolation'])
 
 
-def _says(module):
-    "Whether it has a mean and a std of its own; a tensor of that name may be anything."
-    return all(isinstance(getattr(module, name, None), (tuple, list)) for name in ('mean', 'std'))
+def _wishes(module):
+    "What a module itself says about its images; a tensor called `mean` may be anything, and says nothing."
+    config = getattr(module, 'pretrained_cfg', None)
+    found = dict(config) if isinstance(config, dict) else {}
+    found |= {name: getattr(module, name) for name in EvalTransform._fields if hasattr(module, name)}
+    if not all(isinstance(found.get(name), (tuple, list)) for name in ('mean', 'std')):
+        return {}
+    return {name: value for name, value in found.items() if name in EvalTransform._fields}
 
 # %% ../../nbs/8_evaluation/1_knn.ipynb #03779b8e
 def progress_bar(batches: Iterable, what: str, show: bool = True) -> Iterable:
@@ -292,10 +293,11 @@ def pixels(dataset: Dataset, size: int, batch_size: int = 256, workers: int = 0)
 def knn_monitor(
     train_ds: Dataset, test_ds: Dataset, size: int, k: int = 20, **options
 ) -> Callable[[Any, int, Any], dict[str, float]]:
-    """A monitor for `pretrain`: (method, step, views) -> {'knn': top-1 in per cent at `k`}, of `method.backbone`.
+    """A monitor for `pretrain`: (method, step, views) -> {'knn': top-1 in per cent at `k`}, of
+    `method.backbone`.
 
-    `options` go to `extract`. Labels that allow no k-NN are refused here, not after the first hour. In a run
-    of several processes each takes a part of the images."""
+    `options` go to `extract`. Labels that allow no k-NN are refused here, not after the first hour. In a
+    run of several processes each takes a part of the images."""
     check_labels(train_ds.labels, test_ds.labels, [k])
 
     def monitor(method, step, views=None):

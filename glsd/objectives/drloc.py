@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['VARIANTS', 'pool_grid', 'draw_pairs', 'offsets', 'check_variant', 'LocalizationMLP', 'regression_error',
-           'class_error', 'cycle_error', 'dense_localization_loss', 'every_block_loss', 'DRLocLoss', 'DRLoc']
+           'class_error', 'cycle_error', 'check_outputs', 'pair_errors', 'dense_localization_loss', 'every_block_loss',
+           'n_pairs', 'DRLocLoss', 'DRLoc']
 
 # %% ../../nbs/4_distillation/12_drloc.ipynb #6101a38d
 from dataclasses import dataclass
@@ -24,14 +25,14 @@ if TYPE_CHECKING:  # a name only: a loss needs no backbone
 
 # %% ../../nbs/4_distillation/12_drloc.ipynb #cb588767
 def pool_grid(tokens: Tensor, grid: tuple[int, int], size: int = 7) -> tuple[Tensor, tuple[int, int]]:
-    """Average neighbours until the grid is at most `size` x `size`: tokens [B, H*W, d] -> ([B, h*w, d], (h,
-    w)).
+    """Averages neighbours until the grid is at most `size` x `size`: [B, H*W, d] -> [B, h*w, d] and (h, w).
 
     A smaller grid stays as it is. ValueError if tokens and grid do not fit. DrLoc Sec. 3 (2x2 pooling of
     14x14)."""
     if tokens.shape[1] != grid[0] * grid[1]:
         raise ValueError(
-            f'{tokens.shape[1]} tokens are not a grid of {grid[0]} x {grid[1]}: leave out CLS, give the grid as (H, W)'
+            f'{tokens.shape[1]} tokens are not a grid of {grid[0]} x {grid[1]}: leave out CLS, give the grid '
+            'as (H, W)'
         )
     small = min(grid[0], size), min(grid[1], size)
     if small == tuple(grid):
@@ -39,12 +40,11 @@ def pool_grid(tokens: Tensor, grid: tuple[int, int], size: int = 7) -> tuple[Ten
     return F.adaptive_avg_pool2d(tokens.mT.unflatten(2, grid), small).flatten(2).mT, small
 
 # %% ../../nbs/4_distillation/12_drloc.ipynb #944a6636
-def draw_pairs(batch: int, grid: tuple[int, int], m: int | None = 64, device=None) -> Tensor:
-    """m pairs of tokens of each image, [batch, m, 2] (numbers row by row): uniform, with repetition; m=None:
-    every pair once.
+def draw_pairs(batch: int, grid: tuple[int, int], m: int | None = 64, device: Any = None) -> Tensor:
+    """m pairs of tokens of each image, [batch, m, 2] (numbers row by row), uniform, with repetition.
 
-    From torch's global generator. ValueError for a grid of one token, or m over the number of pairs (k*k)^2.
-    DrLoc Sec. 4."""
+    m=None: every pair once. From torch's global generator. ValueError for a grid of one token, or m over
+    the number of pairs (k*k)^2. DrLoc Sec. 4."""
     n = grid[0] * grid[1]
     if n < 2:
         raise ValueError(
@@ -58,10 +58,11 @@ def draw_pairs(batch: int, grid: tuple[int, int], m: int | None = 64, device=Non
         )
     return torch.randint(n, (batch, m, 2), device=device)
 
-
+# %% ../../nbs/4_distillation/12_drloc.ipynb #f6380184
 def offsets(pairs: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Rows and columns from the second token of each pair to the first: (i - p, j - h), long [..., 2]. DrLoc
-    Eq. 4."""
+    """Rows and columns from the second token of each pair [..., 2] to the first: (i - p, j - h), [..., 2].
+
+    DrLoc Eq. 4."""
     places = torch.stack([pairs // grid[1], pairs % grid[1]], -1)  # [..., which of the two, axis]
     return places[..., 0, :] - places[..., 1, :]
 
@@ -69,36 +70,38 @@ def offsets(pairs: Tensor, grid: tuple[int, int]) -> Tensor:
 VARIANTS = ('l1', 'signed', 'all', 'ce', 'cycle')
 
 
-def check_variant(variant: str):
+def check_variant(variant: str) -> None:
     "ValueError unless `variant` is one of VARIANTS."
     if variant not in VARIANTS:
         raise ValueError(f'variant {variant!r} of DrLoc is unknown: choose one of {", ".join(VARIANTS)}')
 
-
-class LocalizationMLP(nn.Module):
-    """f of DrLoc: tokens [B, n, dim] and pairs of them [B, m, 2] -> [B, m, n_out]; two hidden layers with
-    ReLU (Table 15).
+# %% ../../nbs/4_distillation/12_drloc.ipynb #f53e4f50
+class LocalizationMLP(nn.Module):  # in one cell: half of it are signatures
+    """f of DrLoc: a token and another -> n_out numbers; `n_layers` hidden layers with ReLU (2: Table 15).
 
     n_out: 2 numbers, or for the variants 'ce' and 'cycle' 2k+1 logits for each of two axes; `for_variant`
-    knows which."""
+    knows which. Released code: three hidden layers for these two variants."""
 
-    def __init__(self, dim: int, n_out: int = 2, hidden: int = 512):
+    def __init__(self, dim: int, n_out: int = 2, hidden: int = 512, n_layers: int = 2):
         super().__init__()
         self.first = nn.Linear(2 * dim, hidden)
-        self.rest = nn.Sequential(nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, n_out))
+        layers = [layer for _ in range(n_layers - 1) for layer in (nn.ReLU(), nn.Linear(hidden, hidden))]
+        self.rest = nn.Sequential(*layers, nn.ReLU(), nn.Linear(hidden, n_out))
 
     def forward(self, e: Tensor, pairs: Tensor) -> Tensor:
-        W1, W2 = self.first.weight.chunk(
-            2, 1
-        )  # W [a; b] = W1 a + W2 b: multiply each token once, not in each pair
+        "Tokens [B, n, dim] and pairs of them [B, m, 2] -> [B, m, n_out]."
+        # W [a; b] = W1 a + W2 b: multiply each token once, not in each pair
+        W1, W2 = self.first.weight.chunk(2, 1)
         image, (a, b) = torch.arange(len(e), device=e.device)[:, None], pairs.unbind(-1)
         return self.rest(F.linear(e, W1)[image, a] + F.linear(e, W2, self.first.bias)[image, b])
 
     @classmethod
-    def for_variant(cls, dim: int, variant: str = 'l1', hidden: int = 512, k: int = 7):
+    def for_variant(
+        cls, dim: int, variant: str = 'l1', hidden: int = 512, n_layers: int = 2, k: int = 7
+    ) -> 'LocalizationMLP':
         "With the outputs that `variant` needs on grids of up to k x k. ValueError for an unknown one."
         check_variant(variant)
-        return cls(dim, 2 * (2 * k + 1) if variant in ('ce', 'cycle') else 2, hidden)
+        return cls(dim, 2 * (2 * k + 1) if variant in ('ce', 'cycle') else 2, hidden, n_layers)
 
 # %% ../../nbs/4_distillation/12_drloc.ipynb #ae14de20
 def regression_error(
@@ -106,14 +109,15 @@ def regression_error(
 ) -> Tensor:
     """|t - d| on each axis, [B, m, 2]: t = |offset| / k (Eq. 1), or offset / k if `signed` (Eq. 3).
 
-    divisor='k-1' is the reference: |offset| / (k-1), or signed (offset + k-1) / 2(k-1): targets fill [0, 1].
-    """
-    if divisor not in ('k', 'k-1'):
-        raise ValueError(f"divisor is {divisor!r}: 'k' (the paper) or 'k-1' (the reference)")
-    k = torch.tensor(grid, device=d.device)
-    t = offset if signed else offset.abs()
+    d, offset [B, m, 2]. divisor: 'k'; 'none', the released code's runs: offsets 0 to k-1 as they are; 'k-1':
+    |offset| / (k-1), or signed (offset + k-1) / 2(k-1). ValueError for others."""
+    t, k = (offset if signed else offset.abs()), torch.tensor(grid, device=d.device)
+    if divisor == 'none':
+        return (t - d).abs()
     if divisor == 'k':
         return (t / k - d).abs()
+    if divisor != 'k-1':
+        raise ValueError(f"divisor is {divisor!r}: 'k' (the paper), 'none' (the released code) or 'k-1'")
     last = (k - 1).clamp(min=1)
     return ((t + last) / (2 * last) - d if signed else t / last - d).abs()
 
@@ -133,7 +137,29 @@ def cycle_error(logits: Tensor, offset: Tensor, alpha: float = 0.001) -> Tensor:
     var = (p * (c - mu[..., None]) ** 2).sum(-1).clamp(min=1e-6)
     return (offset - mu) ** 2 / var + alpha * 0.5 * var.log()
 
+# %% ../../nbs/4_distillation/12_drloc.ipynb #6c9685b0
+def check_outputs(n_out: int, grid: tuple[int, int], variant: str) -> None:
+    "ValueError if an MLP of n_out outputs does not fit the variant, or has too few classes for the grid."
+    if variant in ('ce', 'cycle'):
+        fits = n_out % 4 == 2 and n_out // 4 >= max(grid) - 1
+    else:
+        fits = n_out == 2
+    if not fits:
+        raise ValueError(
+            f'variant {variant!r} and an mlp of {n_out} outputs: build it with LocalizationMLP.for_variant'
+        )
+
+
+def pair_errors(out: Tensor, offset: Tensor, grid: tuple[int, int], variant: str, divisor: str) -> Tensor:
+    "The error on each axis [B, m, 2] of an MLP's output [B, m, n_out] for these offsets [B, m, 2]."
+    if variant == 'ce':
+        return class_error(out.unflatten(-1, (2, -1)), offset)
+    if variant == 'cycle':
+        return cycle_error(out.unflatten(-1, (2, -1)), offset)
+    return regression_error(out, offset, grid, variant == 'signed', divisor)
+
 # %% ../../nbs/4_distillation/12_drloc.ipynb #d6da0a42
+# in one cell: most of it is its signature and docstring
 def dense_localization_loss(
     tokens: Tensor,
     grid: tuple[int, int],
@@ -144,15 +170,14 @@ def dense_localization_loss(
     divisor: str = 'k',
     pairs: Tensor | None = None,
 ) -> Tensor:
-    """How badly `mlp` tells the offset between two tokens of an image. A scalar; gradient to tokens and mlp.
-    DrLoc Eq. 2.
+    """How badly `mlp` tells the offset between two tokens of an image. A scalar. DrLoc Eq. 2.
 
     `tokens` [B, H*W, d] of `grid` (H, W), pooled to 7x7 at most; `m` random pairs an image, or `pairs` [B, m,
-    2] of the pooled grid. `variant`: 'l1' (Eq. 1 and 2), 'signed' (Eq. 3), 'all' (L1 of every pair, m has no
-    say), 'ce' (Eq. 5), 'cycle' (Eq. 6); the last two need an mlp of 2(2k+1) outputs. `reduction='mean'` over
+    2] of the pooled grid. `variant`: 'l1' (Eq. 1 and 2), 'signed' (Eq. 3), 'all' (L1 of every pair, whatever
+    m), 'ce' (Eq. 5), 'cycle' (Eq. 6); the last two need an mlp of 2(2k+1) outputs. `reduction='mean'` over
     images, pairs and both axes (pseudocode in A, the reference); 'sum': over images and axes (Eq. 2).
-    `divisor`: see `regression_error`. ValueError for an unknown variant or reduction, a grid of one token, m
-    over the pairs, or an mlp of other outputs."""
+    `divisor`: see `regression_error`. Gradient to tokens and mlp. ValueError for an unknown variant,
+    reduction or divisor, a grid of one token, m over the pairs, or an mlp of other outputs."""
     check_variant(variant)
     if reduction not in ('mean', 'sum'):
         raise ValueError(f"reduction is {reduction!r}: 'mean' (the reference) or 'sum' (the paper)")
@@ -160,40 +185,50 @@ def dense_localization_loss(
     if pairs is None:
         pairs = draw_pairs(len(e), grid, None if variant == 'all' else m, e.device)
     out = mlp(e, pairs).float()  # [B, m, n_out]
-    offset, n_out, classes = offsets(pairs, grid), out.shape[-1], variant in ('ce', 'cycle')
-    if (n_out % 4 != 2 or n_out // 4 < max(grid) - 1) if classes else n_out != 2:
-        raise ValueError(
-            f'variant {variant!r} and an mlp of {n_out} outputs: build it with LocalizationMLP.for_variant'
-        )
-    if classes:
-        error = (class_error if variant == 'ce' else cycle_error)(out.unflatten(-1, (2, -1)), offset)
-    else:
-        error = regression_error(out, offset, grid, variant == 'signed', divisor)
+    check_outputs(out.shape[-1], grid, variant)
+    error = pair_errors(out, offsets(pairs, grid), grid, variant, divisor)
     return error.mean() if reduction == 'mean' else error.mean(1).sum()
 
 # %% ../../nbs/4_distillation/12_drloc.ipynb #0f980017
 def every_block_loss(blocks: list, mlps: list, **options) -> Tensor:
-    """The sum of `dense_localization_loss` over blocks: each (tokens [B, H*W, d], grid) with an mlp of its
-    own. DrLoc Eq. 7."""
-    return sum(
+    """The sum of `dense_localization_loss` over blocks. A scalar. DrLoc Eq. 7.
+
+    `blocks`: (tokens [B, H*W, d], grid) of each, with an mlp of its own."""
+    losses = [
         dense_localization_loss(tokens, grid, mlp, **options)
         for (tokens, grid), mlp in zip(blocks, mlps, strict=True)
-    )
+    ]
+    return torch.stack(losses).sum()
+
+# %% ../../nbs/4_distillation/12_drloc.ipynb #2e1c32d8
+def n_pairs(grid: tuple[int, int], size: int = 7) -> int:
+    "Pairs of tokens on a grid, once it is pooled to `size` x `size` at most."
+    return (min(grid[0], size) * min(grid[1], size)) ** 2
 
 # %% ../../nbs/4_distillation/12_drloc.ipynb #2fdba6ce
-class DRLocLoss(Term):
+class DRLocLoss(Term):  # in one cell: half of it are its arguments
     """DrLoc as a local term of self-distillation: the student locates its own tokens, in each of its views.
 
-    The mean over views and images; a view that has fewer than m pairs than the first one takes all of its
-    number. The MLP belongs to the loss and learns with the student; the teacher plays no part. ValueError as
-    `dense_localization_loss`."""
+    The mean over views and images; a view with fewer than m pairs of tokens takes as many as it has. The MLP
+    belongs to the loss and learns with the student; the teacher plays no part. m, variant, divisor: see
+    `dense_localization_loss`; hidden, n_layers: of the MLP. ValueError as there."""
 
     name = 'drloc'
 
-    def __init__(self, dim: int, m: int = 64, variant: str = 'l1', weight: float = 0.5, hidden: int = 512):
+    def __init__(
+        self,
+        dim: int,
+        m: int = 64,
+        variant: str = 'l1',
+        weight: float = 0.5,
+        hidden: int = 512,
+        n_layers: int = 2,
+        divisor: str = 'k',
+    ):
         super().__init__()
-        self.m, self.variant, self.weight = m, variant, weight
-        self.mlp = LocalizationMLP.for_variant(dim, variant, hidden)
+        self.m, self.weight = m, weight
+        self.options = dict(variant=variant, divisor=divisor)
+        self.mlp = LocalizationMLP.for_variant(dim, variant, hidden, n_layers)
 
     def forward(
         self,
@@ -203,13 +238,13 @@ class DRLocLoss(Term):
         views: 'Views | None' = None,
         overwrite: bool = False,
     ) -> Tensor:
-        "The weighted loss, a scalar."
-        tokens, loss = student.tokens.split([h * w for h, w in student.grids], 1), 0.0
+        "The weighted loss of the student's tokens, a scalar."
+        tokens, losses = student.tokens.split([h * w for h, w in student.grids], 1), []
         for grid in dict.fromkeys(student.grids):  # views of one size in one go
             same = torch.cat([x for x, g in zip(tokens, student.grids) if g == grid])
-            m = self.m if grid == student.grids[0] else min(self.m, (min(grid[0], 7) * min(grid[1], 7)) ** 2)
-            loss = loss + len(same) * dense_localization_loss(same, grid, self.mlp, m, self.variant)
-        return self.weight * loss / (len(tokens) * len(student.tokens))
+            m = self.m if grid == student.grids[0] else min(self.m, n_pairs(grid))
+            losses.append(len(same) * dense_localization_loss(same, grid, self.mlp, m, **self.options))
+        return self.weight * sum(losses) / (len(tokens) * len(student.tokens))
 
 # %% ../../nbs/4_distillation/12_drloc.ipynb #280b0d00
 @register_method('drloc')
@@ -226,3 +261,5 @@ class DRLoc(SelfDistillation):
         drloc_m: int = 64  # pairs of tokens of a view
         drloc_variant: str = 'l1'  # l1, signed, all, ce or cycle
         drloc_hidden: int = 512  # of the MLP
+        drloc_n_layers: int = 2  # of the MLP; the released code: 3 for ce and cycle
+        drloc_divisor: str = 'k'  # of the offsets; the released code: none

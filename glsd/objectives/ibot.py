@@ -25,12 +25,12 @@ if TYPE_CHECKING:  # a name only: a loss needs no backbone
 
 # %% ../../nbs/4_distillation/10_ibot.ipynb #f03b2587
 def draw_block(missing: float, low: int, rng: np.random.Generator, aspect: float) -> tuple[int, int]:
-    "Height and width of a block of an area between `low` and `missing`, of a random shape."
+    "Height and width of a block: an area between `low` and `missing`, and a random shape."
     area = rng.uniform(*sorted((low, missing)))
     shape = math.exp(rng.uniform(math.log(aspect), -math.log(aspect)))
     return round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
 
-
+# %% ../../nbs/4_distillation/10_ibot.ipynb #df3723c7
 def block_mask(grid: tuple[int, int], n: float, rng: np.random.Generator, aspect: float = 0.3) -> np.ndarray:
     """Masks at most n patches of a grid (H, W) in blocks: bool [H, W], True = masked.
 
@@ -41,8 +41,8 @@ def block_mask(grid: tuple[int, int], n: float, rng: np.random.Generator, aspect
     while missing > 0 and tries < 10:
         tries += 1
         h, w = draw_block(missing, low, rng, aspect)
-        if not (0 < h < max(2, H) and 0 < w < max(2, W)):
-            continue  # a grid of a single row has blocks all the same
+        if not (0 < h < max(2, H) and 0 < w < max(2, W)):  # a grid of a single row may have blocks, too
+            continue
         top, left = (int(u * (m + 1)) for u, m in zip(rng.random(2), (H - h, W - w)))
         block = mask[top : top + h, left : left + w]
         new = h * w - int(block.sum())
@@ -69,7 +69,7 @@ def draw_masks(
 
 # %% ../../nbs/4_distillation/10_ibot.ipynb #7a43be73
 class MaskToken(nn.Module):
-    "The vector [dim] that stands for every hidden patch; starts at zero, as in iBOT's code."
+    "The vector [dim] that stands for every masked patch; starts at zero, as in iBOT's code."
 
     def __init__(self, dim: int):
         super().__init__()
@@ -123,18 +123,22 @@ class IBOTLoss(AlignedDistillation):  # in one cell: half of it are its argument
 
     @property
     def heads(self) -> dict:
+        "Reads the tokens of the global views."
         return {self.name: global_tokens}
 
     def extra_modules(self, backbone: nn.Module, **head_kwargs) -> dict:
+        "The head of the view term, and a mask token."
         return {self.name: 'view', 'mask': MaskToken(backbone.embed_dim)}
 
     def backbone_inputs(self, views: 'Views', branch: nn.Module, teacher: bool) -> list[dict]:
+        "Masks of the student's global views."
         if teacher:
             return []
         mask = draw_view_masks(views, branch.backbone.stride, **self.options)
         return [dict(mask=mask, mask_token=branch.heads['mask'].token)]
 
     def pair_weights(self, student: 'Outputs') -> Tensor:
+        "`masked_weights` of the masks that the student got, [B, S]."
         return masked_weights(student.inputs[0]['mask'], len(student.tokens))
 
 # %% ../../nbs/4_distillation/10_ibot.ipynb #e4c48ffe

@@ -39,8 +39,10 @@ def contrast(q: Tensor, positive: Tensor, negatives: Tensor, temperature: float 
 
 # %% ../../nbs/4_distillation/8_moby.ipynb #8dd35f81
 @torch.no_grad()
-def enqueue(queue: Tensor, place: Tensor, keys: Tensor):
-    """Write keys [n, V, c] over the oldest ones of queue [V, K, c], in place. `place` (long, no dimensions) marks the oldest."""
+def enqueue(queue: Tensor, place: Tensor, keys: Tensor) -> None:
+    """Writes keys [n, V, c] over the oldest ones of queue [V, K, c], in place.
+
+    `place` (long, no dimensions) marks the oldest and moves on. MoCo (He et al. 2020), Sec. 3.2."""
     K, n = queue.shape[1], len(keys)
     fresh = keys[-K:]
     at = (place + n - len(fresh) + torch.arange(len(fresh), device=queue.device)) % K
@@ -61,6 +63,7 @@ class MoBYHead(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        "[..., in_dim] -> [..., width]."
         return self.mlp(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 
 # %% ../../nbs/4_distillation/8_moby.ipynb #b614782c
@@ -108,9 +111,11 @@ class MoBYLoss(Term):  # in one cell: half of it are its arguments
 
     @property
     def heads(self) -> dict:
+        "A projector of the global views."
         return {self.name: self.source}
 
     def extra_modules(self, backbone: nn.Module, **head_kwargs) -> dict:
+        "The projector."
         return {self.name: MoBYHead(backbone.dim, self.hidden, self.queue.shape[-1])}
 
     def forward(

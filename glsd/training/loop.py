@@ -12,7 +12,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,14 +44,14 @@ from ..views.multicrop import Views
 # %% ../../nbs/7_training/5_loop.ipynb #e1527d7e
 def batches(
     recipe: Recipe, dataset: Any, start: int, steps: int, multicrop: Any, world: World | None = None
-) -> Iterable[Views]:
+) -> Iterator[Views]:
     """The Views of steps `start` to `steps`, epoch after epoch; the same ones whether a run was cut or not.
 
     `multicrop`: a method's `views`. Of each batch, the part of this process; pinned where a GPU will take it.
     """
     world, r = world or World(), recipe.run
     pin = torch.cuda.is_available() and world.device(r.device).type == 'cuda'
-    return step_loader(
+    yield from step_loader(
         dataset, multicrop, r.batch_size, r.seed, start, steps, r.workers, world.rank, world.size, pin
     )
 

@@ -34,6 +34,7 @@ class MetaWorld(World):
     "The world of a trainer whose tensors have shapes and no numbers."
 
     def device(self, name: str) -> torch.device:
+        "`meta`, whatever the recipe names."
         return torch.device('meta')
 
 
@@ -59,6 +60,7 @@ class SavedTensors:
 
     @property
     def bytes(self) -> int:
+        "Of all storages, each counted once."
         return sum(s.nbytes() for k, s in self.saved.items() if k not in self.parameters)
 
     def __enter__(self) -> 'SavedTensors':
@@ -70,6 +72,7 @@ class SavedTensors:
         self.hooks.__exit__(*error)
 
     def save(self, x: torch.Tensor) -> torch.Tensor:
+        "What autograd calls for each tensor that it keeps."
         s = x.untyped_storage()
         self.saved[s._cdata] = s
         return x
@@ -103,6 +106,7 @@ class Count:
 
     @property
     def peak(self) -> float:
+        "Bytes in all."
         return sum(self.bytes.values())
 
 # %% ../../nbs/7_training/11_plan.ipynb #a3e2c253
@@ -149,6 +153,7 @@ class Machine:
     assumed: str = ''
 
     def seconds(self, count: Count) -> float:
+        "Of a step with that count."
         return self.fixed + count.flops / self.rate + count.peak / self.bandwidth
 
 # %% ../../nbs/7_training/11_plan.ipynb #dec2ea8a
