@@ -182,7 +182,7 @@ def add_evaluate(p: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         Option('images', '', 'at most so many of each set'),
     ]
     spec = 'a run folder, an exported .safetensors, a timm name or random:NAME; NAME=... gives it a name'
-    for what, (text, options) in evaluation_options('glsd.evaluate').items():
+    for what, (text, options) in evaluation_options().items():
         q = sub.add_parser(what, help=text, description=text, allow_abbrev=False)
         q.set_defaults(call=commands.run_evaluate, parser=q, fields={})
         q.add_argument('backbones', nargs='+', metavar='BACKBONE', help=spec)

@@ -46,7 +46,7 @@ def recipe_from(args: Namespace, **defaults) -> Any:
 # %% ../nbs/commands.ipynb #c78d4aa1
 def monitors_for(args: Namespace, recipe: Any) -> dict:
     "k-NN where there are labelled images, collapse where it is asked for, and the method's own."
-    from glsd.evaluate import labelled_pair
+    from glsd.evaluation.specs import labelled_pair
     from glsd.evaluation import collapse_monitor, knn_monitor
     from glsd.objectives import find_method
 
@@ -117,7 +117,7 @@ def run_replay(args: Namespace) -> None:
 # %% ../nbs/commands.ipynb #01695e5d
 def run_evaluate(args: Namespace) -> None:
     "Prints a line for each backbone, and writes JSON and a picture; by default into a run folder, or here."
-    from glsd.evaluate import EVALUATIONS, evaluate
+    from glsd.evaluation.evaluations import EVALUATIONS, evaluate
 
     first = Path(args.backbones[0])
     folder = first if first.is_dir() and len(args.backbones) == 1 else Path()
