@@ -7,50 +7,51 @@ from pathlib import Path
 import common
 import torch
 
-from glsd.training.loop import Trainer, batches, build_dataset, clip_gradients
+from glsd.objectives.self_distillation import backbone_inputs
+from glsd.training.loop import batches
 from glsd.training.recipe import Recipe
+from glsd.training.trainer import Trainer, build_dataset
 
 LOW_DATA = Path(__file__).resolve().parent.parent / 'nbs/9_experiments/low_data.ipynb'
 
 
 def ci_recipe():
-    "The recipe of low_data.ipynb at scale=ci, read from its SCALES cell, so that both always mean the same one."
+    "The recipe of low_data.ipynb at scale=ci, read from its SCALES cell: both always mean the same one."
     sources = [''.join(cell['source']) for cell in json.loads(LOW_DATA.read_text())['cells']]
     scales = next((s for s in sources if s.startswith('SCALES =')), None)
     if scales is None:
         raise SystemExit(f'{LOW_DATA} has no cell that starts with SCALES =')
     found = {}
     exec(scales, found)
-    return Recipe.from_dict(
-        {**found['SCALES']['ci']['recipe'], 'objective': 'geometric', 'n_images': 2000, 'device': 'cpu'}
-    )
+    values = found['SCALES']['ci']['recipe']
+    values = {k: v for k, v in values.items() if k not in ('method', 'objective')}
+    return Recipe('geometric', **{**values, 'n_images': 2000, 'device': 'cpu'})
 
 
 def timed_step(trainer, loader):
     "{part: seconds} of one step: what Trainer.step does, with a clock between."
-    now, clock = trainer.now(), [common.now()]
-    tick = lambda: clock.append(common.now())
-    views = next(loader)
-    tick()
-    student = trainer.student(views)
-    tick()
+    values, method, clock = trainer.values(), trainer.method, [common.now()]
+    terms = method.objective.terms.values()
+
+    def tick(result=None):
+        clock.append(common.now())
+        return result
+
+    views = tick(next(loader))
+    student = tick(method.student(views, inputs=backbone_inputs(terms, views, method.student, False)))
     with torch.no_grad():
-        teacher = trainer.teacher(views, n_groups=1)
-    tick()
-    loss = sum(trainer.objective(student, teacher, now['teacher_temp']).values())
-    tick()
-    loss.backward()
-    tick()
-    clip_gradients(trainer.parameters, trainer.recipe.clip)
-    trainer.update(now)
+        inputs = backbone_inputs(terms, views, method.teacher, True)
+        teacher = tick(method.teacher(views, method.objective.teacher_groups, inputs))
+    terms = method.objective(student, teacher, values['teacher_temp'], views, overwrite=True)
+    loss = tick(sum(terms.values()))
+    tick(loss.backward())
+    method.after_backward(values)
+    trainer.clip()
+    trainer.update(values)
     trainer.done += 1
     tick()
-    return dict(
-        zip(
-            ('views', 'student', 'teacher', 'loss', 'backward', 'optimiser'),
-            (b - a for a, b in zip(clock, clock[1:])),
-        )
-    )
+    parts = 'views', 'student', 'teacher', 'loss', 'backward', 'optimiser'
+    return {part: end - begin for part, begin, end in zip(parts, clock, clock[1:])}
 
 
 def main():
@@ -58,7 +59,7 @@ def main():
     steps = 3 if quick else 40
     recipe = ci_recipe()
     trainer = Trainer(recipe, recipe.steps)
-    loader = batches(recipe, build_dataset(recipe), 0, steps)
+    loader = iter(batches(recipe, build_dataset(recipe), 0, steps, trainer.method.views))
     parts = [timed_step(trainer, loader) for _ in range(steps)][steps // 4 :]  # the first ones warm up
     split = {k: statistics.median(p[k] for p in parts) for k in parts[0]}
     common.emit(

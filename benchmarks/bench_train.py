@@ -1,5 +1,6 @@
-"""Seconds of the whole training step, from JPEG files to updated weights: glsd beside the published step written plainly, in
-turns, from the same weights. On a GPU also images a second, peak memory and model FLOPs of Swin-T and ViT-S/16, without a rival."""
+"""Seconds of the whole training step, from JPEG files to updated weights: glsd beside the published step
+written plainly, in turns, from the same weights. On a GPU also images a second, peak memory and model FLOPs
+of Swin-T and ViT-S/16, without a rival."""
 
 import tempfile
 import time
@@ -9,12 +10,11 @@ import common
 import numpy as np
 import torch
 from bench_views import write_jpegs
-from glsd.training.speed import compile_backbones
 from plain import PlainMaps, PlainTrainer, collate
 
 from glsd.data.folders import read_image
-from glsd.training.loop import Trainer, build_multicrop
 from glsd.training.recipe import Recipe
+from glsd.training.trainer import Trainer, compile_backbones
 
 SIZES = dict(
     vit_mini=dict(
@@ -32,22 +32,13 @@ SIZES = dict(
 
 def plainly(trainer):
     "A PlainTrainer with the weights of a Trainer, and its schedules' first values."
-    twin, r, now = Trainer(trainer.recipe, trainer.steps), trainer.recipe, trainer.now()
-    for mine, yours in (twin.student, trainer.student), (twin.teacher, trainer.teacher):
-        mine.load_state_dict(yours.state_dict())
-    student, teacher = (
-        SimpleNamespace(backbone=b.backbone, **dict(b.heads.items())) for b in (twin.student, twin.teacher)
-    )
-    return PlainTrainer(
-        student,
-        teacher,
-        r.out_dim,
-        now['lr'],
-        now['weight_decay'],
-        now['momentum'],
-        (r.student_temp, now['teacher_temp']),
-        r.clip,
-    )
+    twin, r, now = Trainer(trainer.recipe, trainer.steps).method, trainer.recipe, trainer.values()
+    twin.load_state_dict(trainer.method.state_dict())
+    branches = twin.student, twin.teacher
+    student, teacher = (SimpleNamespace(backbone=b.backbone, **dict(b.heads.items())) for b in branches)
+    numbers = now['lr'], now['weight_decay'], now['momentum']
+    temperatures = r.student_temp, now['teacher_temp']
+    return PlainTrainer(student, teacher, r.out_dim, *numbers, temperatures, r.clip)
 
 
 def position_map(w):
@@ -69,25 +60,32 @@ def position_map(w):
 
 def side_by_side(paths, rounds, **size):
     "-> median seconds of both steps, and both losses of one batch."
-    recipe = Recipe(device='cpu', drop_path=0.0, warmup=0.0, steps=1000, **size)
+    recipe = Recipe('geometric', device='cpu', drop_path=0.0, warmup=0.0, steps=1000, **size)
     trainer, B = Trainer(recipe, recipe.steps), recipe.batch_size
-    plain, multicrop = plainly(trainer), trainer.multicrop
+    plain, multicrop = plainly(trainer), trainer.method.views
     plain_views = PlainMaps(recipe.global_size, recipe.local_size)
-    made = lambda: multicrop([read_image(p) for p in paths[:B]], [np.random.default_rng(i) for i in range(B)])
-    views = made()
-    with torch.no_grad():
-        ours = sum(trainer.forward(views, trainer.now()['teacher_temp'])[2].values()).item()
-    trainer.objective.load_state_dict(
-        Trainer(recipe, recipe.steps).objective.state_dict()
-    )  # the centres have moved
-    crops, maps = [c for g in views.crops for c in g], [position_map(w) for g in views.w_geo for w in g]
-    with torch.no_grad():
-        theirs = plain.loss(crops, maps)[0].item()
+
+    def views():
+        return multicrop([read_image(p) for p in paths[:B]], [np.random.default_rng(i) for i in range(B)])
+
+    ours, theirs = both_losses(trainer, plain, views())
     steps = dict(
-        glsd=lambda: trainer.step(made()),
+        glsd=lambda: trainer.step(views()),
         plain=lambda: plain.step(*collate([plain_views(p) for p in paths[:B]])),
     )
     return dict(common.interleaved(steps, rounds), loss=ours, loss_plain=theirs, recipe=dict(size))
+
+
+def both_losses(trainer, plain, views):
+    "Of one batch; the centres stay as they were."
+    before = [b.clone() for b in trainer.buffers]
+    with torch.no_grad():
+        ours = sum(trainer.loss_terms(views, trainer.values()).values()).item()
+    trainer.undo(before)
+    crops = [crop for group in views.crops for crop in group]
+    maps = [position_map(w) for group in views.w_geo for w in group]
+    with torch.no_grad():
+        return ours, plain.loss(crops, maps)[0].item()
 
 
 def matmul_rate(n=8192, rounds=20):
@@ -108,28 +106,21 @@ def gpu_seconds(f, rounds):
 
 
 def on_gpu(backbone, batch, rate, rounds=20):
-    "bf16, compile, fused loss, colours on the GPU: images a second, peak GB, share of the matrix rate that the model's FLOPs use."
+    "bf16, compile, fused loss, colours on the GPU: images a second, peak GB, share of the matrix rate."
     from torch.utils.flop_counter import FlopCounterMode
 
-    recipe = Recipe(
-        backbone=backbone,
-        batch_size=batch,
-        device='cuda',
-        amp=True,
-        fused=True,
-        colour_on_device=True,
-        steps=1000,
-    )
-    trainer, multicrop = Trainer(recipe, recipe.steps), build_multicrop(recipe)
+    fast = dict(amp=True, fused=True, colour_on_device=True)
+    recipe = Recipe('geometric', backbone=backbone, batch_size=batch, device='cuda', steps=1000, **fast)
+    trainer = Trainer(recipe, recipe.steps)
+    multicrop = trainer.method.views
     noise = [torch.randint(0, 256, (3, 375, 500), dtype=torch.uint8) for _ in range(4)]
-    views = multicrop.collate(
-        [multicrop.sample(noise[i % 4], np.random.default_rng(i)) for i in range(batch)]
-    )
+    samples = [multicrop.sample(noise[i % 4], np.random.default_rng(i)) for i in range(batch)]
+    views = multicrop.collate(samples)
     if views.w_pho is None:
         raise SystemExit('colour_on_device of the recipe does not reach MultiCrop')
     with FlopCounterMode(display=False) as counter:
         trainer.step(views)  # before it is compiled: operators are counted by name
-    compile_backbones(trainer.student, trainer.teacher)
+    compile_backbones(trainer.method.student.backbone, trainer.method.teacher.backbone)
     torch.cuda.reset_peak_memory_stats()
     s = gpu_seconds(lambda: trainer.step(views), rounds)
     return dict(
@@ -146,10 +137,8 @@ def main():
     sizes = {k: v for k, v in SIZES.items() if not quick or k == 'vit_mini'}
     with tempfile.TemporaryDirectory() as folder:
         paths = write_jpegs(folder, 8)
-        found = {
-            name: side_by_side(paths, 1 if quick else 9 if name == 'vit_mini' else 2, **size)
-            for name, size in sizes.items()
-        }
+        rounds = dict.fromkeys(sizes, 1) if quick else dict(vit_mini=9, swin_tiny=2)
+        found = {name: side_by_side(paths, rounds[name], **size) for name, size in sizes.items()}
     if torch.cuda.is_available() and not quick:
         rate = matmul_rate()
         gpu = dict(

@@ -1,4 +1,5 @@
-"""The benchmarks run from another folder, agree with their plain rivals (run.py checks that), and write what they print."""
+"""The benchmarks run from another folder, agree with their plain rivals (run.py checks that), and write what
+they print."""
 
 import json
 import subprocess
@@ -49,42 +50,20 @@ def test_the_plain_step_is_the_same_step():
     finally:
         sys.path.remove(str(RUN.parent))
     recipe = b.Recipe(
-        backbone='vit_mini',
-        global_size=32,
-        local_size=16,
-        n_local=2,
-        batch_size=4,
-        out_dim=64,
-        head_hidden=32,
-        head_bottleneck=16,
-        drop_path=0.0,
-        warmup=0.0,
-        freeze_last=0.0,
-        weight_decay=0.0,
-        weight_decay_final=0.0,
-        lr_final=5e-4 * 4 / 256,
-        momentum_final=0.996,
-        teacher_temp=0.04,
-        steps=5,
-        device='cpu',
-        strength=0.5,
-    )
+        'geometric', backbone='vit_mini', global_size=32, local_size=16, n_local=2, batch_size=4, out_dim=64,
+        head_hidden=32, head_bottleneck=16, drop_path=0.0, warmup=0.0, freeze_last=0.0, weight_decay=0.0,
+        weight_decay_final=0.0, lr_final=5e-4 * 4 / 256, momentum_final=0.996, teacher_temp=0.04, steps=5,
+        device='cpu', strength=0.5,
+    )  # fmt: skip
     trainer = b.Trainer(recipe, 5)
-    plain = b.plainly(trainer)
+    plain, torch = b.plainly(trainer), b.torch
     for step in range(3):
-        images = [
-            b.torch.randint(
-                0,
-                256,
-                (3, 40, 40),
-                dtype=b.torch.uint8,
-                generator=b.torch.Generator().manual_seed(10 * step + i),
-            )
-            for i in range(4)
-        ]
-        views = trainer.multicrop(images, [b.np.random.default_rng((step, i)) for i in range(4)])
-        crops, maps = [c for g in views.crops for c in g], [b.position_map(w) for g in views.w_geo for w in g]
+        generators = [torch.Generator().manual_seed(10 * step + i) for i in range(4)]
+        images = [torch.randint(0, 256, (3, 40, 40), dtype=torch.uint8, generator=g) for g in generators]
+        views = trainer.method.views(images, [b.np.random.default_rng((step, i)) for i in range(4)])
+        crops = [c for group in views.crops for c in group]
+        maps = [b.position_map(w) for group in views.w_geo for w in group]
         loss = plain.step(crops, maps)
         assert abs(trainer.step(views)['loss'] / loss - 1) < 1e-4
-    for (s, t), mine in zip(plain.pairs, trainer.student.backbone.parameters()):
+    for (s, _), mine in zip(plain.pairs, trainer.method.student.backbone.parameters()):
         assert (s - mine).abs().max() < 2e-4 * mine.abs().max() + 2e-5
