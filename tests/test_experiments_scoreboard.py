@@ -1,4 +1,4 @@
-"The scoreboard on a handful of tiny runs: every column is filled, nothing is measured twice, and what fails is named."
+"The scoreboard on a few tiny runs: every column is filled, nothing is measured twice, what fails is named."
 
 import json
 from pathlib import Path

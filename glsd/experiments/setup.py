@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['INPUTS', 'check', 'choose_scale', 'check_folders', 'check_data', 'data_name', 'count', 'length_of', 'machine_name',
-           'announce', 'recipe_for', 'training_data', 'val_folder', 'test_images', 'why_not', 'worker_threads',
-           'seconds_a_step', 'pending', 'kept_bytes', 'step_memory', 'first_views', 'timed_step']
+           'announce', 'recipe_for', 'training_data', 'val_folder', 'test_images', 'masked_images', 'why_not',
+           'worker_threads', 'seconds_a_step', 'pending', 'kept_bytes', 'step_memory', 'first_views', 'timed_step']
 
 # %% ../../nbs/9_experiments/4_setup.ipynb #3257420f
 import platform
@@ -96,7 +96,7 @@ def training_data(data: str, n_images: int = 0) -> dict[str, Any]:
         return {'data': data} | ({'n_images': n_images} if n_images else {})
     return {'data': str(Path(data).resolve() / 'train')}
 
-# %% ../../nbs/9_experiments/4_setup.ipynb #2491bce4
+# %% ../../nbs/9_experiments/4_setup.ipynb #b0d1e169
 def val_folder(data: str) -> str:
     "Where the test images of a folder lie; '' for the toy world."
     return '' if data == 'toyworld' else str(Path(data).resolve() / 'val')
@@ -107,6 +107,15 @@ def test_images(recipe: BaseRecipe, folder: str = '', n: int = 1000) -> Any:
     if folder:
         return open_images(folder)
     return ToyWorld(n, size=recipe.image_size, split='val', seed=recipe.data_seed)
+
+
+def masked_images(recipe: BaseRecipe, folder: str, split: str, n: int) -> Any:
+    "Images with masks: a split of `folder`, or `n` scenes of the toy world."
+    from glsd.evaluation import MaskFolder, ToySegmentation
+
+    if folder:
+        return MaskFolder(folder, split)
+    return ToySegmentation(ToyWorld(n, size=recipe.image_size, split=split, seed=recipe.data_seed))
 
 # %% ../../nbs/9_experiments/4_setup.ipynb #3139377f
 INPUTS = dict(ibot='mask', adclr='queries', adclr_ibot='queries')  # what a method gives a backbone
