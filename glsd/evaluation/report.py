@@ -319,7 +319,7 @@ def collapse_of_run(path: Any, dataset: Any = None) -> dict:
     dataset = build_dataset(recipe) if dataset is None else dataset
     if len(dataset) < recipe.batch_size:
         raise ValueError(f'{path}: {len(dataset)} images are fewer than its batch of {recipe.batch_size}')
-    return figures_of(method, next(batches(recipe, dataset, 0, 1, method.views)))
+    return figures_of(method, next(iter(batches(recipe, dataset, 0, 1, method.views))))
 
 # %% ../../nbs/8_evaluation/11_report.ipynb #61e96e5e
 @torch.no_grad()

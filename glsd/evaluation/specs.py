@@ -136,7 +136,9 @@ def labelled_pair(recipe: Any, anchors: Any = None, test: Any = None) -> tuple[D
         names = [list(ds.classes) for ds in pair]
         if names[0] != names[1]:
             odd = sorted({*names[0]} ^ {*names[1]}) or ['their order']
-            raise ValueError(f'anchor and test images differ in their classes: {odd[0]} is not the same in both')
+            raise ValueError(
+                f'anchor and test images differ in their classes: {odd[0]} is not the same in both'
+            )
         return pair
     if not anchors and (not recipe or recipe.data != 'toyworld'):
         return None
