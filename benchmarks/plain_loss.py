@@ -1,4 +1,4 @@
-"""The dual loss written from Eq. 2 to 7 of the paper, as one would first: loop over pairs of views, gather each token's target."""
+"""The dual loss as one would first write it from Eq. 2 to 7: a loop over pairs of views, gathered targets."""
 
 import torch
 import torch.nn.functional as F

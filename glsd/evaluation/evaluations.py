@@ -140,7 +140,9 @@ def measure_linear(  # over 25 lines: every option has its own
     if cache is not None:
         settings = [size, epochs, batch_size, rates, n_blocks, cached, seed]
         state = Path(cache) / f'linear-{_state_name(net, anchors, size, settings)}'
-    options = dict(epochs=epochs, batch_size=batch_size, lrs=rates, n_blocks=n_blocks, cached=cached)
+    options: dict[str, Any] = dict(
+        epochs=epochs, batch_size=batch_size, lrs=rates, n_blocks=n_blocks, cached=cached
+    )
     return linear_probe(net.backbone, anchors, test, size, **options, out=state, seed=seed, workers=workers)
 
 # %% ../../nbs/8_evaluation/19_evaluations.ipynb #123f1ee4
@@ -197,7 +199,7 @@ def measure_correspondence(
     "How many tokens find the token that sees the same place in another crop, and how far off they are."
     from glsd.evaluation.token_matching import correspondence
 
-    options = dict(seed=seed, batch_size=batch_size, workers=workers)
+    options: dict[str, Any] = dict(seed=seed, batch_size=batch_size, workers=workers)
     return correspondence(net.backbone, images, size, shift, flip, **options)
 
 
@@ -296,7 +298,7 @@ def measure_attention(
     "Jaccard index of attention masks against the scenes' own; without masks only the protocol is left."
     from glsd.evaluation.object_masks import attention_jaccard
 
-    protocol = dict(size=size, mass=mass, block=block, seed=seed)
+    protocol: dict[str, Any] = dict(size=size, mass=mass, block=block, seed=seed)
     if not hasattr(images, 'scene'):
         return protocol
     return attention_jaccard(net.backbone, images, **protocol)
@@ -405,7 +407,7 @@ def measure_dense(
     "Segmentation by looking tokens up in a memory of labelled ones; mIoU at the masks' own resolution."
     from glsd.evaluation.dense import dense_nn
 
-    options = dict(memory_size=memory_size, batch_size=batch_size, seed=seed, workers=workers)
+    options: dict[str, Any] = dict(memory_size=memory_size, batch_size=batch_size, seed=seed, workers=workers)
     return dense_nn(net.backbone, memory, queries, size, k, temperature, **options)
 
 # %% ../../nbs/8_evaluation/19_evaluations.ipynb #ab584c93

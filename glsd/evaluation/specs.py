@@ -18,7 +18,7 @@ from .blocks import AtBlock
 from .frozen import check_images, in_hand, open_source
 from .knn import evenly_spaced
 from .retrieval import RetrievalFolder, RetrievalSet, toy_retrieval
-from .segmentation import MaskFolder, Segmentation, ToySegmentation
+from .segmentation import MaskFolder, ToySegmentation
 
 # %% auto #0
 __all__ = ['Net', 'open_net', 'open_nets', 'common_size', 'at_block', 'open_data', 'subsample', 'toyworld', 'labelled',
@@ -204,7 +204,7 @@ def lists_or_images(recipe: Any, where: Where) -> tuple[RetrievalSet | Dataset]:
     return any_images(recipe, where)
 
 # %% ../../nbs/8_evaluation/18_specs.ipynb #c45767ee
-def mask_sets(recipe: Any, where: Where) -> tuple[Segmentation, Segmentation]:
+def mask_sets(recipe: Any, where: Where) -> tuple[Any, Any]:
     "Images with masks: a memory and queries. FileNotFoundError, in one line, for images without masks."
     source = _source(recipe, where)
     if source == 'toyworld':
