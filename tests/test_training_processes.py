@@ -384,6 +384,7 @@ WATCHED = """
 import sys
 from pathlib import Path
 import torch
+from glsd.evaluation import collapse_monitor
 from glsd.training import pretrain
 from glsd.training.processes import all_gather_rows, rank_indices
 from glsd.training.sharding import join_world
@@ -402,7 +403,8 @@ for method in sys.argv[2:]:
     recipe = small_recipe(method, fsdp=True, warmup=0, freeze_last=0, monitor_every=2, steps=8, device='cpu')
     with join_world(recipe) as world:
         out = Path(sys.argv[1]) / method
-        run = pretrain(recipe, out, dict(features=features, outputs=outputs), progress=False, world=world)
+        monitors = dict(features=features, outputs=outputs, collapse=collapse_monitor())
+        run = pretrain(recipe, out, monitors, progress=False, world=world)
         if world.rank == 0:
             assert len(run.metrics) == 8 and 'features/std' in run.metrics[1], run.metrics[1]
             print('done', method)

@@ -103,6 +103,15 @@ class ShardedWorld(DistributedWorld):
         "A whole tensor, sharded as `like` is."
         return shard_like(x, like)
 
+    @contextmanager
+    def unsharded(self, method: nn.Module) -> Iterator[None]:
+        "In the block the heads and terms can be called by themselves; the blocks of backbones always can."
+        method.unshard()
+        try:
+            yield
+        finally:
+            method.reshard()
+
 # %% ../../nbs/7_training/12_sharding.ipynb #c370db65
 @contextmanager
 def join_world(recipe: Any) -> Iterator[World]:
