@@ -1,4 +1,4 @@
-"""What a local loss adds to a step, in seconds and operations: ADCLR's queries, DrLoc."""
+"""What a local loss adds to a step, in seconds and operations: ADCLR's queries, and DrLoc."""
 
 import common
 from torch.utils.flop_counter import FlopCounterMode

@@ -1,4 +1,4 @@
-"""Weighted k-NN as most code has it: the whole search again for each k, one-hot votes [n, k, classes]."""
+"""Weighted k-NN as most code has it: for each k the whole search again, with a vote [queries, k, classes]."""
 
 import torch
 

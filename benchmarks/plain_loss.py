@@ -1,4 +1,4 @@
-"""The dual loss as one would first write it from Eq. 2 to 7: a loop over pairs of views, gathered targets."""
+"""The dual loss written from Eq. 2 to 7 as one would first: pairs of views in a loop, targets gathered."""
 
 import torch
 import torch.nn.functional as F

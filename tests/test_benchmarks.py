@@ -1,4 +1,4 @@
-"""The benchmarks run from another folder, agree with their plain rivals and write results."""
+"""The benchmarks run from another folder, agree with their plain rivals (see run.py) and write results."""
 
 import json
 import subprocess
