@@ -1,4 +1,4 @@
-"""What a change must pass before its tests: formatted, linted, typed, and notebooks, package and README in step."""
+"""What a change must pass before its tests: format, lint, types; notebooks, package and README in step."""
 
 import filecmp
 import shutil

@@ -1,39 +1,36 @@
-"""What a local loss adds to a step: ADCLR's ten queries beside DINO alone, supervised DrLoc beside none. Seconds and operations."""
+"""What a local loss adds to a step, in seconds and operations: ADCLR's queries, and DrLoc."""
 
 import common
 from torch.utils.flop_counter import FlopCounterMode
 
-from glsd.training.labelled import SupervisedRecipe, build_sets, one_view
-from glsd.training.loop import Trainer, batches, build_dataset
+from glsd.training.loop import batches
 from glsd.training.recipe import Recipe
-from glsd.training.supervised import SupervisedTrainer
+from glsd.training.trainer import Trainer, build_dataset
 
 
-def stepper(trainer, views):
+def stepper(recipe):
+    "One step of a recipe's trainer, always on the same views."
+    dataset = build_dataset(recipe)
+    trainer = Trainer(recipe, 1000, classes=[str(c) for c in dataset.classes] if recipe.needs_labels else [])
+    views = next(iter(batches(recipe, dataset, 0, 1, trainer.method.views)))
     return lambda: trainer.step(views)
 
 
-def self_distilled(names, **recipe):
-    "{objective: one step of it}, each on views of its own."
-    for name in names:
-        r = Recipe(objective=name, device='cpu', **recipe)
-        t = Trainer(r, 1000)
-        yield name, stepper(t, next(batches(r, build_dataset(r), 0, 1, t.multicrop)))
+def self_distilled(methods, **fields):
+    "{method: one step of it}, each on views of its own."
+    for method in methods:
+        yield method, stepper(Recipe(method, device='cpu', **fields))
 
 
-def supervised(weights, **recipe):
-    "{name: one step}, with lambda of each name, on the same views."
-    for name, drloc in weights.items():
-        r = SupervisedRecipe(drloc=drloc, steps=1000, device='cpu', **recipe)
-        train, _ = build_sets(r)
-        yield (
-            name,
-            stepper(SupervisedTrainer(r, 1000, train.classes), next(batches(r, train, 0, 1, one_view(r)))),
-        )
+def supervised(weights, **fields):
+    "{name: one step}, with the weight of DrLoc of each name, on the same views."
+    for name, weight in weights.items():
+        yield name, stepper(Recipe('supervised', drloc_weight=weight, device='cpu', **fields))
 
 
 def operations(step):
-    "Multiplications and additions in matrix products, convolutions and attention: forward, backward and teacher."
+    """Multiplications and additions in matrix products, convolutions and attention: forward, backward and
+    teacher."""
     with FlopCounterMode(display=False) as counter:
         step()
     return counter.get_total_flops()
@@ -61,22 +58,15 @@ def main():
     quick = common.start(__doc__)
     images = dict(n_images=8, image_size=32 if quick else 256)
     small = dict(global_size=32, local_size=16, n_local=2, out_dim=256, head_hidden=64, head_bottleneck=32)
-    ssl = (
-        dict(backbone='vit_mini', batch_size=2, **small)
-        if quick
-        else dict(backbone='vit_small_p16', batch_size=4, out_dim=65536, drop_path=0.0)
-    )
-    labelled = (
-        dict(backbone='swin_mini', batch_size=2, size=32)
-        if quick
-        else dict(backbone='swin_tiny_w7', batch_size=4, size=224)
-    )
+    if quick:
+        ssl = dict(backbone='vit_mini', batch_size=2, **small)
+        labelled = dict(backbone='swin_mini', batch_size=2, global_size=32)
+    else:
+        ssl = dict(backbone='vit_small_p16', batch_size=4, out_dim=65536, drop_path=0.0)
+        labelled = dict(backbone='swin_tiny_w7', batch_size=4, global_size=224)
     adclr = compare(self_distilled(['vanilla', 'adclr'], **ssl, **images), 1 if quick else 5, ssl)
-    drloc = compare(
-        supervised(dict(none=0.0, drloc=0.5), **labelled, drop_path=0.0, **images),
-        1 if quick else 15,
-        labelled,
-    )
+    pair = supervised(dict(none=0.0, drloc=0.5), **labelled, drop_path=0.0, **images)
+    drloc = compare(pair, 1 if quick else 15, labelled)
     common.emit(adclr=adclr, drloc=drloc)
 
 

@@ -1,15 +1,19 @@
 """Seconds and peak megabytes of the dual loss, forward and backward. One contestant a process.
 
-CONTESTANT=glsd and plain go from logits, which nobody reads again, to their gradient; fused, stored and plain_z from the bottleneck through the last
-layer to the gradients of both factors: without stored logits, glsd's loss with them, and the plain loss with them."""
+CONTESTANT=glsd and plain go from logits, which nobody reads again, to their gradient; fused, stored and
+plain_z from the bottleneck through the last layer to the gradients of both factors: without stored logits,
+glsd's loss with them, and the plain loss with them."""
 
 import os
-from types import SimpleNamespace
+from dataclasses import replace
 
 import common
 import numpy as np
 import torch
 
+from glsd.objectives import DINOLoss, GeometricLoss, Objective
+from glsd.objectives.fused import Factored
+from glsd.objectives.self_distillation import Outputs
 from glsd.views.multicrop import MultiCrop
 
 
@@ -29,26 +33,19 @@ class Given(torch.autograd.Function):
 
 
 def outputs(w_geo, grids, K):
-    "What a loss reads of a branch's `Outputs`, with random logits. Drawn in place: the inputs themselves must not set the peak."
+    "`Outputs` of a branch with random logits. Drawn in place: the inputs themselves must not set the peak."
     B, V = w_geo.shape[:2]
     S = sum(H * W for H, W in grids)
-    logits = (
-        {k: torch.empty(B, n, K).uniform_(-0.5, 0.5) for k, n in (('view', V), ('region', S))} if K else {}
-    )
-    return SimpleNamespace(
-        pooled=torch.zeros(B, V, 1),
-        tokens=torch.zeros(B, S, 1),
-        grids=grids,
-        w_geo=w_geo,
-        logits=logits,
-        keep=False,
-    )
+    logits = {}
+    for name, n in (('view', V), ('region', S)) if K else ():
+        logits[name] = torch.empty(B, n, K).uniform_(-0.5, 0.5)
+    return Outputs(torch.zeros(B, V, 1), torch.zeros(B, S, 1), grids, w_geo, logits)
 
 
 def factors(student, teacher, K, b=256):
-    "z of the student and the directions of its prototypes, by head; both branches get logits that are not multiplied out yet."
-    from glsd.backbones.heads import Factored
+    """z of the student and the directions of its prototypes, by head.
 
+    Both branches get logits that are not multiplied out yet."""
     leaves = {}
     for branch in student, teacher:
         for head, tokens in (('view', branch.pooled), ('region', branch.tokens)):
@@ -61,19 +58,8 @@ def factors(student, teacher, K, b=256):
     return leaves
 
 
-def stored(loss):
-    "The same loss of logits that are multiplied out first."
-
-    def with_logits(student, teacher, temp):
-        return loss(
-            *(
-                SimpleNamespace(**{**vars(x), 'logits': {k: v.dense() for k, v in x.logits.items()}})
-                for x in (student, teacher)
-            ),
-            temp,
-        )
-
-    return with_logits
+def dense(branch):
+    return replace(branch, logits={k: v.dense() for k, v in branch.logits.items()})
 
 
 def views(B):
@@ -85,16 +71,15 @@ def views(B):
 def contestant(name, K):
     "A function (student, teacher, teacher_temp) -> terms."
     if name in ('stored', 'plain_z'):
-        return stored(contestant(dict(stored='glsd', plain_z='plain')[name], K))
+        loss = contestant(dict(stored='glsd', plain_z='plain')[name], K)
+        return lambda s, t, temp: loss(dense(s), dense(t), temp)
     if name == 'plain':
         from plain_loss import plain_dual_loss
 
         return lambda s, t, temp: plain_dual_loss(s, t, 0.1, temp, torch.zeros(K), torch.zeros(K))
-    from glsd.objectives import create_objective
-
-    return create_objective(
-        'geometric', K
-    ).eval()  # eval: the centres stay, so that every round computes the same
+    # eval: the centres stay, so that every round computes the same
+    objective = Objective(DINOLoss(K), GeometricLoss(K)).eval()
+    return lambda s, t, temp: objective(s, t, temp, overwrite=True)
 
 
 def main():
@@ -105,7 +90,8 @@ def main():
     width = 0 if name in ('fused', 'stored', 'plain_z') else K
     student, teacher = outputs(w_geo, grids, width), outputs(w_geo[:, :2], grids[:2], width)
     loss, found, norms, drawn = contestant(name, K), {}, {}, student.logits
-    leaves, trigger = {} if width else factors(student, teacher, K), torch.zeros((), requires_grad=True)
+    leaves = {} if width else factors(student, teacher, K)
+    trigger = torch.zeros((), requires_grad=True)
 
     def step():
         for xs in leaves.values():

@@ -1,56 +1,69 @@
-"""Seconds of a training step of the low-data comparison at scale=ci (geometric), and where they go."""
+"""Seconds of a training step of the low-data comparison at scale ci (geometric), and where they go."""
 
 import json
 import statistics
 from pathlib import Path
 
 import common
-import torch
 
-from glsd.training.loop import Trainer, batches, build_dataset, clip_gradients
+from glsd.training.loop import batches
 from glsd.training.recipe import Recipe
+from glsd.training.trainer import Trainer, build_dataset
 
 LOW_DATA = Path(__file__).resolve().parent.parent / 'nbs/9_experiments/low_data.ipynb'
+PARTS = 'views', 'student', 'teacher', 'loss', 'backward', 'optimiser'
 
 
 def ci_recipe():
-    "The recipe of low_data.ipynb at scale=ci, read from its SCALES cell, so that both always mean the same one."
+    "The recipe of low_data.ipynb at scale ci, read from its SCALES cell, so that both always mean the same."
     sources = [''.join(cell['source']) for cell in json.loads(LOW_DATA.read_text())['cells']]
-    scales = next((s for s in sources if s.startswith('SCALES =')), None)
+    scales = next((s for s in sources if 'SCALES = {' in s), None)
     if scales is None:
-        raise SystemExit(f'{LOW_DATA} has no cell that starts with SCALES =')
+        raise SystemExit(f'{LOW_DATA} has no cell with SCALES = {{')
     found = {}
     exec(scales, found)
-    return Recipe.from_dict(
-        {**found['SCALES']['ci']['recipe'], 'objective': 'geometric', 'n_images': 2000, 'device': 'cpu'}
-    )
+    values = {**found['SCALES']['ci']['recipe'], 'n_images': 2000, 'device': 'cpu'}
+    return Recipe('geometric', **values)
 
 
-def timed_step(trainer, loader):
+class Clock:
+    "Remembers when it was looked at, and when student and teacher, two modules, were done."
+
+    def __init__(self, method):
+        self.times = {}
+        method.student.register_forward_pre_hook(lambda *_: self('student begins'))
+        method.student.register_forward_hook(lambda *_: self('student ends'))
+        method.teacher.register_forward_pre_hook(lambda *_: self('teacher begins'))
+        method.teacher.register_forward_hook(lambda *_: self('teacher ends'))
+
+    def __call__(self, name):
+        self.times[name] = common.now()
+
+    def between(self, a, b):
+        return self.times[b] - self.times[a]
+
+
+def timed_step(trainer, loader, clock):
     "{part: seconds} of one step: what Trainer.step does, with a clock between."
-    now, clock = trainer.now(), [common.now()]
-    tick = lambda: clock.append(common.now())
+    values = trainer.values()
+    clock('begin')
     views = next(loader)
-    tick()
-    student = trainer.student(views)
-    tick()
-    with torch.no_grad():
-        teacher = trainer.teacher(views, n_groups=1)
-    tick()
-    loss = sum(trainer.objective(student, teacher, now['teacher_temp']).values())
-    tick()
-    loss.backward()
-    tick()
-    clip_gradients(trainer.parameters, trainer.recipe.clip)
-    trainer.update(now)
+    clock('views')
+    terms = trainer.loss_terms(views, values)
+    clock('terms')
+    sum(terms.values()).backward()
+    clock('backward')
+    trainer.method.after_backward(values)
+    trainer.clip()
+    trainer.update(values)
     trainer.done += 1
-    tick()
-    return dict(
-        zip(
-            ('views', 'student', 'teacher', 'loss', 'backward', 'optimiser'),
-            (b - a for a, b in zip(clock, clock[1:])),
-        )
-    )
+    clock('end')
+    student = clock.between('student begins', 'student ends')
+    teacher = clock.between('teacher begins', 'teacher ends')
+    loss = clock.between('views', 'terms') - student - teacher
+    spans = ('begin', 'views'), ('terms', 'backward'), ('backward', 'end')
+    views, backward, optimiser = (clock.between(*span) for span in spans)
+    return dict(zip(PARTS, (views, student, teacher, loss, backward, optimiser)))
 
 
 def main():
@@ -58,12 +71,12 @@ def main():
     steps = 3 if quick else 40
     recipe = ci_recipe()
     trainer = Trainer(recipe, recipe.steps)
-    loader = batches(recipe, build_dataset(recipe), 0, steps)
-    parts = [timed_step(trainer, loader) for _ in range(steps)][steps // 4 :]  # the first ones warm up
-    split = {k: statistics.median(p[k] for p in parts) for k in parts[0]}
+    clock = Clock(trainer.method)
+    loader = iter(batches(recipe, build_dataset(recipe), 0, steps, trainer.method.views))
+    parts = [timed_step(trainer, loader, clock) for _ in range(steps)][steps // 4 :]  # the first ones warm up
     common.emit(
         seconds=statistics.median(sum(p.values()) for p in parts),
-        split=split,
+        split={k: statistics.median(p[k] for p in parts) for k in PARTS},
         steps=len(parts),
         recipe={**recipe.differences(), 'backbone': recipe.backbone, 'batch_size': recipe.batch_size},
     )

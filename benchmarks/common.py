@@ -24,7 +24,8 @@ def start(description):
     return parser.parse_args().quick
 
 
-# Processor time, not the clock on the wall: with one thread they are the same on an idle machine, and what other
+# Processor time, not the clock on the wall: with one thread they are the same on an idle machine, and what
+# other
 # processes do on a busy one is not counted.
 now = time.process_time
 
@@ -37,7 +38,8 @@ def seconds(f):
 
 
 def interleaved(contestants, rounds, warm_up=1):
-    "{name: median seconds}: every contestant once a round, so that a slow minute of the machine is shared by all."
+    """{name: median seconds}: every contestant once a round, so that a slow minute of the machine is shared
+    by all."""
     times = {name: [] for name in contestants}
     for _ in range(warm_up + rounds):
         for name, f in contestants.items():

@@ -1,5 +1,7 @@
-"""A training step of GLSD as one would first write it from the paper: images one by one, a position map with each crop (Sec. 3.4.3),
-a forward pass for each crop size, gathered targets, loops over parameters, float32."""
+"""A training step of GLSD as one would first write it from the paper.
+
+Images one by one, a position map with each crop (Sec. 3.4.3), a forward pass for each crop size, gathered
+targets, loops over parameters, float32."""
 
 import random
 from types import SimpleNamespace
@@ -14,7 +16,9 @@ from torchvision.transforms.v2 import functional as TF
 
 
 class PlainMaps:
-    "A file -> crops [3,h,w] and, for each, the positions of its pixels in the image [2,h,w]: two global views, then local ones."
+    """A file -> crops [3,h,w] and, for each, the positions of its pixels in the image [2,h,w].
+
+    Two global views, then local ones."""
 
     def __init__(self, global_size=224, local_size=96, n_local=8):
         first, second, local = (
@@ -39,7 +43,9 @@ class PlainMaps:
 
 
 def as_box(where, grid):
-    "Position maps [B,2,h,w], averaged over the tokens -> `w_geo` [B,7] of boxes with those tokens; a flipped one runs from right to left."
+    """Position maps [B,2,h,w], averaged over the tokens -> `w_geo` [B,7] of boxes with those tokens.
+
+    A flipped one runs from right to left."""
     centre = F.adaptive_avg_pool2d(where, grid)
     step = (centre[:, :, -1, -1] - centre[:, :, 0, 0]) / (torch.tensor(grid[::-1]) - 1)
     ul = centre[:, :, 0, 0] - step / 2
@@ -47,18 +53,15 @@ def as_box(where, grid):
 
 
 class PlainTrainer:
-    "`student` and `teacher`: SimpleNamespaces of `backbone` and heads `view` and `region`, any modules. `loss(crops, maps)` and `step(crops, maps)`."
+    """`loss(crops, maps)` and `step(crops, maps)`.
+
+    `student` and `teacher`: SimpleNamespaces of `backbone` and heads `view` and `region`, any modules."""
 
     def __init__(
         self, student, teacher, out_dim, lr, weight_decay=0.04, momentum=0.996, temps=(0.1, 0.04), clip=3.0
     ):
-        self.student, self.teacher, self.momentum, self.temps, self.clip = (
-            student,
-            teacher,
-            momentum,
-            temps,
-            clip,
-        )
+        self.student, self.teacher = student, teacher
+        self.momentum, self.temps, self.clip = momentum, temps, clip
         self.center = {head: torch.zeros(out_dim) for head in ('view', 'region')}
         self.pairs = [
             (s, t)

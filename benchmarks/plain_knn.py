@@ -1,4 +1,4 @@
-"""Weighted k-NN as most code has it: for each k the whole search again, with a one-hot vote [queries, k, classes]."""
+"""Weighted k-NN as most code has it: for each k the whole search again, with a vote [queries, k, classes]."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The dual loss written from Eq. 2 to 7 of the paper, as one would first: loop over pairs of views, gather each token's target."""
+"""The dual loss written from Eq. 2 to 7 as one would first: pairs of views in a loop, targets gathered."""
 
 import torch
 import torch.nn.functional as F

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Measures glsd on this machine, one core, beside plain implementations of the same thing, and prints a table.
+"""Measures glsd on this machine, one core, beside plain implementations of the same thing, and prints a
+table.
 
-Each measurement has a process of its own. Writes benchmarks.json and benchmarks.md into --out (default results/; with
---quick nothing is written unless --out says where).
-"""
+Each measurement has a process of its own. Writes benchmarks.json and benchmarks.md into --out (default
+results/; with
+--quick nothing is written unless --out says where)."""
 
 import argparse
 import json
@@ -66,116 +67,92 @@ def whole_steps(results):
     return [(name, t) for name, t in results['train'].items() if name != 'gpu']
 
 
-def rows(r):
-    "(what, unit, glsd, plain, how many times better)."
-    v, l, p, k, s = r['views'], r['loss']['glsd'], r['loss']['plain'], r['knn'], r['step']
+def views_rows(v):
+    blur = "- beside plain with Pillow's approximate blur"
     yield 'decode + views 2 x 224 + 8 x 96', 'images/s', v['glsd'], v['plain'], v['glsd'] / v['plain']
-    yield (
-        "- beside plain with Pillow's approximate blur",
-        'images/s',
-        v['glsd'],
-        v['plain_pil_blur'],
-        v['glsd'] / v['plain_pil_blur'],
-    )
+    yield blur, 'images/s', v['glsd'], v['plain_pil_blur'], v['glsd'] / v['plain_pil_blur']
     yield '- decode alone', 'images/s', v['decode'], None, None
-    size = f'batch {l["batch"]}, {l["prototypes"]:,} prototypes'
-    yield f'dual loss, {size}', 's', l['seconds'], p['seconds'], p['seconds'] / l['seconds']
-    yield (
-        '- its peak beyond the inputs',
-        'MB',
-        l['megabytes'],
-        p['megabytes'],
-        p['megabytes'] / l['megabytes'],
-    )
-    z = r['loss']['plain_z']
-    for c, what in (
-        ('fused', 'dual loss and last layer, logits not stored'),
-        ('stored', '- with stored logits'),
-    ):
-        x = r['loss'][c]
-        yield what, 's', x['seconds'], z['seconds'], z['seconds'] / x['seconds']
-        yield (
-            '- its peak beyond the inputs, gradients included',
-            'MB',
-            x['megabytes'],
-            z['megabytes'],
-            z['megabytes'] / x['megabytes'],
-        )
-    yield (
-        f"k-NN {k['queries']:,} x {k['bank']:,} x {k['dim']}, 4 k's",
-        's',
-        k['glsd'],
-        k['plain'],
-        k['plain'] / k['glsd'],
-    )
-    yield (
-        f'- one matrix product of that size (k-NN is {k["glsd"] / k["product"]:.2f} times it)',
-        's',
-        k['product'],
-        None,
-        None,
-    )
-    yield (
-        f'training step, {s["recipe"]["backbone"]}, batch {s["recipe"]["batch_size"]}',
-        's',
-        s['seconds'],
-        None,
-        None,
-    )
+
+
+def less_rows(what, peak, ours, plain):
+    "Seconds and peak megabytes: how many times less."
+    for text, unit, key in (what, 's', 'seconds'), (peak, 'MB', 'megabytes'):
+        yield text, unit, ours[key], plain[key], plain[key] / ours[key]
+
+
+def loss_rows(loss):
+    size = f'batch {loss["glsd"]["batch"]}, {loss["glsd"]["prototypes"]:,} prototypes'
+    peak = '- its peak beyond the inputs'
+    yield from less_rows(f'dual loss, {size}', peak, loss['glsd'], loss['plain'])
+    peak += ', gradients included'
+    fused = 'dual loss and last layer, logits not stored'
+    yield from less_rows(fused, peak, loss['fused'], loss['plain_z'])
+    yield from less_rows('- with stored logits', peak, loss['stored'], loss['plain_z'])
+
+
+def knn_rows(k):
+    size = f"k-NN {k['queries']:,} x {k['bank']:,} x {k['dim']}, 4 k's"
+    yield size, 's', k['glsd'], k['plain'], k['plain'] / k['glsd']
+    times = f'k-NN is {k["glsd"] / k["product"]:.2f} times it'
+    yield f'- one matrix product of that size ({times})', 's', k['product'], None, None
+
+
+def step_rows(s):
+    name = f'training step, {s["recipe"]["backbone"]}, batch {s["recipe"]["batch_size"]}'
+    yield name, 's', s['seconds'], None, None
     for part, t in s['split'].items():
         yield f'- {part}', 's', t, None, None
+
+
+def train_rows(r):
     for _, t in whole_steps(r):
         n = t['recipe']
-        yield (
-            f'whole step from JPEG files, {n["backbone"]}, batch {n["batch_size"]}, {n["out_dim"]:,} prototypes',
-            's',
-            t['glsd'],
-            t['plain'],
-            t['plain'] / t['glsd'],
-        )
-    gpu = r['train']['gpu']
+        size = f'{n["backbone"]}, batch {n["batch_size"]}, {n["out_dim"]:,} prototypes'
+        yield f'whole step from JPEG files, {size}', 's', t['glsd'], t['plain'], t['plain'] / t['glsd']
+
+
+def gpu_rows(gpu):
     if isinstance(gpu, str):
         yield f'whole step on a GPU: {gpu}', '', None, None, None
-    else:
-        for backbone, g in gpu.items():
-            if not isinstance(g, dict):
-                continue
-            more = f'{g["peak_gb"]:.0f} GB, {g["share_of_matmul_rate"]:.0%} of {gpu["matmul_tflops"]:.0f} TFLOP/s'
-            yield (
-                f'whole step, {backbone}, batch {g["batch"]}, bf16, {gpu["name"]} ({more})',
-                'images/s',
-                g['images_per_second'],
-                None,
-                None,
-            )
-    for what, local in ("ADCLR's queries", r['local']['adclr']), ('DrLoc', r['local']['drloc']):
-        n, more = (
-            local['recipe'],
-            f'{local["more_seconds"]:+.1%} of the time, {local["more_operations"]:+.1%} of the operations',
-        )
-        yield (
-            f'step without {what}, {n["backbone"]}, batch {n["batch_size"]}',
-            's',
-            local['seconds'][local['without']],
-            None,
-            None,
-        )
-        yield (
-            f'- with {"them" if what.endswith("s") else "it"} ({more})',
-            's',
-            local['seconds'][local['with_']],
-            None,
-            None,
-        )
+        return
+    for backbone, g in gpu.items():
+        if isinstance(g, dict):
+            rate = f'{g["share_of_matmul_rate"]:.0%} of {gpu["matmul_tflops"]:.0f} TFLOP/s'
+            what = f'batch {g["batch"]}, bf16, {gpu["name"]} ({g["peak_gb"]:.0f} GB, {rate})'
+            yield f'whole step, {backbone}, {what}', 'images/s', g['images_per_second'], None, None
+
+
+def local_rows(what, pronoun, local):
+    n, seconds = local['recipe'], local['seconds']
+    size = f'{n["backbone"]}, batch {n["batch_size"]}'
+    yield f'step without {what}, {size}', 's', seconds[local['without']], None, None
+    more = f'{local["more_seconds"]:+.1%} of the time, {local["more_operations"]:+.1%} of the operations'
+    yield f'- with {pronoun} ({more})', 's', seconds[local['with_']], None, None
+
+
+def rows(r):
+    "(what, unit, glsd, plain, how many times better)."
+    yield from views_rows(r['views'])
+    yield from loss_rows(r['loss'])
+    yield from knn_rows(r['knn'])
+    yield from step_rows(r['step'])
+    yield from train_rows(r)
+    yield from gpu_rows(r['train']['gpu'])
+    yield from local_rows("ADCLR's queries", 'them', r['local']['adclr'])
+    yield from local_rows('DrLoc', 'it', r['local']['drloc'])
+
+
+def figure(x):
+    if x is None:
+        return ''
+    return f'{x:,.0f}' if x >= 100 else f'{x:.3g}'
 
 
 def table(r):
-    cell = lambda x: '' if x is None else f'{x:,.0f}' if x >= 100 else f'{x:.3g}'
     lines = ['| what | unit | glsd | plain | ratio |', '|---|---|--:|--:|--:|']
     for what, unit, ours, plain, ratio in rows(r):
-        lines.append(
-            f'| {what} | {unit} | {cell(ours)} | {cell(plain)} | {f"{ratio:.1f}x" if ratio else ""} |'
-        )
+        times = f'{ratio:.1f}x' if ratio else ''
+        lines.append(f'| {what} | {unit} | {figure(ours)} | {figure(plain)} | {times} |')
     return '\n'.join(lines)
 
 
@@ -194,6 +171,19 @@ def machine():
         python=platform.python_version(),
         load=os.getloadavg()[0] if hasattr(os, 'getloadavg') else None,
     )
+
+
+def describe(here):
+    load = here['load']
+    busy = f', {load:.1f} other processes running' if load and load > 0.5 else ''
+    versions = f'torch {here["torch"]}, Python {here["python"]}'
+    return f'{here["cpu"]} ({here["isa"]}), one of {here["cores"]} cores{busy}; {versions}'
+
+
+HOW = (
+    'Made by `python benchmarks/run.py`. "Plain" is the same computation written the usual way '
+    '(`benchmarks/plain_*.py`). Seconds are processor seconds of one core.'
+)
 
 
 def write(path, text):
@@ -215,20 +205,13 @@ def main():
     began, here = time.perf_counter(), machine()
     results = measure_all(args.quick)
     here['isa'] = results['views'].pop('isa')
-    busy = f', {here["load"]:.1f} other processes running' if here['load'] and here['load'] > 0.5 else ''
-    header = f'{here["cpu"]} ({here["isa"]}), one of {here["cores"]} cores{busy}; torch {here["torch"]}, Python {here["python"]}'
-    text = f'{header}\n\n{table(results)}\n'
+    text = f'{describe(here)}\n\n{table(results)}\n'
     print(text + f'\n{time.perf_counter() - began:.0f} s')
     if out:
         out.mkdir(parents=True, exist_ok=True)
-        write(
-            out / 'benchmarks.json',
-            json.dumps(dict(machine=here, quick=args.quick, **results), indent=1) + '\n',
-        )
-        write(
-            out / 'benchmarks.md',
-            f'# Benchmarks\n\n{text}\nMade by `python benchmarks/run.py`. "Plain" is the same computation written the usual way (`benchmarks/plain_*.py`). Seconds are processor seconds of one core.\n',
-        )
+        record = dict(machine=here, quick=args.quick, **results)
+        write(out / 'benchmarks.json', json.dumps(record, indent=1) + '\n')
+        write(out / 'benchmarks.md', f'# Benchmarks\n\n{text}\n{HOW}\n')
         print(f'written to {out}')
 
 

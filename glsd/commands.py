@@ -46,8 +46,8 @@ def recipe_from(args: Namespace, **defaults) -> Any:
 # %% ../nbs/commands.ipynb #c78d4aa1
 def monitors_for(args: Namespace, recipe: Any) -> dict:
     "k-NN where there are labelled images, collapse where it is asked for, and the method's own."
-    from glsd.evaluation.specs import labelled_pair
     from glsd.evaluation import collapse_monitor, knn_monitor
+    from glsd.evaluation.specs import labelled_pair
     from glsd.objectives import find_method
 
     monitors = dict(find_method(recipe.method).monitors(recipe))

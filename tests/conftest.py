@@ -20,7 +20,7 @@ def seed():
 
 @pytest.fixture
 def run_notebook(monkeypatch):
-    "`run_notebook(path, parameters, after=...)` as papermill would, but in this process: a kernel would first import torch once more."
+    "`run_notebook(path, parameters, after=...)` as papermill would, in this process: torch is there already."
     monkeypatch.setitem(sys.modules, '__main__', sys.modules['__main__'])  # IPython puts its own there
     shell = InteractiveShell.instance()
 

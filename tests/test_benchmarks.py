@@ -1,4 +1,4 @@
-"""The benchmarks run from another folder, agree with their plain rivals (run.py checks that), and write what they print."""
+"""The benchmarks run from another folder, agree with their plain rivals (see run.py) and write results."""
 
 import json
 import subprocess
@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 RUN = Path(__file__).resolve().parent.parent / 'benchmarks' / 'run.py'
 
@@ -41,6 +42,11 @@ def test_contestants_that_disagree_are_refused():
         same('loss', 1.0, 1.1, 1e-4)
 
 
+def noise(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (3, 40, 40), dtype=torch.uint8, generator=generator)
+
+
 def test_the_plain_step_is_the_same_step():
     "From the same weights and crops: after three steps of both, the same weights."
     sys.path.insert(0, str(RUN.parent))
@@ -48,43 +54,18 @@ def test_the_plain_step_is_the_same_step():
         import bench_train as b
     finally:
         sys.path.remove(str(RUN.parent))
-    recipe = b.Recipe(
-        backbone='vit_mini',
-        global_size=32,
-        local_size=16,
-        n_local=2,
-        batch_size=4,
-        out_dim=64,
-        head_hidden=32,
-        head_bottleneck=16,
-        drop_path=0.0,
-        warmup=0.0,
-        freeze_last=0.0,
-        weight_decay=0.0,
-        weight_decay_final=0.0,
-        lr_final=5e-4 * 4 / 256,
-        momentum_final=0.996,
-        teacher_temp=0.04,
-        steps=5,
-        device='cpu',
-        strength=0.5,
-    )
+    size = dict(global_size=32, local_size=16, n_local=2, strength=0.5, batch_size=4)
+    heads = dict(out_dim=64, head_hidden=32, head_bottleneck=16, freeze_last=0.0)
+    flat = dict(lr_final=5e-4 * 4 / 256, momentum_final=0.996, teacher_temp=0.04, warmup=0.0)
+    still = dict(drop_path=0.0, weight_decay=0.0, weight_decay_final=0.0, steps=5, device='cpu')
+    recipe = b.Recipe('geometric', backbone='vit_mini', **size, **heads, **flat, **still)
     trainer = b.Trainer(recipe, 5)
     plain = b.plainly(trainer)
+    multicrop = trainer.method.views
     for step in range(3):
-        images = [
-            b.torch.randint(
-                0,
-                256,
-                (3, 40, 40),
-                dtype=b.torch.uint8,
-                generator=b.torch.Generator().manual_seed(10 * step + i),
-            )
-            for i in range(4)
-        ]
-        views = trainer.multicrop(images, [b.np.random.default_rng((step, i)) for i in range(4)])
-        crops, maps = [c for g in views.crops for c in g], [b.position_map(w) for g in views.w_geo for w in g]
-        loss = plain.step(crops, maps)
+        images = [noise(10 * step + i) for i in range(4)]
+        views = multicrop(images, [b.np.random.default_rng((step, i)) for i in range(4)])
+        loss = plain.step(*b.as_lists(views))
         assert abs(trainer.step(views)['loss'] / loss - 1) < 1e-4
-    for (s, t), mine in zip(plain.pairs, trainer.student.backbone.parameters()):
-        assert (s - mine).abs().max() < 2e-4 * mine.abs().max() + 2e-5
+    for (theirs, _), mine in zip(plain.pairs, trainer.method.student.backbone.parameters()):
+        assert (theirs - mine).abs().max() < 2e-4 * mine.abs().max() + 2e-5

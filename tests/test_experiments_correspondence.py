@@ -8,27 +8,15 @@ import papermill
 import pytest
 import torch
 
-from glsd.experiments.runner import cell_folder, run_cell
+from glsd.experiments.cells import cell_folder, run_cell
 from glsd.training import Recipe
 from glsd.training.checkpoint import list_checkpoints
 
 NOTEBOOK = Path(__file__).parents[1] / 'nbs/9_experiments/correspondence.ipynb'
-SMALL = Recipe(
-    image_size=32,
-    n_images=64,
-    global_size=32,
-    local_size=16,
-    n_local=1,
-    backbone='vit_mini',
-    drop_path=0.0,
-    out_dim=32,
-    head_hidden=32,
-    head_bottleneck=16,
-    batch_size=8,
-    steps=4,
-    lr=0.02,
-    checkpoint_every=2,
-)
+CROPS = dict(image_size=32, n_images=64, global_size=32, local_size=16, n_local=1)
+HEADS = dict(out_dim=32, head_hidden=32, head_bottleneck=16)
+RUN = dict(batch_size=8, steps=4, lr=0.02, checkpoint_every=2)
+SMALL = Recipe('dino', backbone='vit_mini', drop_path=0.0, **CROPS, **HEADS, **RUN)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +24,8 @@ SMALL = Recipe(
     [
         (
             {},
-            'no finished run of low_data in {}: make them with "glsd reproduce low_data", or name their folder with -p runs=FOLDER',
+            'no finished run of low_data in {}: make them with "glsd reproduce low_data", or name their '
+            'folder with -p runs=FOLDER',
         ),
         ({'data': '/no/such'}, 'no folder /no/such: data names images to compare on'),
     ],
@@ -57,23 +46,18 @@ def test_bad_input_is_one_line(tmp_path, parameters, message):
 def leave(folder, name, recipe):
     "A finished cell, as low_data leaves it."
     path = cell_folder(folder / 'cells', name, recipe)
-    run_cell(path, recipe.differences(), 'def nothing(run): return {}', {})
+    run_cell(path, recipe.to_dict(), 'def nothing(run): return {}', {})
     return path
 
 
 def test_miniature(tmp_path, run_notebook, capsys):
     runs, out, left = tmp_path / 'runs', tmp_path / 'out', {}
-    leave(
-        runs, 'vanilla n2 s0', SMALL.replace(objective='vanilla', per_class=2, steps=3)
-    )  # an older grid of another recipe
+    leave(runs, 'vanilla n2 s0', SMALL.replace(method='vanilla', per_class=2, steps=3))  # of another grid
+    still = dict(steps=1, momentum=1.0, momentum_final=1.0)
     for s in range(2):
-        leave(
-            runs,
-            f'random s{s}',
-            SMALL.replace(seed=s, per_class=2, steps=1, momentum=1.0, momentum_final=1.0),
-        )
+        leave(runs, f'random s{s}', SMALL.replace(seed=s, per_class=2, **still))
         for name in 'vanilla', 'similarity', 'geometric':
-            left[name, s] = leave(runs, f'{name} n2 s{s}', SMALL.replace(objective=name, seed=s, per_class=2))
+            left[name, s] = leave(runs, f'{name} n2 s{s}', SMALL.replace(method=name, seed=s, per_class=2))
     few = dict(runs=str(runs), out=str(out), images=24, training_views=8, columns=1)
     run_notebook(NOTEBOOK, few)
 
@@ -82,35 +66,27 @@ def test_miniature(tmp_path, run_notebook, capsys):
     by = {r['name']: r for r in record['runs']}
     assert len(by) == 2 + 3 * 2 and record['sizes'] == [2] and record['images'] == 24
     # the moments that a run keeps
-    assert [m['step'] for m in by['similarity n2 s0']['during']] == [2, 4] and [
-        m['step'] for m in by['random s0']['during']
-    ] == [0]
-    assert all(
-        0 <= m[f] <= 100
-        for r in by.values()
-        for m in r['during']
-        for f in ('agree', 'stays', 'changed')
-        if f in m
-    )
+    assert [m['step'] for m in by['similarity n2 s0']['during']] == [2, 4]
+    assert [m['step'] for m in by['random s0']['during']] == [0]
+    shares = [m.get(f, 0) for r in by.values() for m in r['during'] for f in ('agree', 'stays', 'changed')]
+    assert all(0 <= share <= 100 for share in shares)
     # the difference in the record, and its interval, are those of its runs
-    pairs = [
-        by[f'geometric n2 s{s}']['after']['accuracy'] - by[f'vanilla n2 s{s}']['after']['accuracy']
-        for s in range(2)
-    ]
+    found = {name: r['after']['accuracy'] for name, r in by.items()}
+    pairs = [found[f'geometric n2 s{s}'] - found[f'vanilla n2 s{s}'] for s in range(2)]
     mean, half = record['differences']['geometric - vanilla, accuracy, n2']
-    assert mean == pytest.approx(np.mean(pairs), abs=1e-3) and half == pytest.approx(
-        12.71 * np.std(pairs, ddof=1) / 2**0.5, abs=1e-3
-    )
+    assert mean == pytest.approx(np.mean(pairs), abs=1e-3)
+    assert half == pytest.approx(12.71 * np.std(pairs, ddof=1) / 2**0.5, abs=1e-3)
     assert all((out / f'figure{i}.png').read_bytes()[:4] == b'\x89PNG' for i in (3, 4, 5)) and not list(
         out.rglob('*.part')
     )
     assert 'raw pixels' in (out / 'table.md').read_text()
 
-    # a second call measures nothing again but the run that changed; that one has diverged, is named, and the others stand
+    # a second call measures nothing again but the run that changed; it has diverged and is named
     path = list_checkpoints(left['geometric', 1])[-1]
     state = torch.load(path, weights_only=True)
-    for v in state['teacher'].values():
-        v.mul_(torch.nan if v.is_floating_point() else 1)
+    for name, v in state['method'].items():
+        if name.startswith('teacher.') and v.is_floating_point():
+            v.mul_(torch.nan)
     torch.save(state, path)
     todo = set()
     with pytest.raises(RuntimeError, match='1 of 8 runs could not be measured.*geometric_n2_s1.*not finite'):

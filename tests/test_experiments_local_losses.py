@@ -1,4 +1,4 @@
-"The head-to-head notebook from end to end, in miniature: methods that do not fit a backbone are left out, and every column is filled."
+"The head-to-head notebook from end to end, in miniature: what does not fit a backbone is left out."
 
 import json
 from pathlib import Path

@@ -1,27 +1,17 @@
-"The scoreboard on a handful of tiny runs: every column is filled, nothing is measured twice, and what fails is named."
+"The scoreboard on a few tiny runs: every column is filled, nothing is measured twice, what fails is named."
 
 import json
 from pathlib import Path
 
 import pytest
 
-from glsd.experiments.runner import cell_folder, run_cell
+from glsd.experiments.cells import cell_folder, run_cell
 from glsd.training import Recipe
 
 NOTEBOOK = Path(__file__).parents[1] / 'nbs/9_experiments/scoreboard.ipynb'
-SMALL = Recipe(
-    backbone='vit_mini',
-    n_images=96,
-    image_size=32,
-    global_size=32,
-    local_size=16,
-    n_local=1,
-    out_dim=32,
-    head_hidden=16,
-    head_bottleneck=8,
-    batch_size=8,
-    steps=2,
-)
+CROPS = dict(n_images=96, image_size=32, global_size=32, local_size=16, n_local=1)
+HEADS = dict(out_dim=32, head_hidden=16, head_bottleneck=8)
+SMALL = Recipe('dino', backbone='vit_mini', batch_size=8, steps=2, **CROPS, **HEADS)
 FEW = dict(
     knn=dict(images=60, k=[5]),
     linear=dict(images=60, epochs=2, cached=True),
@@ -47,15 +37,14 @@ def smaller(few):
 def test_miniature(tmp_path, run_notebook, capsys):
     runs, out = tmp_path / 'runs', tmp_path / 'out'
     cells = {
-        f'{s} n2 s{seed}': SMALL.replace(objective=s, seed=seed, per_class=2)
+        f'{s} n2 s{seed}': SMALL.replace(method=s, seed=seed, per_class=2)
         for s in ('vanilla', 'geometric')
         for seed in (0, 1)
     }
     cells['random s0'] = SMALL.replace(per_class=2, steps=1, momentum=1.0, momentum_final=1.0)
     for name, recipe in cells.items():
-        run_cell(
-            cell_folder(runs / 'cells', name, recipe), recipe.differences(), 'def nothing(run): return {}', {}
-        )
+        folder = cell_folder(runs / 'cells', name, recipe)
+        run_cell(folder, recipe.to_dict(), 'def nothing(run): return {}', {})
     given = dict(runs=str(runs), out=str(out), jobs=0)
     run_notebook(NOTEBOOK, given, smaller(FEW))
 

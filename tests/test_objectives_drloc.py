@@ -1,4 +1,4 @@
-"""DrLoc: each variant against a plain double loop, where the gradient flows, and what a caller can get wrong."""
+"DrLoc: each variant against a plain double loop, where the gradient flows, what a caller can get wrong."
 
 import math
 from types import SimpleNamespace as Outputs
@@ -6,7 +6,7 @@ from types import SimpleNamespace as Outputs
 import pytest
 import torch
 
-from glsd.objectives.dino import create_objective
+from glsd.objectives import create_method
 from glsd.objectives.drloc import (
     VARIANTS,
     DRLocLoss,
@@ -19,22 +19,15 @@ from glsd.objectives.drloc import (
 
 
 def slow(tokens, grid, mlp, pairs, variant, divisor):
-    "Loops over images, pairs and axes; the MLP reads two tokens side by side. Returns all errors [image][pair][axis]."
+    "Loops over images, pairs and axes; the MLP reads two tokens side by side. Errors [image, pair, axis]."
     errors = []
     for image, drawn in zip(tokens, pairs):
-        errors.append([])
         for a, b in drawn.tolist():
-            out = mlp.rest(mlp.first(torch.cat([image[a], image[b]])))
-            places = [divmod(n, grid[1]) for n in (a, b)]
-            errors[-1].append(
-                [
-                    one_axis(
-                        out.view(2, -1)[axis], places[0][axis] - places[1][axis], grid[axis], variant, divisor
-                    )
-                    for axis in (0, 1)
-                ]
-            )
-    return errors
+            out = mlp.rest(mlp.first(torch.cat([image[a], image[b]]))).view(2, -1)
+            (i, j), (p, h) = divmod(a, grid[1]), divmod(b, grid[1])
+            errors.append(one_axis(out[0], i - p, grid[0], variant, divisor))
+            errors.append(one_axis(out[1], j - h, grid[1], variant, divisor))
+    return torch.stack(errors).view(len(tokens), -1, 2)
 
 
 def one_axis(out, c, k, variant, divisor):
@@ -45,37 +38,44 @@ def one_axis(out, c, k, variant, divisor):
         mu = sum(q * (n - 7) for n, q in enumerate(p))
         var = sum(q * (n - 7 - mu) ** 2 for n, q in enumerate(p))
         return (c - mu) ** 2 / var + 0.001 * var.sqrt().log()
-    if variant == 'signed':
-        t = c / k if divisor == 'k' else (c + k - 1) / (2 * (k - 1))
-    else:
-        t = abs(c) / (k if divisor == 'k' else k - 1)
+    t = c if variant == 'signed' else abs(c)
+    if divisor == 'k':
+        t = t / k
+    elif divisor == 'k-1':
+        t = (c + k - 1) / (2 * (k - 1)) if variant == 'signed' else t / (k - 1)
     return (t - out[0]).abs()
 
 
 @pytest.mark.parametrize('grid', [(7, 7), (3, 4)])
-@pytest.mark.parametrize('divisor', ['k', 'k-1'])
+@pytest.mark.parametrize('divisor', ['k', 'k-1', 'none'])
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_each_variant_is_its_double_loop(variant, divisor, grid):
     torch.manual_seed(0)
     mlp = LocalizationMLP.for_variant(6, variant, hidden=8).double()
     tokens = torch.randn(3, grid[0] * grid[1], 6, dtype=torch.float64)
     pairs = draw_pairs(3, grid, 5)
-    errors = torch.stack(
-        [
-            torch.stack([torch.stack(pair) for pair in image])
-            for image in slow(tokens, grid, mlp, pairs, variant, divisor)
-        ]
-    )
+    errors = slow(tokens, grid, mlp, pairs, variant, divisor)
     options = dict(grid=grid, mlp=mlp, variant=variant, divisor=divisor, pairs=pairs)
-    torch.testing.assert_close(
-        dense_localization_loss(tokens, **options).double(), errors.mean(), rtol=1e-4, atol=1e-6
-    )
-    torch.testing.assert_close(
-        dense_localization_loss(tokens, reduction='sum', **options).double(),
-        errors.mean(1).sum(),
-        rtol=1e-4,
-        atol=1e-6,
-    )
+    close = dict(rtol=1e-4, atol=1e-6)
+    mean = dense_localization_loss(tokens, **options).double()
+    torch.testing.assert_close(mean, errors.mean(), **close)
+    total = dense_localization_loss(tokens, reduction='sum', **options).double()
+    torch.testing.assert_close(total, errors.mean(1).sum(), **close)
+
+
+def test_the_released_codes_targets():
+    "0 to 6, and a loss of seven times ours for seven times the prediction; a third hidden layer."
+    mlp, tokens = LocalizationMLP(8, hidden=16), torch.randn(2, 49, 8)
+    pairs = draw_pairs(2, (7, 7))
+    ours = dense_localization_loss(tokens, (7, 7), mlp, pairs=pairs)
+    with torch.no_grad():
+        mlp.rest[-1].weight *= 7
+        mlp.rest[-1].bias *= 7
+    theirs = dense_localization_loss(tokens, (7, 7), mlp, pairs=pairs, divisor='none')
+    torch.testing.assert_close(theirs, 7 * ours)
+    deep = LocalizationMLP.for_variant(8, 'ce', hidden=16, n_layers=3)
+    assert [m.out_features for m in deep.rest if hasattr(m, 'out_features')] == [16, 16, 30]
+    assert dense_localization_loss(tokens, (7, 7), deep, variant='ce').isfinite()
 
 
 def test_all_is_every_pair_once():
@@ -83,7 +83,7 @@ def test_all_is_every_pair_once():
     mlp, tokens = LocalizationMLP(4, hidden=8), torch.randn(2, 12, 4)
     pairs = torch.cartesian_prod(torch.arange(12), torch.arange(12)).expand(2, -1, -1)
     with torch.no_grad():
-        errors = torch.tensor(slow(tokens, (3, 4), mlp, pairs, 'l1', 'k'))
+        errors = slow(tokens, (3, 4), mlp, pairs, 'l1', 'k')
     torch.testing.assert_close(
         dense_localization_loss(tokens, (3, 4), mlp, m=10**9, variant='all'), errors.mean()
     )
@@ -145,10 +145,11 @@ def test_under_autocast_the_loss_is_float32():
             assert loss.dtype == torch.float32 and loss.isfinite()
 
 
-def test_a_sure_and_wrong_answer_is_finite():
+def test_a_sure_and_wrong_prediction_is_finite():
     mlp = LocalizationMLP.for_variant(4, 'cycle', hidden=4)
     with torch.no_grad():
-        mlp.rest[-1].weight.zero_(), mlp.rest[-1].bias.copy_(1e4 * torch.eye(30)[3] + 1e4 * torch.eye(30)[20])
+        mlp.rest[-1].weight.zero_()
+        mlp.rest[-1].bias.copy_(1e4 * torch.eye(30)[3] + 1e4 * torch.eye(30)[20])
     tokens = torch.randn(1, 9, 4, requires_grad=True)
     dense_localization_loss(tokens, (3, 3), mlp, variant='cycle').backward()
     assert all(p.grad.isfinite().all() for p in mlp.parameters())
@@ -185,8 +186,8 @@ def test_the_term_is_the_mean_over_views():
         dense_localization_loss(v, g, term.mlp, variant='all')
         for v, g in zip(out.tokens.split([16, 4, 16, 6], 1), grids)
     ]
-    torch.testing.assert_close(term(out)['drloc'], 2 * sum(one) / 4)
-    DRLocLoss(8)(out)['drloc'].backward()  # 64 pairs of 4 x 4, all 16 of 2 x 2
+    torch.testing.assert_close(term(out), 2 * sum(one) / 4)
+    DRLocLoss(8)(out).backward()  # 64 pairs of 4 x 4, all 16 of 2 x 2
     assert out.tokens.grad[:, 16:20].any() and out.tokens.grad[:, -6:].any()
     with pytest.raises(ValueError, match='m=300 .*4 x 4'):
         DRLocLoss(8, m=300)(out)
@@ -196,44 +197,36 @@ def test_the_term_is_the_mean_over_views():
         DRLocLoss(8, variant='l2')
 
 
-def test_the_setting():
-    objective = create_objective(
-        'drloc', 16, given=dict(dim=8, student_temp=0.2), drloc=dict(weight=0.1, variant='ce')
-    )
-    assert (
-        [*objective.terms] == ['view', 'drloc']
-        and objective.heads == {'view': 'pooled'}
-        and objective.teacher_groups == 1
-    )
-    assert (
-        objective.terms['drloc'].weight == 0.1
-        and objective.terms['view'].weight == 1
-        and objective.terms['view'].student_temp == 0.2
-    )
-    assert objective.terms['drloc'].mlp.rest[-1].out_features == 30
+SMALL = dict(
+    backbone='resnet_mini',
+    global_size=32,
+    local_size=16,
+    n_local=2,
+    out_dim=32,
+    head_hidden=16,
+    head_bottleneck=8,
+)
+
+
+def test_options_of_the_method():
+    options = dict(drloc_weight=0.1, drloc_variant='ce', drloc_n_layers=3, drloc_divisor='none')
+    objective = create_method('drloc', student_temp=0.2, **options, **SMALL).objective
+    view, drloc = objective.terms['view'], objective.terms['drloc']
+    assert [*objective.terms] == ['view', 'drloc'] and objective.teacher_groups == 1
+    assert drloc.weight == 0.1 and view.weight == 1 and view.student_temp == 0.2
+    assert drloc.mlp.rest[-1].out_features == 30 and len(drloc.mlp.rest) == 6
+    assert drloc.options == dict(variant='ce', divisor='none')
+    with pytest.raises(ValueError, match='unknown'):
+        create_method('drloc', drloc_variant='l2', **SMALL)
 
 
 def test_training_with_it(tmp_path):
     from glsd.training import Recipe, pretrain
 
-    recipe = Recipe(
-        objective='drloc',
-        backbone='resnet_mini',
-        global_size=32,
-        local_size=16,
-        n_local=2,
-        n_images=16,
-        image_size=32,
-        batch_size=8,
-        steps=2,
-        out_dim=32,
-        head_hidden=16,
-        head_bottleneck=8,
-    )
+    recipe = Recipe('drloc', n_images=16, image_size=32, batch_size=8, steps=2, **SMALL)
     run = pretrain(recipe, tmp_path / 'run', progress=False)
-    assert all(0 < row['drloc'] < 2 for row in run.metrics if 'drloc' in row) and any(
-        'drloc' in row for row in run.metrics
-    )
+    values = [row['drloc'] for row in run.metrics if 'drloc' in row]
+    assert values and all(0 < value < 2 for value in values)
 
 
 def test_every_block_needs_an_mlp_each():

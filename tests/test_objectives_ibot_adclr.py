@@ -8,9 +8,10 @@ import torch
 
 from glsd.backbones import create_backbone
 from glsd.objectives.adclr import query_pairs
-from glsd.objectives.ibot import IBOTLoss, block_mask, draw_masks, hidden_patches
+from glsd.objectives.ibot import IBOTLoss, block_mask, draw_masks, masked_weights
 from glsd.training import Recipe
-from glsd.training.loop import Trainer, batches, build_dataset
+from glsd.training.loop import batches, build_dataset
+from glsd.training.trainer import Trainer
 
 SMALL = dict(
     image_size=32,
@@ -24,35 +25,35 @@ SMALL = dict(
     head_bottleneck=8,
     batch_size=4,
     steps=2,
-    n_query=3,
     drop_path=0.2,
 )
 
 
-def trained(objective, steps=2, **changes):
-    recipe = Recipe.from_dict({**SMALL, 'objective': objective, **changes})
+def trained(method, steps=2, **changes):
+    more = dict(n_query=3) if 'adclr' in method else {}
+    recipe = Recipe(method, **SMALL | more | changes)
     trainer = Trainer(recipe, 2)
-    views = list(batches(recipe, build_dataset(recipe), 0, 2, trainer.multicrop))
+    views = list(batches(recipe, build_dataset(recipe), 0, 2, trainer.method.views))
     return trainer, [trainer.step(v) for v in views[:steps]], views
 
 
 @pytest.mark.parametrize(
-    'objective, terms',
+    'method, terms',
     [('ibot', {'view', 'patch'}), ('adclr', {'view', 'query'}), ('adclr_ibot', {'view', 'patch', 'query'})],
 )
-def test_settings_train(objective, terms):
-    _, lines, _ = trained(objective, steps=1)
+def test_methods_train(method, terms):
+    _, lines, _ = trained(method, steps=1)
     assert all(np.isfinite(line[term]) and line[term] > 0 for line in lines for term in terms)
 
 
 def test_resumes_and_repeats():
-    "A checkpoint holds all there is, the shared head and the mask token too; all chance comes from seed and step."
+    "A checkpoint holds everything, the shared head and the mask token too; chance comes from seed and step."
     trainer, lines, views = trained('adclr_ibot')
     first = trained('adclr_ibot', steps=1)[0]
     again = Trainer(trainer.recipe, 2)
     again.load_state_dict(first.state_dict())
     assert again.step(views[1])['loss'] == lines[1]['loss']
-    for a, b in zip(trainer.teacher.state_dict().values(), again.teacher.state_dict().values()):
+    for a, b in zip(trainer.method.state_dict().values(), again.method.state_dict().values()):
         assert torch.equal(a, b)
 
 
@@ -61,30 +62,23 @@ def test_ibot_on_swin():
     assert np.isfinite(line['patch']) and line['patch'] > 0
 
 
-def test_ibot_head_reads_hidden_views_only():
+def test_ibot_head_reads_masked_views_only():
     trainer, _, views = trained('ibot', steps=0)
-    student, teacher, _ = trainer.forward(views[0], 0.04)
-    assert (
-        student.logits['patch'].shape[1]
-        == teacher.logits['patch'].shape[1]
-        == 2 * 16
-        < student.tokens.shape[1]
-    )
-    assert student.asked[0]['mask'].shape == (2 * 4, 16) and not any(teacher.asked)
+    student, teacher = trainer.method.outputs(views[0])
+    logits = student.logits['patch'].shape[1]
+    assert logits == teacher.logits['patch'].shape[1] == 2 * 16 < student.tokens.shape[1]
+    assert student.inputs[0]['mask'].shape == (2 * 4, 16) and not any(teacher.inputs)
 
 
-@pytest.mark.parametrize('options', [dict(ratio=0.0, spread=0.0), dict(hidden=0.0)])
-def test_nothing_hidden_nothing_learned(options):
+@pytest.mark.parametrize('options', [dict(ratio=0.0, ratio_var=0.0), dict(prob=0.0)])
+def test_nothing_masked_nothing_learned(options):
     loss = IBOTLoss(8, **options)
-    crops = torch.zeros(2, 3, 3, 32, 32)
+    views = Outputs(crops=[torch.zeros(2, 3, 3, 32, 32)])
     branch = Outputs(backbone=Outputs(stride=8), heads={'mask': Outputs(token=torch.zeros(4))})
-    asked = loss.asks(Outputs(crops=[crops]), branch, False)
-    s = torch.randn(3, 32, 8, requires_grad=True)
-    value = loss(
-        Outputs(tokens=s, logits={'patch': s}, asked=asked),
-        Outputs(logits={'patch': torch.randn(3, 32, 8)}),
-        0.04,
-    )['patch']
+    s, t = torch.randn(3, 32, 8, requires_grad=True), torch.randn(3, 32, 8)
+    inputs = loss.backbone_inputs(views, branch, teacher=False)
+    student = Outputs(tokens=s, logits={'patch': s}, inputs=inputs)
+    value = loss(student, Outputs(logits={'patch': t}), 0.04)
     value.backward()
     assert value == 0 and not s.grad.any()
 
@@ -108,11 +102,10 @@ def test_masks_are_blocks_of_the_published_shape():
 
 
 def test_ibot_weights():
-    mask = draw_masks(6, (4, 4), np.random.default_rng(1), hidden=1.0)
-    W = hidden_patches(mask, 3)
-    torch.testing.assert_close(W.sum((1, 2)), torch.ones(3))
-    assert torch.equal(W.diagonal(dim1=1, dim2=2) > 0, mask.view(2, 3, 16).transpose(0, 1).flatten(1))
-    assert (W - W.diagonal(dim1=1, dim2=2).diag_embed() == 0).all()
+    mask = draw_masks(6, (4, 4), np.random.default_rng(1), prob=1.0)
+    weights = masked_weights(mask, 3)
+    torch.testing.assert_close(weights.sum(1), torch.ones(3))
+    assert torch.equal(weights > 0, mask.view(2, 3, 16).transpose(0, 1).flatten(1))
 
 
 @pytest.mark.parametrize('V, Q', [(2, 1), (2, 7), (3, 4)])
@@ -125,15 +118,15 @@ def test_query_weights(V, Q):
 
 @pytest.mark.parametrize('name, p', [('vit_tiny_p16', 16), ('vit_tiny_p16_mean', 16), ('vit_mini', 8)])
 def test_queries_are_never_read(name, p):
-    "Features, their gradients, buffers and the random numbers after them are what they are without queries, bit by bit."
+    "Features, gradients, buffers and the random numbers after them are those without queries, bit by bit."
     backbone = create_backbone(name, drop_path=0.3)
     start = {k: v.clone() for k, v in backbone.state_dict().items()}
     x, q = torch.randn(3, 3, 2 * p, 2 * p), torch.randn(3, 4, 3, p, p)
 
-    def run(**asked):
+    def run(**inputs):
         backbone.load_state_dict(start)
         torch.manual_seed(1)
-        f = backbone.train()(x, **asked)
+        f = backbone.train()(x, **inputs)
         grads = torch.autograd.grad(f.pooled.square().sum() + f.tokens.sum(), list(backbone.parameters()))
         return [f.pooled, f.tokens, *grads, *backbone.buffers(), torch.rand(2)]
 
@@ -142,31 +135,27 @@ def test_queries_are_never_read(name, p):
 
 
 def test_step_without_weight_is_dinos():
-    "With lambda 0 the student moves as DINO's does, query by query unheard."
-    dino, adclr = trained('vanilla')[0], trained('adclr', objective_options={'query': {'weight': 0.0}})[0]
-    for (name, a), b in zip(
-        dino.student.backbone.state_dict().items(), adclr.student.backbone.state_dict().values()
-    ):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=name)
+    "With lambda 0 the student moves as DINO's does: no query is read."
+    dino, adclr = trained('dino')[0].method, trained('adclr', query_weight=0.0)[0].method
+    weights = dino.student.backbone.state_dict(), adclr.student.backbone.state_dict()
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize(
-    'changes, message',
+    'method, changes, message',
     [
-        (dict(objective='adclr', backbone='swin_mini'), 'cannot take .queries.'),
-        (dict(objective='adclr', backbone='resnet_mini'), 'cannot take .queries.'),
-        (dict(objective='ibot', backbone='resnet_mini'), 'cannot take .mask.'),
-        (dict(objective='adclr', n_query=0), 'n_query'),
-        (dict(objective='adclr', query_scale=(0.5, 1.5)), 'query_scale'),
-        (
-            dict(objective='adclr', backbone='vit_tiny_p16', global_size=8, local_size=8),
-            'larger than the image|does not divide',
-        ),
-        (dict(objective='ibot', objective_options={'ratio': 0.9}), 'ratio=0.9'),
-        (dict(objective='ibot', global_size=8, local_size=8), 'one token'),
+        ('adclr', dict(backbone='swin_mini'), 'cannot take .queries.'),
+        ('adclr', dict(backbone='resnet_mini'), 'cannot take .queries.'),
+        ('ibot', dict(backbone='resnet_mini'), 'cannot take .mask.'),
+        ('adclr', dict(n_query=0), 'n_query'),
+        ('adclr', dict(query_scale=(0.5, 1.5)), 'query_scale'),
+        ('adclr', dict(backbone='vit_tiny_p16', global_size=8, local_size=8), 'larger than|does not divide'),
+        ('ibot', dict(patch_ratio=0.9), 'ratio=0.9'),
+        ('ibot', dict(global_size=8, local_size=8), 'one token'),
     ],
 )
-def test_bad_input_is_one_line(changes, message):
+def test_bad_input_is_one_line(method, changes, message):
     with pytest.raises(ValueError, match=message) as e:
-        trained(steps=1, **changes)
+        trained(method, steps=1, **changes)
     assert '\n' not in str(e.value)

@@ -4,29 +4,19 @@ import numpy as np
 import pytest
 
 from glsd.cli import main
-from glsd.training import Recipe
-from glsd.training.loop import Trainer
+from glsd.training import Recipe, Trainer
 from glsd.training.plan import Count, Machine, calibrate, count_step, gpu, measure_step, plan, plan_lines
 
 pytestmark = pytest.mark.filterwarnings('ignore:The image decoding')
 TINY = Recipe(
-    global_size=32,
-    local_size=16,
-    n_local=2,
-    backbone='vit_mini',
-    out_dim=512,
-    head_hidden=32,
-    head_bottleneck=16,
-    batch_size=4,
-    steps=100,
-    device='cpu',
-    drop_path=0.0,
-)
+    'geometric', global_size=32, local_size=16, n_local=2, backbone='vit_mini', out_dim=512, head_hidden=32,
+    head_bottleneck=16, batch_size=4, steps=100, device='cpu', drop_path=0.0,
+)  # fmt: skip
 
 
 def test_state_is_student_gradient_moments_and_teacher():
     count, trainer = count_step(TINY), Trainer(TINY, 10)
-    P = sum(p.numel() for p in trainer.student.parameters())
+    P = sum(p.numel() for p in trainer.method.student.parameters())
     assert count.parameters == P and count.bytes['state'] == 4 * (P + P + 2 * P + P)
 
 
@@ -35,7 +25,7 @@ def test_logits_and_views_by_hand():
     tokens, teachers = 2 * 16 + 2 * 4, 2 * 16  # patches of 8: 4 x 4 and 2 x 2
     assert count.bytes['logits'] == 4 * 4 * 512 * (4 + tokens + 2 + teachers)
     assert count.bytes['views'] == 4 * 3 * 4 * (2 * 32**2 + 2 * 16**2)
-    vanilla = count_step(TINY.replace(objective='vanilla'))
+    vanilla = count_step(TINY.replace(method='vanilla'))
     assert vanilla.bytes['logits'] == 4 * 4 * 512 * (4 + 2)
 
 
@@ -51,9 +41,9 @@ def test_operations_equal_those_of_a_real_step():
     from glsd.data.loading import make_loader
     from glsd.data.toyworld import ToyWorld
 
-    recipe = TINY.replace(backbone='swin_mini', objective='vanilla')
+    recipe = TINY.replace(backbone='swin_mini', method='vanilla')
     trainer = Trainer(recipe, 10)
-    views = next(iter(make_loader(ToyWorld(8, size=32), trainer.multicrop, 4)))
+    views = next(iter(make_loader(ToyWorld(8, size=32), trainer.method.views, 4)))
     with FlopCounterMode(display=False) as counter:
         trainer.step(views)
     assert count_step(recipe).flops == counter.get_total_flops()
@@ -112,6 +102,7 @@ def test_calibration_finds_the_constants_and_none_below_zero():
     assert odd.rate > 0 and odd.bandwidth > 0 and odd.fixed >= 0
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore')
 def test_measured_memory_is_near_the_plan():
     recipe = TINY.replace(out_dim=4096, batch_size=8)
@@ -142,9 +133,21 @@ def test_a_plan_adds_up():
     assert slow['seconds'] == 36 and 'views are the limit' in plan_lines(slow)[2]
 
 
-@pytest.mark.parametrize('objective', ['vanilla', 'similarity', 'shuffled', 'adclr', 'moby'])
-def test_other_objectives_are_counted(objective):
-    assert count_step(TINY.replace(objective=objective)).flops > 0
+@pytest.mark.parametrize('method', ['dino', 'similarity', 'shuffled', 'adclr', 'moby'])
+def test_other_methods_are_counted(method):
+    assert count_step(TINY.replace(method=method)).flops > 0
+
+
+def test_supervised_training_is_counted():
+    recipe = Recipe('supervised', backbone='vit_mini', global_size=32, batch_size=4)
+    count = count_step(recipe)
+    assert count.flops > 0 and 'logits' not in count.bytes and count.bytes['views'] == 4 * 4 * 3 * 32**2
+    assert plan(recipe, Machine(1e9), views=0.0)['seconds'] > 0
+
+
+def test_sharded_weights_are_shared_by_all():
+    "The teacher's, too."
+    assert count_step(TINY.replace(fsdp=True), 2, 2).bytes['state'] == count_step(TINY).bytes['state'] / 2
 
 
 @pytest.mark.parametrize(
@@ -155,7 +158,7 @@ def test_other_objectives_are_counted(objective):
         (lambda: gpu('h1000', TINY), 'no card'),
         (lambda: gpu('h100', TINY, efficiency=40.0), 'a share between 0 and 1'),
         (lambda: gpu('h100', TINY, tflops=-1.0), 'of more than 0'),
-        (lambda: count_step(TINY.replace(objective='selfpatch')), "'selfpatch', which needs numbers"),
+        (lambda: count_step(TINY.replace(method='selfpatch')), "'selfpatch', which needs numbers"),
         (lambda: calibrate([(None, 1.0)]), '1 measured sizes'),
     ],
 )

@@ -1,45 +1,30 @@
-"""Compiled backbones: the same loss, the same names in a checkpoint, one line without a compiler; colours that wait for the device."""
+"""Compiled backbones: the same loss, the same names in a checkpoint, one line without a compiler; colours
+that wait for the device."""
 
 import numpy as np
 import pytest
 import torch
-from glsd.training.speed import compile_backbones
 
-from glsd.training.loop import Trainer
+from glsd.training import trainer as training
 from glsd.training.recipe import Recipe
+from glsd.training.trainer import Trainer, compile_backbones
 from glsd.views.multicrop import MultiCrop
+
+SMALL = dict(
+    backbone='vit_mini', global_size=16, local_size=8, n_local=2, batch_size=2, out_dim=32, head_hidden=16,
+    head_bottleneck=8, drop_path=0.0, warmup=0.0, steps=10, device='cpu',
+)  # fmt: skip
 
 
 def small_trainer():
-    return Trainer(
-        Recipe(
-            backbone='vit_mini',
-            global_size=16,
-            local_size=8,
-            n_local=2,
-            batch_size=2,
-            out_dim=32,
-            head_hidden=16,
-            head_bottleneck=8,
-            drop_path=0.0,
-            warmup=0.0,
-            steps=10,
-            device='cpu',
-        ),
-        10,
-    )
+    return Trainer(Recipe('geometric', **SMALL), 10)
 
 
 def small_views(step, **options):
-    images = [
-        torch.randint(
-            0, 256, (3, 20, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(2 * step + i)
-        )
-        for i in range(2)
-    ]
-    return MultiCrop(16, 8, n_local=2, **options)(
-        images, [np.random.default_rng((step, i)) for i in range(2)]
-    )
+    generators = [torch.Generator().manual_seed(2 * step + i) for i in range(2)]
+    images = [torch.randint(0, 256, (3, 20, 20), dtype=torch.uint8, generator=g) for g in generators]
+    rngs = [np.random.default_rng((step, i)) for i in range(2)]
+    return MultiCrop(16, 8, n_local=2, **options)(images, rngs)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +41,8 @@ def small_views(step, **options):
 )
 def test_losses_agree_with_and_without_compile(backend):
     plain, compiled = small_trainer(), small_trainer()
-    compile_backbones(compiled.student, compiled.teacher, backend=backend)
+    backbones = compiled.method.student.backbone, compiled.method.teacher.backbone
+    compile_backbones(*backbones, backend=backend)
     for step in range(2):
         a, b = (t.step(small_views(step))['loss'] for t in (plain, compiled))
         assert abs(a / b - 1) < 1e-4
@@ -68,7 +54,7 @@ def test_no_compiler_is_one_line(monkeypatch):
     monkeypatch.setenv('PATH', '')
     monkeypatch.delenv('CXX', raising=False)
     with pytest.raises(ValueError, match=r'compile=True needs a C\+\+ compiler') as e:
-        compile_backbones(small_trainer().student)
+        compile_backbones(small_trainer().method.student.backbone)
     assert '\n' not in str(e.value)
 
 
@@ -77,21 +63,14 @@ def test_a_step_on_uint8_views_is_the_same_step():
     assert a == b
 
 
-def test_the_recipe_reaches_views_and_backbones(monkeypatch):
-    from glsd.training import loop
-
+@pytest.mark.parametrize('method', ['geometric', 'supervised'])
+def test_the_recipe_reaches_views_and_backbones(monkeypatch, method):
     seen = []
-    monkeypatch.setattr(loop, 'compile_backbones', lambda *branches: seen.append(branches))
+    monkeypatch.setattr(training, 'compile_backbones', lambda *backbones: seen.extend(backbones))
+    changes = dict(compile=True, colour_on_device=True)
     recipe = Recipe(
-        backbone='vit_mini',
-        global_size=16,
-        local_size=8,
-        batch_size=2,
-        out_dim=32,
-        steps=10,
-        device='cpu',
-        compile=True,
-        colour_on_device=True,
+        method, backbone='vit_mini', global_size=16, batch_size=2, steps=10, device='cpu', **changes
     )
-    trainer = Trainer(recipe, 10)
-    assert seen == [(trainer.student, trainer.teacher)] and trainer.multicrop.colour_on_device
+    made = Trainer(recipe, 10, classes=['a', 'b']).method
+    wanted = [made.backbone] if method == 'supervised' else [made.student.backbone, made.teacher.backbone]
+    assert seen == wanted and made.views.colour_on_device

@@ -1,106 +1,77 @@
-"Supervised runs: cut and resumed they end the same, bit for bit; without DrLoc they are plain supervised training; faults are one line."
+"""Supervised training is a method under the one trainer: without DrLoc it is plain supervised training;
+faults are one line. (Cut and gone on, NaN, replay and processes: with all other methods, elsewhere.)"""
 
 import json
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from timm.loss import SoftTargetCrossEntropy
+from training_runs import SUPERVISED, finite, one_line, same
 
 from glsd.data.folders import Subset
 from glsd.data.loading import make_loader
 from glsd.data.toyworld import ToyWorld
+from glsd.objectives.method import decay_groups
 from glsd.objectives.schedules import cosine_schedule
-from glsd.training.checkpoint import export_backbone, last_checkpoint, read_metrics
-from glsd.training.labelled import SupervisedRecipe, build_sets, mix, one_view, seeded
-from glsd.training.loop import batches, decay_groups, seed_step
-from glsd.training.supervised import (
-    Classifier,
-    SupervisedTrainer,
-    load_start,
-    load_supervised,
-    train_supervised,
-)
+from glsd.training import Recipe, Trainer, export_backbone, fine_tuning, load_method, load_run, pretrain
+from glsd.training.checkpoint import last_checkpoint, load_start, read_metrics
+from glsd.training.labelled import mix
+from glsd.training.supervised import test_set as images_to_test_on
+from glsd.training.supervised import top1
+from glsd.training.trainer import build_dataset, seeded
 
-SMALL = SupervisedRecipe(
-    n_images=24,
-    n_test=12,
-    image_size=32,
-    size=32,
-    backbone='swin_mini',
-    drop_path=0.2,
-    batch_size=4,
-    steps=8,
-    lr=0.1,
-    drloc=0.5,
-    drloc_pairs=16,
-    drloc_hidden=16,
-    test_every=0,
-    checkpoint_every=3,
-)
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    return all(map(same, a, b)) if isinstance(a, list) else a == b
+SMALL = Recipe('supervised', **SUPERVISED)
+WORLD = ToyWorld(24, 32)
 
 
 @pytest.fixture(scope='module')
 def straight(tmp_path_factory):
     out = tmp_path_factory.mktemp('runs') / 'straight'
-    train_supervised(SMALL, out, progress=False)
+    pretrain(SMALL, out, progress=False)
     return out
 
 
-@pytest.mark.parametrize('cut', [2, 7])  # before the first checkpoint; in the middle of an epoch, after one
-def test_a_cut_run_ends_bit_equal(tmp_path, straight, monkeypatch, cut):
-    step = SupervisedTrainer.step
-
-    def breaks(trainer, views):
-        if trainer.done == cut:
-            raise KeyboardInterrupt
-        return step(trainer, views)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(SupervisedTrainer, 'step', breaks)
-        train_supervised(SMALL, tmp_path / 'run', progress=False)
-    np.random.rand(7)  # what other code draws in between has no part in it
-    train_supervised(SMALL.replace(test_every=1), tmp_path / 'run', progress=False)
-    a, b = last_checkpoint(straight), last_checkpoint(tmp_path / 'run')
-    assert {k: same(a[k], b[k]) for k in a if k != 'recipe'} == dict.fromkeys(set(a) - {'recipe'}, True)
-    assert [m['loss'] for m in read_metrics(straight)] == [m['loss'] for m in read_metrics(tmp_path / 'run')]
+def test_what_other_code_draws_has_no_part_in_a_run(tmp_path, straight):
+    np.random.rand(7)
+    torch.rand(7)
+    pretrain(SMALL.replace(monitor_every=1), tmp_path, progress=False)
+    a, b = last_checkpoint(straight), last_checkpoint(tmp_path)
+    assert all(same(a[k], b[k]) for k in a if k != 'recipe')
+    assert sum('test/top1' in line for line in read_metrics(tmp_path)) == 6
 
 
 def test_a_finished_run_is_read(straight):
     before = (straight / 'metrics.jsonl').read_bytes()
-    run = train_supervised(SMALL, straight, progress=False)
-    assert (straight / 'metrics.jsonl').read_bytes() == before and 0 <= run.accuracy <= 100
-    assert same(dict(load_supervised(straight).model.state_dict()), dict(run.model.state_dict()))
+    run = pretrain(SMALL, straight, progress=False)
+    assert (straight / 'metrics.jsonl').read_bytes() == before
+    method = load_method(straight)
+    assert method.classes == WORLD.classes and same(method.state_dict(), last_checkpoint(straight)['method'])
+    test = images_to_test_on(SMALL)
+    assert top1(method, test, 32) == run.metrics[-1]['test/top1'] and not method.training
 
 
 def test_without_drloc_it_is_plain_supervised_training():
     "Three steps written out, with no word of DrLoc in them."
-    r = SMALL.replace(drloc=0.0, steps=3)
-    train, _ = build_sets(r)
-    batches = list(make_loader(train, one_view(r), 4))[:3]
-    trainer = SupervisedTrainer(r, 3, train.classes)
+    r = SMALL.replace(drloc_weight=0.0, steps=3)
+    train = build_dataset(r)
+    trainer = Trainer(r, 3, classes=train.classes)
+    batches = list(make_loader(train, trainer.method.views, 8))[:3]
     lines = [trainer.step(views) for views in batches]
 
-    seed_step(0, 0)
-    model = Classifier(r, 12)
+    with seeded(0, 0):
+        model = r.create_method(train.classes)
     assert model.localize is None
-    optimizer = torch.optim.AdamW(
-        decay_groups(model.named_parameters()), weight_decay=r.weight_decay, fused=True
-    )
+    groups = decay_groups(model.named_parameters())
+    optimizer = torch.optim.AdamW(groups, weight_decay=r.weight_decay, fused=True)
+    rates = cosine_schedule(r.lr * 8 / 1024, r.lr_final, 3, 1)
     losses = []
-    for step, (views, lr) in enumerate(zip(batches, cosine_schedule(r.lr * 4 / 1024, r.lr_final, 3, 1)), 1):
+    for step, (views, lr) in enumerate(zip(batches, rates), 1):
         for group in optimizer.param_groups:
             group['lr'] = float(lr)
         with seeded(0, step):
-            x, target = mix(views.crops[0][0], views.label, r, 12)
+            x, target = mix(views.crops[0][0], views.label, r.options, 12)
             loss = SoftTargetCrossEntropy()(model.head(model.backbone(x).pooled), target)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
@@ -108,25 +79,27 @@ def test_without_drloc_it_is_plain_supervised_training():
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses == [line['loss'] for line in lines] and 'drloc' not in lines[0]
-    assert same(dict(model.state_dict()), dict(trainer.model.state_dict()))
+    assert same(model.state_dict(), trainer.method.state_dict())
 
 
 def test_with_and_without_are_a_pair():
-    "The same weights at the start, and the same images, mixed in the same way: the first cross-entropy is equal."
-    train, _ = build_sets(SMALL)
-    views = next(iter(make_loader(train, one_view(SMALL), 4)))
-    pair = [SupervisedTrainer(SMALL.replace(drloc=lam), 3, train.classes) for lam in (0.0, 0.5)]
-    a, b = [t.step(views)['ce'] for t in pair]
+    "The same weights at the start, and the same images, mixed in the same way: the first ce is equal."
+    pair = [Trainer(SMALL.replace(drloc_weight=w), 3, classes=WORLD.classes) for w in (0.0, 0.5)]
+    views = next(iter(make_loader(WORLD, pair[0].method.views, 8)))
+    a, b = [trainer.step(views)['ce'] for trainer in pair]
     assert a == b
 
 
 def test_weights_from_a_folder_and_a_file(tmp_path, straight):
     export_backbone(straight, tmp_path / 'a.safetensors')
-    wanted = load_supervised(straight).backbone.state_dict()
+    wanted = load_run(straight).backbone.state_dict()
     for weights in straight, tmp_path / 'a.safetensors':
-        model = Classifier(SMALL, 12)
-        load_start(model.backbone, str(weights))
-        assert same(dict(model.backbone.state_dict()), dict(wanted))
+        method = SMALL.create_method(WORLD.classes)
+        load_start(method.backbone, str(weights))
+        assert same(method.backbone.state_dict(), wanted)
+    tuned = fine_tuning(straight, **SUPERVISED).replace(steps=1)
+    assert tuned.warmup == 0.1 and tuned.weights == str(straight)
+    assert finite(last_checkpoint(pretrain(tuned, tmp_path / 'tuned', {}, progress=False).path)['method'])
 
 
 class Bare:
@@ -136,58 +109,72 @@ class Bare:
         return 8
 
 
-WORLD = ToyWorld(24, 32)
-ONE = Subset(WORLD, [0, 12, 0, 12])
+ONE = Subset(WORLD, [0, 12] * 4)
 ONE.classes = ['disc bars']
 
 
 @pytest.mark.parametrize(
-    'changes, sets, error',
+    'changes, dataset, error',
     [
-        ({}, dict(train=Bare(), test=WORLD), '8 of 8 training images have no class'),
-        ({}, dict(train=ONE, test=ONE), "all images are of one class, 'disc bars'"),
-        ({'batch_size': 64}, {}, '24 images are fewer than a batch of 64'),
-        ({'backbone': 'swin_minni'}, {}, "no backbone is called 'swin_minni'; the nearest: swin_mini"),
+        ({}, Bare(), '8 of 8 images have no class'),
+        ({}, ONE, "all images are of one class, 'disc bars'"),
+        ({'batch_size': 64}, None, '48 images are fewer than a batch of 64'),
+        ({'backbone': 'swin_minni'}, None, "no backbone is called 'swin_minni'; the nearest: swin_mini"),
         (
             {'weights': '/no/such'},
-            {},
+            None,
             'weights=/no/such: neither the folder of a run nor a .safetensors file',
         ),
-        ({'data': '/no/such'}, {}, 'data=/no/such has no folder train/'),
-        ({'drloc_pairs': 1000}, {}, 'm=1000 pairs of a grid of 4 x 4'),
+        ({'data': '/no/such'}, None, '/no/such'),
+        ({'drloc_m': 1000}, None, 'm=1000 pairs of a grid of 4 x 4'),
         (
             {'lr': 1e30, 'clip': 0, 'warmup': 0},
-            {},
+            None,
             "step 2: 'ce' is nan; the weights are those from before it",
         ),
     ],
 )
-def test_faults_are_one_line(tmp_path, changes, sets, error):
+def test_faults_are_one_line(tmp_path, changes, dataset, error):
     with pytest.raises((ValueError, FileNotFoundError)) as e:
-        train_supervised(SMALL.replace(**changes), tmp_path, progress=False, **sets)
-    assert error in str(e.value) and '\n' not in str(e.value)
+        pretrain(SMALL.replace(**changes), tmp_path, progress=False, dataset=dataset)
+    assert error in str(e.value) and one_line(e)
+
+
+def test_a_folder_with_train_and_val(tmp_path):
+    for part, n in ('train', 16), ('val', 4):
+        for i in range(n):
+            place = tmp_path / 'data' / part / ('rose' if i % 2 else 'tulip')
+            place.mkdir(parents=True, exist_ok=True)
+            Image.effect_noise((32, 32), 50).convert('RGB').save(place / f'{i}.png')
+    recipe = SMALL.replace(data=tmp_path / 'data', steps=1)
+    run = pretrain(recipe, tmp_path / 'run', progress=False)
+    assert load_method(run.path).classes == ['rose', 'tulip'] and 'test/top1' in run.metrics[-1]
+    (tmp_path / 'data/val/rose').rename(tmp_path / 'data/val/daisy')
+    with pytest.raises(ValueError, match="different classes; the first is 'daisy'") as error:
+        pretrain(recipe, tmp_path / 'other', progress=False)
+    assert one_line(error)
+    with pytest.raises(FileNotFoundError, match='has no folder train/'):
+        images_to_test_on(recipe.replace(data=tmp_path / 'data/val'))
 
 
 def test_weights_of_another_architecture_and_another_recipe(tmp_path, straight):
     with pytest.raises(ValueError, match='is of another architecture; missing: ') as e:
-        train_supervised(SMALL.replace(backbone='vit_mini', weights=str(straight)), tmp_path, progress=False)
-    assert '\n' not in str(e.value)
+        pretrain(SMALL.replace(backbone='vit_mini', weights=str(straight)), tmp_path, progress=False)
+    assert one_line(e)
     with pytest.raises(ValueError, match='has another recipe: seed is 0 there, 1 here'):
-        train_supervised(SMALL.replace(seed=1), straight, progress=False)
+        pretrain(SMALL.replace(seed=1), straight, progress=False)
+
+
+def test_a_run_with_other_classes_is_not_gone_on_with(tmp_path, straight):
+    data = Subset(WORLD, range(24))
+    data.classes = [f'class {i}' for i in range(12)]
+    with pytest.raises(ValueError, match='was trained on other classes') as error:
+        pretrain(SMALL, straight, progress=False, dataset=data)
+    assert one_line(error)
 
 
 def test_the_file_holds_the_weights_once(straight):
     state = last_checkpoint(straight)
-    assert state['teacher'].keys() < state['student'].keys()
-    assert all(v.data_ptr() == state['student'][k].data_ptr() for k, v in state['teacher'].items())
+    tensors = [v.data_ptr() for v in state['method'].values() if v.numel()]
+    assert len(tensors) == len(set(tensors)) and state['backbone']['prefix'] == 'backbone.'
     json.dumps(state['recipe'])
-
-
-def test_a_step_that_is_not_finite_leaves_the_weights():
-    trainer = SupervisedTrainer(SMALL, 2, WORLD.classes)
-    before = [p.clone() for p in trainer.model.parameters()]
-    views = next(batches(SMALL, WORLD, 0, 1, one_view(SMALL)))
-    views.crops[0][0][0] = float('nan')
-    with pytest.raises(ValueError, match='those from before it'):
-        trainer.step(views)
-    assert trainer.done == 0 and all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters()))

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 # %% ../../nbs/3_backbones/4_heads.ipynb #681396ae
 class Prototypes(nn.Module):
-    """K directions; the logit is the cosine with each: x [..., d] of length 1 -> [..., K].
+    """K directions; the logit of a vector of length 1 is its cosine with each.
 
     The weight is normalised in the forward pass. `fixed` keeps the lengths g at 1; otherwise they are
-    learned."""
+    learned. Weight normalisation: Salimans and Kingma (2016)."""
 
     def __init__(self, dim: int, out_dim: int, fixed: bool = True):
         super().__init__()
@@ -28,12 +28,14 @@ class Prototypes(nn.Module):
         return weight if self.g is None else self.g * weight
 
     def forward(self, x: Tensor) -> Tensor:
+        "x [..., d] of length 1 -> logits [..., K]."
         return F.linear(x, self.directions())
 
 # %% ../../nbs/3_backbones/4_heads.ipynb #4997f2ef
 def head_layers(widths: list[int], batch_norm: bool) -> list[nn.Module]:
-    """Linear layers between `widths`, each but the last followed by GELU, and by BatchNorm before it if asked
-    for."""
+    """Linear layers between `widths`, each but the last followed by GELU.
+
+    `batch_norm`: BatchNorm before the GELU, and another start (see the chapter)."""
     layers: list[nn.Module] = []
     for n_in, n_out in zip(widths, widths[1:]):
         linear = nn.Linear(n_in, n_out)
@@ -70,4 +72,5 @@ class DINOHead(nn.Module):  # in one cell: half of it are its arguments
         return F.normalize(self.mlp(x.flatten(0, -2)).unflatten(0, x.shape[:-1]), dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:
+        "Features [..., in_dim] -> logits [..., out_dim]."
         return self.last_layer(self.project(x))

@@ -9,13 +9,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from glsd.evaluation.evaluations import evaluate
-    from glsd.evaluation.segmentation import MaskFolder, ToySegmentation
-
     from glsd.evaluation.attention import attention_maps
     from glsd.evaluation.collapse import distinct_share, effective_rank
     from glsd.evaluation.copies import copy_detection
     from glsd.evaluation.dense import dense_nn
+    from glsd.evaluation.evaluations import evaluate
     from glsd.evaluation.frozen import cached_extract, load_frozen
     from glsd.evaluation.knn import extract, knn_accuracy, knn_monitor, pixels
     from glsd.evaluation.linear import linear_probe
@@ -23,6 +21,7 @@ if TYPE_CHECKING:
     from glsd.evaluation.ranking import mean_average_precision, search
     from glsd.evaluation.report import collapse_monitor, collapse_report
     from glsd.evaluation.retrieval import RetrievalFolder, retrieval_map
+    from glsd.evaluation.segmentation import MaskFolder, ToySegmentation
     from glsd.evaluation.similarity import pca_rgb, similarity_widget
     from glsd.evaluation.token_matching import correspondence, correspondence_picture
 

@@ -140,9 +140,10 @@ def measure_linear(  # over 25 lines: every option has its own
     if cache is not None:
         settings = [size, epochs, batch_size, rates, n_blocks, cached, seed]
         state = Path(cache) / f'linear-{_state_name(net, anchors, size, settings)}'
-    options: dict[str, Any] = dict(epochs=epochs, batch_size=batch_size, lrs=rates, n_blocks=n_blocks)
-    options |= dict(cached=cached, seed=seed, workers=workers)
-    return linear_probe(net.backbone, anchors, test, size, **options, out=state)
+    options: dict[str, Any] = dict(
+        epochs=epochs, batch_size=batch_size, lrs=rates, n_blocks=n_blocks, cached=cached
+    )
+    return linear_probe(net.backbone, anchors, test, size, **options, out=state, seed=seed, workers=workers)
 
 # %% ../../nbs/8_evaluation/19_evaluations.ipynb #123f1ee4
 def _state_name(net, dataset, size, settings):

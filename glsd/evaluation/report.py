@@ -60,7 +60,8 @@ class CollapseReport:
 # %% ../../nbs/8_evaluation/11_report.ipynb #f4a5978e
 STUCK = (
     'its answers are uniform, and that costs ln(out_dim) whatever the teacher says',
-    'to wait, while the learning rate is warming up or the last layer is frozen; then a lower teacher_temp, a higher lr, '
+    'to wait, while the learning rate is warming up or the last layer is frozen; then a lower teacher_temp, '
+    'a higher lr, '
     'a smaller out_dim, or head_batchnorm on',
 )
 
@@ -68,7 +69,8 @@ STUCK = (
 def _why_same(h):
     if h['teacher_temp'] >= h['student_temp']:
         return (
-            f'sharpening is too weak, the teacher (temperature {h["teacher_temp"]:g}) is no sharper than the student '
+            f'sharpening is too weak, the teacher (temperature {h["teacher_temp"]:g}) is no sharper than the '
+            'student '
             f'({h["student_temp"]:g})',
             'a lower teacher_temp',
         )
@@ -101,7 +103,8 @@ def _head(name, h):
     if not same:
         return []
     kind, who = ('local collapse', 'tokens') if h['local'] else ('full collapse', 'images')
-    seen = f"all {who} get the same answer from '{name}', teacher entropy {h['teacher_entropy']:.2f} of ln({K}) = {top:.2f}"
+    entropy = f'teacher entropy {h["teacher_entropy"]:.2f} of ln({K}) = {top:.2f}'
+    seen = f"all {who} get the same answer from '{name}', {entropy}"
     return [Finding(kind, seen, *_why_same(h))]
 
 # %% ../../nbs/8_evaluation/11_report.ipynb #36b50e80
@@ -254,7 +257,8 @@ def _histories(runs):
     for name, lines in looks.items():
         if not lines:
             raise ValueError(
-                f"{name}: no 'collapse/...' in its metrics: train with monitors={{'collapse': collapse_monitor()}}"
+                f"{name}: no 'collapse/...' in its metrics: train with "
+                "monitors={'collapse': collapse_monitor()}"
             )
     heads = dict.fromkeys(
         k.split('/')[1] for lines in looks.values() for k in lines[0] if k.endswith('/information')
@@ -319,7 +323,7 @@ def collapse_of_run(path: Any, dataset: Any = None) -> dict:
     dataset = build_dataset(recipe) if dataset is None else dataset
     if len(dataset) < recipe.batch_size:
         raise ValueError(f'{path}: {len(dataset)} images are fewer than its batch of {recipe.batch_size}')
-    return figures_of(method, next(batches(recipe, dataset, 0, 1, method.views)))
+    return figures_of(method, next(iter(batches(recipe, dataset, 0, 1, method.views))))
 
 # %% ../../nbs/8_evaluation/11_report.ipynb #61e96e5e
 @torch.no_grad()

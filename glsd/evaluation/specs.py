@@ -18,7 +18,7 @@ from .blocks import AtBlock
 from .frozen import check_images, in_hand, open_source
 from .knn import evenly_spaced
 from .retrieval import RetrievalFolder, RetrievalSet, toy_retrieval
-from .segmentation import MaskFolder, Segmentation, ToySegmentation
+from .segmentation import MaskFolder, ToySegmentation
 
 # %% auto #0
 __all__ = ['Net', 'open_net', 'open_nets', 'common_size', 'at_block', 'open_data', 'subsample', 'toyworld', 'labelled',
@@ -132,7 +132,14 @@ def labelled_pair(recipe: Any, anchors: Any = None, test: Any = None) -> tuple[D
     if bool(anchors) != bool(test):
         raise ValueError('both are needed, --anchors and --test: two folders with one folder a class')
     if anchors and anchors != 'toyworld':
-        return labelled(anchors, 'anchor'), labelled(test, 'test')
+        pair = labelled(anchors, 'anchor'), labelled(test, 'test')
+        names = [list(ds.classes) for ds in pair]
+        if names[0] != names[1]:
+            odd = sorted({*names[0]} ^ {*names[1]}) or ['their order']
+            raise ValueError(
+                f'anchor and test images differ in their classes: {odd[0]} is not the same in both'
+            )
+        return pair
     if not anchors and (not recipe or recipe.data != 'toyworld'):
         return None
     return toyworld(recipe, 5000, 'train'), toyworld(recipe, 2000, 'val')
@@ -197,7 +204,7 @@ def lists_or_images(recipe: Any, where: Where) -> tuple[RetrievalSet | Dataset]:
     return any_images(recipe, where)
 
 # %% ../../nbs/8_evaluation/18_specs.ipynb #c45767ee
-def mask_sets(recipe: Any, where: Where) -> tuple[Segmentation, Segmentation]:
+def mask_sets(recipe: Any, where: Where) -> tuple[Any, Any]:
     "Images with masks: a memory and queries. FileNotFoundError, in one line, for images without masks."
     source = _source(recipe, where)
     if source == 'toyworld':

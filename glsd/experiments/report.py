@@ -6,7 +6,7 @@
 __all__ = ['Results', 'row_of', 'summarize', 'raise_failed', 'band', 'rounded', 'recipe_record', 'run_records', 'bullets',
            'save_report']
 
-# %% ../../nbs/9_experiments/5_report.ipynb #431dda0b
+# %% ../../nbs/9_experiments/5_report.ipynb #bf956129
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 
 from ..data.files import atomic_write
 from .compare import interval
-from ..training.recipe import BaseRecipe
+from ..training.recipe import Recipe
 
 # %% ../../nbs/9_experiments/5_report.ipynb #caceb159
 class Results:
@@ -79,13 +79,13 @@ def band(ax: Any, xs: Sequence, values: np.ndarray, label: str, **style: Any) ->
     (line,) = ax.plot(xs, mean, marker='o', label=label, **style)
     ax.fill_between(xs, mean - std, mean + std, alpha=0.15, lw=0, color=line.get_color())
 
-# %% ../../nbs/9_experiments/5_report.ipynb #0f8013ee
+# %% ../../nbs/9_experiments/5_report.ipynb #91e758db
 def rounded(pair: Sequence[float], digits: int = 3) -> list[float | None]:
     "Numbers for a record: rounded, None for nan."
     return [None if np.isnan(x) else round(float(x), digits) for x in pair]
 
 
-def recipe_record(recipe: BaseRecipe, leave_out: Sequence[str] = ('data',)) -> dict:
+def recipe_record(recipe: Recipe, leave_out: Sequence[str] = ('data',)) -> dict:
     "What of a recipe differs from its method's defaults, without some fields."
     return {k: v for k, v in recipe.differences().items() if k not in leave_out}
 

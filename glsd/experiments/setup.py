@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['INPUTS', 'check', 'choose_scale', 'check_folders', 'check_data', 'data_name', 'count', 'length_of', 'machine_name',
-           'announce', 'recipe_for', 'training_data', 'val_folder', 'test_images', 'why_not', 'worker_threads',
-           'seconds_a_step', 'pending', 'kept_bytes', 'step_memory', 'first_views', 'timed_step']
+           'announce', 'recipe_for', 'training_data', 'val_folder', 'test_images', 'masked_images', 'why_not',
+           'worker_threads', 'seconds_a_step', 'pending', 'kept_bytes', 'step_memory', 'first_views', 'timed_step']
 
-# %% ../../nbs/9_experiments/4_setup.ipynb #3257420f
+# %% ../../nbs/9_experiments/4_setup.ipynb #7ac60097
 import platform
 import tempfile
 import time
@@ -24,7 +24,7 @@ from ..data.toyworld import ToyWorld
 from .cells import cell_folder
 from .runner import cores
 from ..training.loop import batches, pretrain
-from ..training.recipe import BaseRecipe, Recipe
+from ..training.recipe import Recipe
 from ..training.trainer import Trainer
 
 # %% ../../nbs/9_experiments/4_setup.ipynb #1a67e174
@@ -51,7 +51,7 @@ def check_data(data: str | None, scale: str) -> None:
     check(data, f'scale={scale} needs images: data=FOLDER with train/ and val/ in it')
     check_folders(data)
 
-# %% ../../nbs/9_experiments/4_setup.ipynb #8583d603
+# %% ../../nbs/9_experiments/4_setup.ipynb #42a2a000
 def data_name(data: str) -> str:
     "What to call a data set: 'toy world', or the name of its folder."
     return 'toy world' if data == 'toyworld' else Path(data).name
@@ -62,7 +62,7 @@ def count(n: int, what: str) -> str:
     return f'{n} {what}' + 's' * (n != 1)
 
 
-def length_of(recipe: BaseRecipe) -> str:
+def length_of(recipe: Recipe) -> str:
     "'240 steps' or '300 epochs'."
     return f'{recipe.steps} steps' if recipe.steps else f'{recipe.epochs:g} epochs'
 
@@ -96,23 +96,32 @@ def training_data(data: str, n_images: int = 0) -> dict[str, Any]:
         return {'data': data} | ({'n_images': n_images} if n_images else {})
     return {'data': str(Path(data).resolve() / 'train')}
 
-# %% ../../nbs/9_experiments/4_setup.ipynb #2491bce4
+# %% ../../nbs/9_experiments/4_setup.ipynb #37b19368
 def val_folder(data: str) -> str:
     "Where the test images of a folder lie; '' for the toy world."
     return '' if data == 'toyworld' else str(Path(data).resolve() / 'val')
 
 
-def test_images(recipe: BaseRecipe, folder: str = '', n: int = 1000) -> Any:
+def test_images(recipe: Recipe, folder: str = '', n: int = 1000) -> Any:
     "Labelled images to test on: those of `folder`, or `n` scenes of the toy world's validation part."
     if folder:
         return open_images(folder)
     return ToyWorld(n, size=recipe.image_size, split='val', seed=recipe.data_seed)
 
-# %% ../../nbs/9_experiments/4_setup.ipynb #3139377f
+
+def masked_images(recipe: Recipe, folder: str, split: str, n: int) -> Any:
+    "Images with masks: a split of `folder`, or `n` scenes of the toy world."
+    from glsd.evaluation import MaskFolder, ToySegmentation
+
+    if folder:
+        return MaskFolder(folder, split)
+    return ToySegmentation(ToyWorld(n, size=recipe.image_size, split=split, seed=recipe.data_seed))
+
+# %% ../../nbs/9_experiments/4_setup.ipynb #d2755734
 INPUTS = dict(ibot='mask', adclr='queries', adclr_ibot='queries')  # what a method gives a backbone
 
 
-def why_not(recipe: BaseRecipe) -> str:
+def why_not(recipe: Recipe) -> str:
     "Why the method of a recipe does not run on its backbone, in one line; '' if it does."
     try:
         with torch.device('meta'):

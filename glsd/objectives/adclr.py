@@ -7,12 +7,12 @@ __all__ = ['query_pairs', 'queries_of', 'ADCLRLoss', 'ADCLROptions', 'ADCLR', 'A
 
 # %% ../../nbs/4_distillation/11_adclr.ipynb #612c57ef
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .dino import DINOLoss, Distillation, view_pairs
+from .dino import DINOLoss, Distillation, Term, view_pairs
 from .ibot import IBOTLoss, IBOTOptions
 from .method import register_method
 from .self_distillation import DistillationOptions, SelfDistillation
@@ -50,11 +50,11 @@ class ADCLRLoss(Distillation):  # in one cell: short methods that fill a `Term`'
         super().__init__(out_dim, weight=weight, **kwargs)
         self.bidirectional = bidirectional
 
-    def extra_modules(self, backbone: nn.Module, **head_kwargs) -> dict:
+    def extra_modules(self, backbone: Any, **head_kwargs) -> dict:
         "The head of the view term."
         return {self.name: 'view'}
 
-    def backbone_inputs(self, views: 'Views', branch: nn.Module, teacher: bool) -> list[dict]:
+    def backbone_inputs(self, views: 'Views', branch: Any, teacher: bool) -> list[dict]:
         "The queries, for each of the global views."
         inputs: dict[str, Any] = {'queries': queries_of(views)}
         if self.bidirectional:
@@ -83,7 +83,7 @@ class ADCLR(SelfDistillation):
     "ADCLR (Zhang et al. 2023): DINO, and query crops."
 
     Options = ADCLROptions
-    terms = (DINOLoss, ADCLRLoss)
+    terms: ClassVar[tuple[type[Term], ...]] = (DINOLoss, ADCLRLoss)
 
     @property
     def views(self) -> MultiCrop:

@@ -227,7 +227,7 @@ class DRLocLoss(Term):  # in one cell: half of it are its arguments
     ):
         super().__init__()
         self.m, self.weight = m, weight
-        self.options = dict(variant=variant, divisor=divisor)
+        self.options: dict[str, Any] = dict(variant=variant, divisor=divisor)
         self.mlp = LocalizationMLP.for_variant(dim, variant, hidden, n_layers)
 
     def forward(
@@ -244,7 +244,7 @@ class DRLocLoss(Term):  # in one cell: half of it are its arguments
             same = torch.cat([x for x, g in zip(tokens, student.grids) if g == grid])
             m = self.m if grid == student.grids[0] else min(self.m, n_pairs(grid))
             losses.append(len(same) * dense_localization_loss(same, grid, self.mlp, m, **self.options))
-        return self.weight * sum(losses) / (len(tokens) * len(student.tokens))
+        return self.weight * torch.stack(losses).sum() / (len(tokens) * len(student.tokens))
 
 # %% ../../nbs/4_distillation/12_drloc.ipynb #280b0d00
 @register_method('drloc')

@@ -25,7 +25,8 @@ class Cuttable:  # in one cell: one-line methods with a tensor's names
 
     def with_z(self, z: Tensor) -> Any:
         "The same prototypes, other rows."
-        return type(self)(z, self.directions)
+        kind: Any = type(self)
+        return kind(z, self.directions)
 
     def __len__(self) -> int:
         return len(self.z)
@@ -46,7 +47,12 @@ class Cuttable:  # in one cell: one-line methods with a tensor's names
 
     def detach(self) -> Any:
         "Without a gradient."
-        return type(self)(self.z.detach(), self.directions.detach())
+        kind: Any = type(self)
+        return kind(self.z.detach(), self.directions.detach())
+
+    def new_zeros(self, *size, **options) -> Tensor:
+        "Zeros on the same device."
+        return self.z.new_zeros(*size, **options)
 
     def mean(self, dim: Any, dtype: torch.dtype | None = None) -> Tensor:
         "Over leading dimensions: the product with the mean of z. float32 also under autocast."
@@ -84,6 +90,10 @@ class Factored(Cuttable):  # in one cell: one-line methods with a tensor's names
     def dense(self) -> Tensor:
         "The logits, multiplied out."
         return F.linear(self.z, self.directions)
+
+    def float(self) -> Tensor:
+        "The logits in float32, multiplied out."
+        return self.dense().float()
 
     def cross_entropy(self, teacher: Any, *args) -> Tensor:
         "`fused_cross_entropy` with these as the student's logits: what `soft_cross_entropy` calls."
@@ -123,7 +133,7 @@ class _Fused(torch.autograd.Function):  # in one cell: a forward and its backwar
         weight, index = sparse_weights(W.div(B * student_temp), images)
         P, Q = W.new_empty(min(B, images) * T, K), W.new_empty(min(n, min(B, images) * S), K)
         dz, loss = W.new_empty(z.shape), W.new_zeros(())
-        dD = torch.zeros_like(D, dtype=W.dtype) if needs[1] else None
+        dD: Any = torch.zeros_like(D, dtype=W.dtype) if needs[1] else None
         for t, *students in zip(*(x.split(images) for x in (z_t, z, index, weight, dz))):
             write_softmax(P, t.flatten(0, 1), D_t, center, teacher_temp, few)
             for s, j, w, g in zip(*(x.flatten(0, 1).split(n) for x in students)):

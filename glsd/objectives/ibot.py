@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # a name only: a loss needs no backbone
 # %% ../../nbs/4_distillation/10_ibot.ipynb #f03b2587
 def draw_block(missing: float, low: int, rng: np.random.Generator, aspect: float) -> tuple[int, int]:
     "Height and width of a block: an area between `low` and `missing`, and a random shape."
-    area = rng.uniform(*sorted((low, missing)))
+    area = rng.uniform(min(low, missing), max(low, missing))
     shape = math.exp(rng.uniform(math.log(aspect), -math.log(aspect)))
     return round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
 
@@ -92,11 +92,11 @@ def masked_weights(mask: Tensor, batch: int) -> Tensor:
 # %% ../../nbs/4_distillation/10_ibot.ipynb #819a055b
 def draw_view_masks(views: 'Views', stride: int, **options) -> Tensor:
     "Masks [V*B, N] for the global views, from torch's global generator. ValueError for a grid of one token."
-    V, B, _, *size = views.crops[0].shape
-    grid = tuple(-(-n // stride) for n in size)
+    V, B, _, h, w = views.crops[0].shape
+    grid = -(-h // stride), -(-w // stride)
     if max(grid) < 2:
         raise ValueError(
-            f'iBOT masks a part of a view: {size[0]} x {size[1]} pixels are one token of {stride}; '
+            f'iBOT masks a part of a view: {h} x {w} pixels are one token of {stride}; '
             'use a larger global_size'
         )
     rng = np.random.default_rng(int(torch.randint(2**62, ())))
@@ -126,11 +126,11 @@ class IBOTLoss(AlignedDistillation):  # in one cell: half of it are its argument
         "Reads the tokens of the global views."
         return {self.name: global_tokens}
 
-    def extra_modules(self, backbone: nn.Module, **head_kwargs) -> dict:
+    def extra_modules(self, backbone: Any, **head_kwargs) -> dict:
         "The head of the view term, and a mask token."
         return {self.name: 'view', 'mask': MaskToken(backbone.embed_dim)}
 
-    def backbone_inputs(self, views: 'Views', branch: nn.Module, teacher: bool) -> list[dict]:
+    def backbone_inputs(self, views: 'Views', branch: Any, teacher: bool) -> list[dict]:
         "Masks of the student's global views."
         if teacher:
             return []

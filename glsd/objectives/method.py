@@ -11,7 +11,7 @@ import difflib
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from ..views.multicrop import MultiCrop
+from ..views.multicrop import Views as Batch  # `Views` is a class attribute of a method
 
 # %% ../../nbs/4_distillation/1_method.ipynb #cb7e0eb3
 @dataclass(frozen=True)
 class ViewOptions:
-    """Which crops of an image a method is shown; the defaults are the paper's (GLSD Sec. 3.2; sizes as
-    DINO's)."""
+    "Which crops of an image a method gets; defaults: the paper's (GLSD Sec. 3.2; sizes as DINO's)."
 
     global_size: int = 224  # pixels
     local_size: int = 96  # pixels
@@ -41,11 +41,12 @@ class ViewOptions:
         return MultiCrop(**asdict(self), **more)
 
 # %% ../../nbs/4_distillation/1_method.ipynb #9c663b92
-def decay_groups(named_parameters) -> list[dict]:
+def decay_groups(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> list[dict]:
     """AdamW's two groups: weights decay; biases and other parameters of one dimension do not.
 
     Parameters that need no gradient are left out. DINO (Caron et al. 2021), its code."""
-    decay, rest = [], []
+    decay: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, p in named_parameters:
         if p.requires_grad:
             (rest if p.ndim <= 1 or name.endswith('.bias') else decay).append(p)
@@ -90,7 +91,7 @@ class Method(nn.Module):  # in one cell, longer than others: it is the contract,
         "Makes the views of an image; the loader calls it, in its workers."
         return self.view_options.multicrop()
 
-    def training_step(self, views: Views, values: dict) -> dict[str, Tensor]:
+    def training_step(self, views: Batch, values: dict) -> dict[str, Tensor]:
         """Named loss terms of a batch of views: weighted scalars, of which the trainer minimises the sum.
 
         `values`: the schedules' numbers at this step. In eval mode queues, centres and averages stay put."""
@@ -110,12 +111,11 @@ class Method(nn.Module):  # in one cell, longer than others: it is the contract,
     def after_backward(self, values: dict) -> None:
         "The gradients are there and no weight has moved: a method may drop some."
 
-    def stuck(self, views: Views, values: dict) -> dict[str, str]:
-        """Terms that do not learn, with what to try: name -> one line. Reported when seen at two looks in a
-        row."""
+    def stuck(self, views: Batch, values: dict) -> dict[str, str]:
+        "Terms that do not learn, with what to try: name -> one line. Reported if seen twice in a row."
         return {}
 
-    def dry_step(self, views: Views, values: dict) -> Tensor:
+    def dry_step(self, views: Batch, values: dict) -> Tensor:
         """What `glsd plan` counts, on tensors without numbers: a scalar that depends on all that a step
         computes."""
         return torch.stack(list(self.training_step(views, values).values())).sum()
@@ -133,7 +133,7 @@ class Method(nn.Module):  # in one cell, longer than others: it is the contract,
         "Starts from given weights: calls `load` with each backbone that is to have them."
         load(self.backbone)
 
-    def forward(self, views: Views, values: dict, step: str = 'training_step') -> Any:
+    def forward(self, views: Batch, values: dict, step: str = 'training_step') -> Any:
         "`training_step`, or another method of that name: what torch's wrappers for several processes call."
         return getattr(self, step)(views, values)
 
@@ -145,19 +145,16 @@ def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     Buffers (running statistics) stay the teacher's own. Sharded parameters are averaged part by part."""
     pairs = zip(teacher.parameters(), student.parameters(), strict=True)
     parts = [[p.to_local() if hasattr(p, 'to_local') else p for p in pair] for pair in pairs]
-    torch._foreach_lerp_(*map(list, zip(*parts)), 1 - momentum)
+    teachers, students = (list(side) for side in zip(*parts))
+    torch._foreach_lerp_(teachers, students, 1 - momentum)
 
 # %% ../../nbs/4_distillation/1_method.ipynb #1561d316
 METHODS: dict[str, type[Method]] = {}  # name -> method
-PACKAGES = (
-    'glsd.objectives',
-    'glsd.masked',
-    'glsd.contrastive',
-    'glsd.training',
-)  # where chapters enter theirs
+# where chapters register theirs
+PACKAGES = 'glsd.objectives', 'glsd.masked', 'glsd.contrastive', 'glsd.training'
 
 
-def register_method(*names: str):
+def register_method(*names: str) -> Callable[[type[Method]], type[Method]]:
     "Class decorator: `find_method(name)` gives the class, under each of these names."
 
     def register(cls: type[Method]) -> type[Method]:
@@ -166,7 +163,7 @@ def register_method(*names: str):
 
     return register
 
-
+# %% ../../nbs/4_distillation/1_method.ipynb #d3fb6f20
 def import_chapters(until: str = '') -> None:
     "Imports every module of the floors that have methods, which registers them; stops when `until` is known."
     for name in PACKAGES:
@@ -182,13 +179,13 @@ def list_methods() -> list[str]:
     return sorted(METHODS)
 
 # %% ../../nbs/4_distillation/1_method.ipynb #705b5fbf
-def nearest(word: str, known) -> str:
+def nearest(word: str, known: Iterable[str]) -> str:
     "'; did you mean X?', or a list of all there is."
     names = list(known)
     close = difflib.get_close_matches(str(word).replace('-', '_').lower(), names, n=1, cutoff=0.5)
     return f'; did you mean {close[0]!r}?' if close else f'; there are: {", ".join(names)}'
 
-
+# %% ../../nbs/4_distillation/1_method.ipynb #9f0e0850
 def find_method(name: str) -> type[Method]:
     "The class of a method by its name, or by its place 'module:Class'. ValueError for others."
     if ':' in name:

@@ -91,6 +91,8 @@ class MoBYLoss(Term):  # in one cell: half of it are its arguments
 
     name = 'view'
     source = staticmethod(global_views)  # what the projector reads
+    queue: Tensor
+    place: Tensor
 
     def __init__(
         self,
@@ -114,7 +116,7 @@ class MoBYLoss(Term):  # in one cell: half of it are its arguments
         "A projector of the global views."
         return {self.name: self.source}
 
-    def extra_modules(self, backbone: nn.Module, **head_kwargs) -> dict:
+    def extra_modules(self, backbone: Any, **head_kwargs) -> dict:
         "The projector."
         return {self.name: MoBYHead(backbone.dim, self.hidden, self.queue.shape[-1])}
 
@@ -133,10 +135,10 @@ class MoBYLoss(Term):  # in one cell: half of it are its arguments
             raise ValueError(f'MoBY compares two global views, not {keys.shape[1]}: set n_global=2')
         q = F.normalize(self.predictor(student.logits[self.name]).float(), dim=-1)
         old = self.queue.clone()  # the gradient needs them after they were overwritten
-        loss = sum(contrast(q[:, i], keys[:, j], old[j], self.temperature) for i, j in ((0, 1), (1, 0)))
+        there, back = (contrast(q[:, i], keys[:, 1 - i], old[1 - i], self.temperature) for i in (0, 1))
         if self.training:
             enqueue(self.queue, self.place, all_gather_keys(keys))
-        return self.weight * loss
+        return self.weight * (there + back)
 
 # %% ../../nbs/4_distillation/8_moby.ipynb #7f5625f5
 @dataclass(frozen=True)

@@ -27,12 +27,11 @@ def cosine_schedule(
 # %% ../../nbs/4_distillation/2_schedules.ipynb #f76ce597
 def warmup_schedule(start: float, final: float, steps: int, warmup_steps: int) -> np.ndarray:
     """A value for every step: a line from `start` to `final` over `warmup_steps`, constant afterwards.
-    Returns float64 [steps].
 
-    The teacher's temperature (DINO [6]: 0.04 to 0.07 over 30 of 300 epochs)."""
+    Returns float64 [steps]; ValueError for less than one step. The teacher's temperature (DINO [6]: 0.04 to
+    0.07 over 30 of 300 epochs)."""
     if steps < 1:
         raise ValueError(f'a schedule needs at least 1 step, not {steps}')
     warmup_steps = min(warmup_steps, steps)
-    return np.concatenate(
-        [np.linspace(start, final, warmup_steps), np.full(steps - warmup_steps, float(final))]
-    )
+    rest = np.full(steps - warmup_steps, float(final))
+    return np.concatenate([np.linspace(start, final, warmup_steps), rest])

@@ -159,7 +159,7 @@ class Mean(nn.Module):
 
     def forward(self, tokens: Tensor, index: Tensor | None = None, found: Tensor | None = None) -> Tensor:
         "As `Aggregation`: [N, Q, d], or [N, 1, d] without `index`."
-        if index is None:
+        if index is None or found is None:
             return tokens.mean(1, keepdim=True)
         return (pick(tokens, index) * found[..., None]).sum(2) / found.sum(-1, keepdim=True)
 
@@ -184,7 +184,7 @@ def summaries(outputs: 'Outputs', modules: Any) -> Tensor:
     return each_view(lambda x, grid: modules['aggregate'](x), outputs.tokens, outputs.grids)
 
 
-def global_summaries(outputs: 'Outputs', modules: Any) -> Tensor:
+def global_summaries(outputs: 'Outputs', modules: Any = None) -> Tensor:
     "The global views alone [B, n_global, d]."
     grids = outputs.grids[: outputs.n_global]  # f reads only the tokens of these
     return each_view(lambda x, grid: modules['aggregate'](x), outputs.tokens, grids)
@@ -260,7 +260,7 @@ class PatchTargets(Term):  # in one cell: short methods that fill a `Term`'s pla
 
         return each_view(summarise, outputs.tokens, outputs.grids)
 
-    def extra_modules(self, backbone: nn.Module, **head_kwargs) -> dict:
+    def extra_modules(self, backbone: Any, **head_kwargs) -> dict:
         "The aggregation."
         check_pooling(backbone)
         return {'aggregate': AGGREGATES[self.aggregate](backbone.dim)}
@@ -277,7 +277,7 @@ class SelfPatchLoss(PatchTargets, AlignedDistillation):
     def __init__(self, out_dim: int, weight: float = 0.1, **kwargs):
         super().__init__(out_dim=min(out_dim, 4096), weight=weight, **kwargs)
 
-    def extra_modules(self, backbone: nn.Module, **head_kwargs) -> dict:
+    def extra_modules(self, backbone: Any, **head_kwargs) -> dict:
         "The aggregation, and a head of its own."
         head = DINOHead(backbone.dim, **{**head_kwargs, 'out_dim': len(self.center)})
         return super().extra_modules(backbone) | {self.name: head}
@@ -330,7 +330,7 @@ class ContrastivePatchLoss(PatchTargets):  # in one cell: half of it are its arg
         self.temperature, self.hidden, self.width, self.weight = temperature, hidden, width, weight
         self.predictor = MoBYHead(width, hidden, width)
 
-    def extra_modules(self, backbone: nn.Module, **head_kwargs) -> dict:
+    def extra_modules(self, backbone: Any, **head_kwargs) -> dict:
         "The aggregation, and a projector."
         return super().extra_modules(backbone) | {self.name: MoBYHead(backbone.dim, self.hidden, self.width)}
 

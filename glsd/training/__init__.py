@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Recipe', 'Run', 'Supervised', 'Trainer', 'World', 'accuracy_monitor', 'export_backbone', 'fine_tuning', 'join_world',
-           'launch', 'load_method', 'load_run', 'pretrain', 'read_metrics', 'replay']
+           'launch', 'load_method', 'load_run', 'pretrain', 'read_metrics']
 
 # %% ../../nbs/7_training/index.ipynb #9e93ec3b
 from importlib import import_module
@@ -15,7 +15,6 @@ if TYPE_CHECKING:  # what editors and type checkers see; the names themselves co
     from glsd.training.loop import Run, load_method, load_run, pretrain
     from glsd.training.processes import launch
     from glsd.training.recipe import Recipe
-    from glsd.training.replay import replay
     from glsd.training.sharding import join_world
     from glsd.training.supervised import Supervised, accuracy_monitor, fine_tuning
     from glsd.training.trainer import Trainer, World
@@ -28,26 +27,14 @@ _PLACES = {
     'supervised': 'Supervised accuracy_monitor fine_tuning',
     'processes': 'launch',
     'sharding': 'join_world',
-    'replay': 'replay',
 }
 
+# %% ../../nbs/7_training/index.ipynb #9d99fe2b
+# `replay` is a module: from glsd.training.replay import replay
 _all_ = [
-    'Recipe',
-    'Run',
-    'Supervised',
-    'Trainer',
-    'World',
-    'accuracy_monitor',
-    'export_backbone',
-    'fine_tuning',
-    'join_world',
-    'launch',
-    'load_method',
-    'load_run',
-    'pretrain',
-    'read_metrics',
-    'replay',
-]
+    'Recipe', 'Run', 'Supervised', 'Trainer', 'World', 'accuracy_monitor', 'export_backbone', 'fine_tuning',
+    'join_world', 'launch', 'load_method', 'load_run', 'pretrain', 'read_metrics',
+]  # fmt: skip
 
 
 def __getattr__(name: str):

@@ -43,6 +43,7 @@ class StuckCheck:
         self.warned = False
 
     def due(self, step: int) -> bool:
+        "Is it time to look?"
         return not self.warned and step > self.after and step % self.every == 0
 
     def __call__(self, step: int, stuck: dict[str, str]) -> None:

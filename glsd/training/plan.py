@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GPUS', 'MetaWorld', 'empty_views', 'SavedTensors', 'logit_elements', 'logit_bytes', 'Count', 'count_step', 'Machine',
-           'calibrate', 'random_views', 'measure_step', 'seconds_of_views', 'gpu', 'views_of', 'times_sent', 'plan',
-           'plan_lines']
+           'calibrate', 'random_views', 'measure_step', 'seconds_of_views', 'gpu', 'views_of', 'times_sent',
+           'check_gpus', 'count_images', 'plan', 'plan_lines']
 
 # %% ../../nbs/7_training/11_plan.ipynb #527c8a0f
 import io
@@ -34,6 +34,7 @@ class MetaWorld(World):
     "The world of a trainer whose tensors have shapes and no numbers."
 
     def device(self, name: str) -> torch.device:
+        "`meta`, whatever the recipe names."
         return torch.device('meta')
 
 
@@ -49,7 +50,7 @@ def empty_views(multicrop: MultiCrop, batch: int) -> Views:
         views.w_query = torch.empty(m.n_query, batch, 7)
     return views
 
-
+# %% ../../nbs/7_training/11_plan.ipynb #52453dde
 class SavedTensors:
     "Context: `bytes` of all tensors that autograd keeps for a backward pass, parameters not counted."
 
@@ -59,6 +60,7 @@ class SavedTensors:
 
     @property
     def bytes(self) -> int:
+        "Of all storages, each counted once."
         return sum(s.nbytes() for k, s in self.saved.items() if k not in self.parameters)
 
     def __enter__(self) -> 'SavedTensors':
@@ -70,6 +72,7 @@ class SavedTensors:
         self.hooks.__exit__(*error)
 
     def save(self, x: torch.Tensor) -> torch.Tensor:
+        "What autograd calls for each tensor that it keeps."
         s = x.untyped_storage()
         self.saved[s._cdata] = s
         return x
@@ -94,8 +97,7 @@ def logit_bytes(recipe: Recipe, logits: list[int], half: float) -> dict[str, flo
 # %% ../../nbs/7_training/11_plan.ipynb #2abc8c1e
 @dataclass(frozen=True)
 class Count:
-    """What a step of `batch` images on one device takes: matrix operations, and bytes by name (see
-    `count_step`)."""
+    "What a step of `batch` images on one device takes: matrix operations, and bytes by name."
 
     batch: int
     parameters: int  # that are trained
@@ -104,9 +106,11 @@ class Count:
 
     @property
     def peak(self) -> float:
+        "Bytes in all."
         return sum(self.bytes.values())
 
-
+# %% ../../nbs/7_training/11_plan.ipynb #a3e2c253
+# longer than other cells: what is counted stands together
 def count_step(recipe: Recipe, batch: int | None = None, processes: int = 1) -> Count:
     """Counts one step on `batch` images (the recipe's, if not given) in one of so many processes.
 
@@ -122,13 +126,12 @@ def count_step(recipe: Recipe, batch: int | None = None, processes: int = 1) -> 
                 loss.backward()
             logits = logit_elements(method, views)
         except (RuntimeError, NotImplementedError) as e:
-            raise ValueError(
-                f'plan cannot count the method {recipe.method!r}, which needs numbers to choose what it compares: '
-                'plan with geometric'
-            ) from e
+            why = 'which needs numbers to choose what it compares: plan with geometric'
+            raise ValueError(f'plan cannot count the method {recipe.method!r}, {why}') from e
     half, share = 1 / (1 + recipe.amp), processes if recipe.fsdp else 1
-    trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
-    fixed = sum(p.numel() for p in method.parameters() if not p.requires_grad)
+    trained, fixed = (
+        sum(p.numel() for p in method.parameters() if p.requires_grad == r) for r in (True, False)
+    )
     by_name = dict(
         state=4 * (4 * trained + fixed) / share,
         activations=saved.bytes * half,
@@ -150,9 +153,10 @@ class Machine:
     assumed: str = ''
 
     def seconds(self, count: Count) -> float:
+        "Of a step with that count."
         return self.fixed + count.flops / self.rate + count.peak / self.bandwidth
 
-
+# %% ../../nbs/7_training/11_plan.ipynb #dec2ea8a
 def calibrate(measured: list) -> Machine:
     """A Machine from (Count, seconds) pairs, two or more: least squares of relative errors, no constant below
     zero."""
@@ -196,7 +200,7 @@ def measure_step(recipe: Recipe, steps: int = 3, memory: bool = True) -> tuple[f
         times.append(time.process_time() - began)
     return float(np.median(times)), peak
 
-
+# %% ../../nbs/7_training/11_plan.ipynb #2abb84e2
 @contextmanager
 def _quiet():
     "The profiler's library writes its own log to the process's output, where Python cannot catch it."
@@ -236,7 +240,7 @@ def seconds_of_views(multicrop: MultiCrop, images: int = 4) -> float:
     make(images)
     return (time.process_time() - began) / images
 
-
+# %% ../../nbs/7_training/11_plan.ipynb #01110630
 # name: bf16 and float32 rate (TFLOP/s, dense, as published), memory (GB)
 GPUS = dict(
     a100=(312, 19.5, 80),
@@ -246,7 +250,7 @@ GPUS = dict(
     rtx4090=(165, 82.6, 24),
 )
 
-
+# %% ../../nbs/7_training/11_plan.ipynb #5ae1de15
 def gpu(
     name: str, recipe: Recipe, tflops: float = 0.0, efficiency: float = 0.0, memory: float = 0.0
 ) -> Machine:
@@ -274,13 +278,27 @@ def views_of(recipe: Recipe) -> MultiCrop:
         return recipe.create_method().views
 
 # %% ../../nbs/7_training/11_plan.ipynb #beba0490
-def times_sent(recipe) -> int:
-    """How often the weights' bytes cross a process's link in a step: gradients there and back; with fsdp also
-    weights for each pass of a size group, and for the teacher."""
+def times_sent(recipe: Recipe) -> int:
+    """How often the weights' bytes cross a process's link in a step: gradients there and back.
+
+    With fsdp also weights, for each pass of a size group, and for the teacher."""
     return 3 * (1 + bool(recipe.n_local)) + 1 if recipe.fsdp else 2
 
 
-def plan(
+def check_gpus(recipe: Recipe, gpus: int) -> None:
+    "ValueError unless so many devices can share a batch equally."
+    if gpus < 1 or recipe.batch_size % gpus:
+        advice = f'choose a multiple of {gpus}'
+        raise ValueError(f'batch_size={recipe.batch_size} cannot be shared equally by {gpus} GPUs: {advice}')
+
+
+def count_images(recipe: Recipe) -> int:
+    "How many images the recipe's data have."
+    toyworld = recipe.data == 'toyworld' and not recipe.per_class
+    return recipe.n_images if toyworld else len(build_dataset(recipe))
+
+# %% ../../nbs/7_training/11_plan.ipynb #181afb03
+def plan(  # longer than other cells: it puts all parts together
     recipe: Recipe,
     machine: Machine,
     gpus: int = 1,
@@ -294,61 +312,53 @@ def plan(
     `images` in the data set (0: those of the recipe's); `link` GB/s between devices; `views`: seconds of an
     image's views on one core (None: measured here), made by `recipe.workers` processes a device. ValueError
     if devices cannot share a batch equally."""
-    if gpus < 1 or recipe.batch_size % gpus:
-        raise ValueError(
-            f'batch_size={recipe.batch_size} cannot be shared equally by {gpus} GPUs: choose a multiple of {gpus}'
-        )
-    count, views = (
-        count_step(recipe, recipe.batch_size // gpus, gpus),
-        seconds_of_views(views_of(recipe)) if views is None else views,
-    )
-    steps = recipe.total_steps(
-        images or (recipe.n_images if recipe.data == 'toyworld' else len(build_dataset(recipe)))
-    )
+    check_gpus(recipe, gpus)
+    count = count_step(recipe, recipe.batch_size // gpus, gpus)
+    views = seconds_of_views(views_of(recipe)) if views is None else views
+    steps = recipe.total_steps(images or count_images(recipe))
+    sent = times_sent(recipe) * (gpus - 1) / gpus * 4 * count.parameters
     parts = dict(
         compute=machine.seconds(count),
         views=views * count.batch / max(1, recipe.workers),
-        communication=times_sent(recipe) * (gpus - 1) / gpus * 4 * count.parameters / (link * 1e9),
+        communication=sent / (link * 1e9),
     )
     seconds = max(parts['compute'], parts['views']) + parts['communication']
     if not recipe.workers:
         seconds += min(parts['compute'], parts['views'])  # nobody makes views meanwhile
-    return dict(
-        gpus=gpus,
-        batch=count.batch,
-        parameters=count.parameters,
-        flops=count.flops,
-        parts=parts,
-        seconds=seconds,
-        steps=steps,
-        days=steps * seconds / 86400,
-        bytes=count.bytes,
-        peak=count.peak,
-        memory=machine.memory,
-        link=link,
-        workers=recipe.workers,
-        fits=not machine.memory or count.peak <= machine.memory,
-        assumed=machine.assumed,
-    )
+    counted = dict(batch=count.batch, parameters=count.parameters, flops=count.flops, bytes=count.bytes)
+    counted |= dict(peak=count.peak, fits=not machine.memory or count.peak <= machine.memory)
+    given = dict(gpus=gpus, link=link, workers=recipe.workers, memory=machine.memory, assumed=machine.assumed)
+    return counted | given | dict(parts=parts, seconds=seconds, steps=steps, days=steps * seconds / 86400)
 
-
+# %% ../../nbs/7_training/11_plan.ipynb #4a70092c
 def plan_lines(p: dict) -> list[str]:
     "A plan as lines for people."
-    G, parts = 1e9, p['parts']
-    memory = ', '.join(f'{k} {v / G:.3g}' for k, v in p['bytes'].items())
-    waits = (
-        ''
-        if parts['views'] <= parts['compute']
-        else f'; views are the limit: {-(-parts["views"] * max(1, p["workers"]) // parts["compute"]):.0f} workers a GPU would keep up'
-    )
+    size = f'{p["parameters"] / 1e6:.1f} M parameters, {p["flops"] / 1e12:.3g} TFLOP a GPU and step'
+    assumed = p['assumed'] or 'nothing about compute'
+    links = f'; {p["link"]:g} GB/s between GPUs' if p['gpus'] > 1 else ''
     return [
-        f'{p["gpus"]} x {p["batch"]} images a step, {p["parameters"] / 1e6:.1f} M parameters, {p["flops"] / 1e12:.3g} TFLOP a GPU and step',
-        f'memory a GPU: {p["peak"] / G:.3g} GB (upper estimate: {memory})'
-        + (f'; {"fits" if p["fits"] else "DOES NOT FIT"} into {p["memory"] / G:g} GB' if p['memory'] else ''),
-        f'a step: {p["seconds"]:.3f} s (compute {parts["compute"]:.3f}, views {parts["views"]:.3f} with {p["workers"]} workers, as one core makes them here, '
-        f'communication {parts["communication"]:.3f}){waits}',
+        f'{p["gpus"]} x {p["batch"]} images a step, {size}',
+        _memory_line(p),
+        _seconds_line(p),
         f'the run: {p["steps"]:,} steps, {p["days"]:.2f} days',
-        'assumed: '
-        + (p['assumed'] or 'nothing about compute')
-        + (f'; {p["link"]:g} GB/s between GPUs' if p['gpus'] > 1 else ''),
+        f'assumed: {assumed}{links}',
     ]
+
+# %% ../../nbs/7_training/11_plan.ipynb #07863a8a
+def _memory_line(p: dict) -> str:
+    parts = ', '.join(f'{k} {v / 1e9:.3g}' for k, v in p['bytes'].items())
+    line = f'memory a GPU: {p["peak"] / 1e9:.3g} GB (upper estimate: {parts})'
+    if not p['memory']:
+        return line
+    return f'{line}; {"fits" if p["fits"] else "DOES NOT FIT"} into {p["memory"] / 1e9:g} GB'
+
+
+def _seconds_line(p: dict) -> str:
+    parts, workers = p['parts'], p['workers']
+    views = f'views {parts["views"]:.3f} with {workers} workers, as one core makes them here'
+    inside = f'compute {parts["compute"]:.3f}, {views}, communication {parts["communication"]:.3f}'
+    line = f'a step: {p["seconds"]:.3f} s ({inside})'
+    if parts['views'] <= parts['compute']:
+        return line
+    enough = -(-parts['views'] * max(1, workers) // parts['compute'])
+    return f'{line}; views are the limit: {enough:.0f} workers a GPU would keep up'

@@ -91,15 +91,18 @@ class DistributedWorld(World):
         self.at = gpu if dist.get_backend() == 'nccl' else torch.device('cpu')
 
     def device(self, name: str) -> torch.device:
+        "The GPU of this process, or the CPU."
         device = pick_device(name)
         return self.at if device.type == 'cuda' and self.at.type == 'cuda' else device
 
     def mean(self, numbers: Tensor) -> Tensor:
+        "Over all processes, by an all-reduce."
         numbers = numbers.clone()
         dist.all_reduce(numbers)
         return numbers / self.size
 
     def any(self, *flags: bool) -> list:
+        "For each: is it so in one of them?"
         counts = torch.tensor(flags, dtype=torch.float, device=self.at)
         dist.all_reduce(counts)
         return (counts > 0).tolist()

@@ -222,7 +222,7 @@ class Recipe:
 
 # %% ../../nbs/7_training/1_recipe.ipynb #b7d7c568
 def imported_options(method: str) -> dict[str, list[tuple[str, str]]]:
-    "Names and defaults of a recipe's fields by part, from the classes themselves: for methods of other packages."
+    "Names and defaults of a recipe's fields by part, from the classes: for methods of other packages."
     cls = find_method(method)
     parts = {'run': RunOptions, 'views': cls.Views, method: cls.Options}
     defaults = {part: vars(cls.default(kind)) for part, kind in parts.items()}

@@ -82,23 +82,37 @@ class ShardedWorld(DistributedWorld):
     "Several processes share a run, each with a part of the weights, gradients and means."
 
     def wrap(self, method: nn.Module) -> nn.Module:
+        "The method with its parameters sharded, in place."
         return fully_sharded(method)
 
     def local(self, tensors: list[Tensor]) -> list[Tensor]:
+        "The part of each tensor that is in this process."
         return [x.to_local() for x in tensors]
 
     def norms(self, tensors: list[Tensor]) -> Tensor:
+        "The norm of each whole tensor [n]."
         squares = torch.stack(torch._foreach_norm(self.local(tensors))).square()
         dist.all_reduce(squares)
         return squares.sqrt()
 
     def gather(self, state: Any) -> Any:
+        "A nested state with all tensors whole, in the first process."
         return gather_state(state, keep=self.rank == 0)
 
     def shard_like(self, x: Any, like: Any) -> Any:
+        "A whole tensor, sharded as `like` is."
         return shard_like(x, like)
 
+    @contextmanager
+    def unsharded(self, method: nn.Module) -> Iterator[None]:
+        "In the block the heads and terms can be called by themselves; the blocks of backbones always can."
+        method.unshard()
+        try:
+            yield
+        finally:
+            method.reshard()
 
+# %% ../../nbs/7_training/12_sharding.ipynb #c370db65
 @contextmanager
 def join_world(recipe: Any) -> Iterator[World]:
     "The processes that torchrun has started for a run of this recipe; without torchrun, this one alone."

@@ -179,6 +179,13 @@ def shard_like(self: World, x: Any, like: Any) -> Any:
     "A whole tensor, in the form that `like` has."
     return x
 
+
+@patch
+@contextmanager
+def unsharded(self: World, method: nn.Module) -> Iterator[None]:
+    "In the block any part of the method can be called; all processes enter it together."
+    yield
+
 # %% ../../nbs/7_training/4_trainer.ipynb #9db513a5
 def check_batch(recipe: Recipe, size: int) -> None:
     "ValueError unless so many processes can share a batch equally."
@@ -334,7 +341,7 @@ def evaluating(self: Trainer) -> Iterator[nn.Module]:
     afterwards."""
     self.method.eval()
     try:
-        with seeded(self.recipe.run.seed, self.done), torch.no_grad():
+        with self.world.unsharded(self.method), seeded(self.recipe.run.seed, self.done), torch.no_grad():
             yield self.method
     finally:
         self.method.train()

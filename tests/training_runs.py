@@ -1,0 +1,83 @@
+"What several test files of training share: small recipes, and how two states are compared."
+
+import pytest
+import torch
+
+from glsd.objectives.method import list_methods
+from glsd.training import Recipe
+
+SMALL = dict(
+    n_images=48, image_size=32, global_size=32, local_size=16, n_local=1, local_scale=(0.1, 0.4),
+    backbone='swin_mini', drop_path=0.2, out_dim=32, head_hidden=32, head_bottleneck=16, head_batchnorm=True,
+    batch_size=8, steps=13, lr=1e-2, momentum=0.9, checkpoint_every=4,
+)  # fmt: skip
+QUICK = Recipe('geometric', **SMALL).replace(steps=6, checkpoint_every=2)
+SUPERVISED = dict(
+    n_images=48, n_test=12, image_size=32, global_size=32, backbone='swin_mini', batch_size=8, steps=6,
+    lr=0.1, drloc_weight=0.5, drloc_m=16, drloc_hidden=16, checkpoint_every=2,
+)  # fmt: skip
+
+# every method, `vanilla` being another name of `dino`; the quick tests take three that differ most
+METHODS = [
+    pytest.param(name, marks=() if name in ('geometric', 'moby', 'supervised') else pytest.mark.slow)
+    for name in list_methods()
+    if name != 'vanilla'
+]
+
+
+def small_recipe(method: str, **changes) -> Recipe:
+    "A recipe of any method that takes a few steps in a second."
+    if method == 'supervised':
+        return Recipe(method, **{**SUPERVISED, **changes})
+    backbone = (
+        'swin_mini' if method in ('dino', 'vanilla', 'geometric', 'similarity', 'shuffled') else 'vit_mini'
+    )
+    own = dict(n_query=3) if method.startswith('adclr') else {}
+    own |= dict(view_queue=64, view_hidden=32, view_width=16) if method == 'moby' else {}
+    return Recipe(
+        method, **{**SMALL, 'backbone': backbone, 'steps': 6, 'checkpoint_every': 2, **own, **changes}
+    )
+
+
+def same(a, b) -> bool:
+    "Two nested states, bit for bit."
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def apart(a, b) -> float:
+    "The largest difference between two nested states."
+    if isinstance(a, torch.Tensor):
+        return float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
+    if isinstance(a, dict):
+        return max([apart(a[k], b[k]) for k in a], default=0.0)
+    if isinstance(a, (list, tuple)):
+        return max([apart(x, y) for x, y in zip(a, b, strict=True)], default=0.0)
+    if a == b:
+        return 0.0
+    return float(abs(a - b)) if isinstance(a, float) else float('inf')
+
+
+def finite(state: dict) -> bool:
+    "Are all the floating-point numbers of a method's state finite?"
+    return all(v.isfinite().all() for v in state.values() if v.is_floating_point())
+
+
+def one_line(error) -> bool:
+    return '\n' not in str(error.value)
+
+
+def interrupt_at(last: int):
+    "A monitor that ends the run after a step."
+
+    def monitor(method, step, views):
+        if step == last:
+            raise KeyboardInterrupt
+        return {}
+
+    return monitor
