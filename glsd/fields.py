@@ -172,7 +172,7 @@ def keywords_of(node: ast.FunctionDef) -> list[Option]:
     return [Option(a.arg, ast.unparse(d)) for a, d in pairs if d is not None]
 
 
-def evaluation_options(module: str = 'glsd.evaluation.evaluations') -> dict[str, tuple[str, list[Option]]]:
+def evaluation_options(module: str = 'glsd.evaluation.measurements') -> dict[str, tuple[str, list[Option]]]:
     "What `EVALUATIONS[name] = Evaluation(help, sets, measure, ...)` registers: name -> (help, options)."
     package, _, name = module.rpartition('.')
     path = package_folder(package) / f'{name}.py'
