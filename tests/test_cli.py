@@ -29,6 +29,7 @@ def run(tmp_path_factory):
 
 def wrong(capsys, *argv):
     "Exit code 2 and exactly one line, which is returned."
+    capsys.readouterr()  # what came before
     assert main([str(a) for a in argv]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith('glsd: '), lines

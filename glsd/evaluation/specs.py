@@ -16,7 +16,7 @@ from ..data.folders import ImageFolder, Subset
 from ..data.toyworld import Dataset
 from .blocks import AtBlock
 from .frozen import check_images, in_hand, open_source
-from .knn import evenly_spaced
+from .knn import check_same_classes, evenly_spaced
 from .retrieval import RetrievalFolder, RetrievalSet, toy_retrieval
 from .segmentation import MaskFolder, ToySegmentation
 
@@ -133,12 +133,7 @@ def labelled_pair(recipe: Any, anchors: Any = None, test: Any = None) -> tuple[D
         raise ValueError('both are needed, --anchors and --test: two folders with one folder a class')
     if anchors and anchors != 'toyworld':
         pair = labelled(anchors, 'anchor'), labelled(test, 'test')
-        names = [list(ds.classes) for ds in pair]
-        if names[0] != names[1]:
-            odd = sorted({*names[0]} ^ {*names[1]}) or ['their order']
-            raise ValueError(
-                f'anchor and test images differ in their classes: {odd[0]} is not the same in both'
-            )
+        check_same_classes(*pair)
         return pair
     if not anchors and (not recipe or recipe.data != 'toyworld'):
         return None
