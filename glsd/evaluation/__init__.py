@@ -25,6 +25,14 @@ if TYPE_CHECKING:
     from glsd.evaluation.similarity import pca_rgb, similarity_widget
     from glsd.evaluation.token_matching import correspondence, correspondence_picture
 
+# %% auto #0
+__all__ = ['attention_maps', 'distinct_share', 'effective_rank', 'copy_detection', 'dense_nn', 'evaluate', 'cached_extract',
+           'load_frozen', 'extract', 'knn_accuracy', 'knn_monitor', 'pixels', 'linear_probe', 'attention_jaccard',
+           'mean_average_precision', 'search', 'collapse_monitor', 'collapse_report', 'RetrievalFolder',
+           'retrieval_map', 'MaskFolder', 'ToySegmentation', 'pca_rgb', 'similarity_widget', 'correspondence',
+           'correspondence_picture']
+
+# %% ../../nbs/8_evaluation/index.ipynb #5e161464
 _all_ = [
     'attention_maps', 'distinct_share', 'effective_rank', 'copy_detection', 'dense_nn', 'evaluate',
     'cached_extract', 'load_frozen', 'extract', 'knn_accuracy', 'knn_monitor', 'pixels', 'linear_probe',
@@ -32,13 +40,6 @@ _all_ = [
     'RetrievalFolder', 'retrieval_map', 'MaskFolder', 'ToySegmentation', 'pca_rgb', 'similarity_widget',
     'correspondence', 'correspondence_picture',
 ]  # fmt: skip
-
-# %% auto #0
-__all__ = ['attention_maps', 'distinct_share', 'effective_rank', 'copy_detection', 'dense_nn', 'evaluate', 'cached_extract',
-           'load_frozen', 'extract', 'knn_accuracy', 'knn_monitor', 'pixels', 'linear_probe', 'attention_jaccard',
-           'mean_average_precision', 'search', 'collapse_monitor', 'collapse_report', 'RetrievalFolder',
-           'retrieval_map', 'MaskFolder', 'ToySegmentation', 'pca_rgb', 'similarity_widget', 'correspondence',
-           'correspondence_picture']
 
 # %% ../../nbs/8_evaluation/index.ipynb #3e4be481
 _MODULES = {

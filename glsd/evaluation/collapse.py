@@ -33,11 +33,10 @@ def spectrum(x):
 # %% ../../nbs/8_evaluation/2_collapse.ipynb #c47f6d00
 @torch.no_grad()
 def effective_rank(tokens):
-    """exp(entropy of the singular values) of tokens [..., d]: from 1 (one direction) to d (Roy & Vetterli
-    2007).
+    """exp(entropy of the singular values) of tokens [..., d]: from 1 (one direction) to d.
 
-    The mean is not subtracted, so that tokens which are all alike count as 1. ValueError if none, all zero or
-    not finite."""
+    Roy & Vetterli 2007. The mean is not subtracted, so that tokens which are all alike count as 1.
+    ValueError if none, all zero or not finite."""
     p = spectrum(tokens)
     if not p.any():
         raise ValueError('effective_rank: the features are all zero, and zero has no direction')
@@ -46,11 +45,10 @@ def effective_rank(tokens):
 # %% ../../nbs/8_evaluation/2_collapse.ipynb #4f1335f3
 @torch.no_grad()
 def distinct_share(index, valid=None):
-    """Mean over images of (different partners) / (tokens with a partner), for partners `index` [..., S]
-    (integers >= 0).
+    """Mean over images of (different partners) / (tokens with a partner), for partners `index` [..., S].
 
-    `valid` [..., S]: which tokens have one (all by default). Images without any are left out; ValueError if
-    no token has one."""
+    `index`: integers >= 0; `valid` [..., S]: which tokens have one (all by default). Images without any
+    are left out; ValueError if no token has one."""
     valid = torch.ones_like(index, dtype=torch.bool) if valid is None else valid
     ordered = torch.where(valid, index, -1).flatten(0, -2).sort(-1).values
     new = ordered.diff(dim=-1, prepend=torch.full_like(ordered[:, :1], -1)) > 0
@@ -76,14 +74,12 @@ def predictions(logits, temp, center=0.0, block=2**22):
 # %% ../../nbs/8_evaluation/2_collapse.ipynb #1cf06cb7
 @torch.no_grad()
 def head_figures(term, student, teacher, teacher_temp) -> dict:
-    """What the head of one loss term (`Distillation`) says; entropies in nats, over the pairs that the term
-    has matched.
+    """What the head of one loss term says; entropies in nats, over the pairs that the term has matched.
 
     teacher_entropy, student_entropy; kl(teacher, student) and gap = ln(out_dim) - cross-entropy, left out
-    if nothing matched;
-    in_use: prototypes that are some answer's first, as a share of those that could be;
-    information: 0 = the same answer to everything, 1 = all there is. Beside them what it takes to read them:
-    out_dim, local (not the head of whole views), teacher_temp, student_temp."""
+    if nothing matched; in_use: prototypes that are some prediction's first, as a share of those that could
+    be; information: 0 = the same prediction for everything, 1 = all there is. Beside them what it takes to
+    read them."""
     s, t = student.logits[term.name], teacher.logits[term.name]
     W, K, n = term.matching(student, teacher).float(), t.shape[-1], t.shape[:-1].numel()
     (h, mean, won), (h_s, *_) = predictions(t, teacher_temp, term.center), predictions(s, term.student_temp)
@@ -106,8 +102,9 @@ def head_figures(term, student, teacher, teacher_temp) -> dict:
 
 # %% ../../nbs/8_evaluation/2_collapse.ipynb #63615fb9
 def feature_std(x):
-    """Deviation per dimension of unit vectors x [..., n, d] over n, times sqrt(d), averaged: 1 in all
-    directions, 0 all the same."""
+    """Deviation per dimension of unit vectors x [..., n, d] over n, times sqrt(d), averaged.
+
+    1: in all directions; 0: all the same."""
     return float(F.normalize(x.float(), dim=-1).std(-2, correction=0).mean() * x.shape[-1] ** 0.5)
 
 # %% ../../nbs/8_evaluation/2_collapse.ipynb #45d3eaba
@@ -131,8 +128,9 @@ def feature_figures(features) -> dict:
 # %% ../../nbs/8_evaluation/2_collapse.ipynb #9057b4ae
 @torch.no_grad()
 def partner_figures(student, teacher) -> dict:
-    """Share of different partners that the tokens of the student's first views find in the teacher's other
-    ones, by cosine similarity, and beside it the share that random partners would have (chance)."""
+    """Share of different partners that tokens of the student's first views find in the teacher's others.
+
+    By cosine similarity; beside it the share that random partners would have (chance)."""
     unit = lambda out: F.normalize(out.tokens.float(), dim=-1).split([h * w for h, w in out.grids], 1)
     s, t = unit(student), unit(teacher)
     pairs = [(a, b) for i, a in enumerate(s[: max(2, len(t))]) for j, b in enumerate(t) if i != j]
@@ -159,8 +157,9 @@ def collapse_figures(student, teacher, objective, teacher_temp) -> dict:
 
 # %% ../../nbs/8_evaluation/2_collapse.ipynb #d6662693
 def shares(figures: dict) -> dict:
-    """The figures as shares of what they could be, flat: {'view/kl': ..., 'pooled/rank': ...,
-    'tokens/partners': ...}."""
+    """The figures as shares of what they could be, flat.
+
+    {'view/kl': ..., 'pooled/rank': ..., 'tokens/partners': ...}"""
     out = {}
     for name, h in figures.get('heads', {}).items():
         for k in 'teacher_entropy', 'kl', 'gap', 'in_use', 'information':

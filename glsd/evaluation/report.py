@@ -233,7 +233,7 @@ class CollapseMonitor:
         self.reported |= new
         return shares(self.figures)
 
-
+# %% ../../nbs/8_evaluation/11_report.ipynb #dbe1996e
 collapse_monitor = CollapseMonitor
 
 # %% ../../nbs/8_evaluation/11_report.ipynb #a3c24030

@@ -85,8 +85,7 @@ class Images:
 class ImageFiles:
     """Image files below `root` as an unlabelled data set.
 
-    `boxes`: for each file a part (left, upper, right, lower), or None for all of it. FileNotFoundError;
-    ValueError, on access, for a box without a pixel."""
+    `boxes`: for each file a part (left, upper, right, lower), or None for all of it. FileNotFoundError."""
 
     def __init__(self, root: Path | str, files: Sequence[str], boxes: Sequence[Any] | None = None):
         self.root, self.files = Path(root), list(files)
