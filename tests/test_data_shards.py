@@ -158,7 +158,8 @@ def test_a_run_on_shards_that_is_interrupted_goes_on_to_the_same_weights(shards,
 
     from glsd.training.loop import batch_of, batches
 
-    for step, views in enumerate(batches(recipe, shards, 0, 5), 1):  # what a replay would be given
+    multicrop = recipe.create_method().views
+    for step, views in enumerate(batches(recipe, shards, 0, 5, multicrop), 1):  # what a replay would be given
         epoch, index = batch_of(recipe, shards, step)
         assert epoch == (step - 1) // 3 and index.tolist() == views.index.tolist()
 
