@@ -282,9 +282,15 @@ def _what_happened(failure: Any) -> str:
 
 # %% ../../nbs/7_training/8_processes.ipynb #4678eac8
 # not as arguments: torchrun would take --nproc for one of its own
-_PROCESS = (
-    'import json, os, sys; from glsd.cli import main; sys.exit(main(json.loads(os.environ["GLSD_ARGV"])))'
-)
+# os._exit: when the interpreter is taken down, torch's communication threads now and then abort
+_PROCESS = """
+import json, os, sys
+from glsd.cli import main
+code = main(json.loads(os.environ["GLSD_ARGV"]))
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(code)
+"""
 
 # %% ../../nbs/7_training/8_processes.ipynb #b5b5ca15
 def agent(argv: list, nproc: int, nnodes: int = 1, rdzv: str = '', restarts: int = 3) -> int:
