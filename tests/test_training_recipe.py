@@ -129,3 +129,11 @@ def test_recipes_of_the_first_format():
     assert adclr == Recipe('adclr', n_query=3)
     with pytest.raises(ValueError, match='no field'):
         Recipe.from_dict(dict(objective='moby', dropout=0.1))
+
+
+def test_another_method_keeps_what_was_given_also_where_it_is_a_default():
+    first = Recipe('geometric', backbone='swin_tiny_w7', out_dim=512, region_search='teacher')
+    other = first.replace(method='selfpatch')
+    assert other.backbone == 'swin_tiny_w7' and other.out_dim == 512
+    assert first.replace(method='supervised').lr == Recipe('supervised').lr  # nobody gave one
+    assert first.replace(seed=1).replace(seed=0) == first

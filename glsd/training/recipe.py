@@ -206,7 +206,7 @@ class Recipe:
 
     def __init__(self, method: str = 'geometric', **values):
         cls = find_method(method)
-        self.__dict__.update(method=method, **split_values(cls, values))
+        self.__dict__.update(method=method, given=tuple(values), **split_values(cls, values))
         check_ranges(self.to_dict())
         check_run(self.run)
         cls.check(self)
@@ -264,11 +264,10 @@ def from_dict(cls: Recipe, values: dict, where: str = 'recipe') -> Recipe:
 
 @patch
 def replace(self: Recipe, **changes) -> Recipe:
-    "The same recipe with some fields changed. Another method keeps the fields that it has, too."
-    kept, method = self.differences(), changes.get('method', self.method)
-    if method != self.method:
-        known = field_names(find_method(method))
-        kept = {k: v for k, v in kept.items() if k in known}
+    "The same recipe with some fields changed. Another method keeps what was given and what it has, too."
+    method = changes.get('method', self.method)
+    known = field_names(find_method(method))
+    kept = {name: getattr(self, name) for name in self.given if name in known}
     return self.from_dict({**kept, 'method': self.method, **changes})
 
 # %% ../../nbs/7_training/1_recipe.ipynb #1c44f808
