@@ -389,6 +389,7 @@ def test_every_module_registers_the_names_that_the_list_gives_it():
     assert {n: m for n, m in registered.items() if not n.startswith('test_')} == features_module._modules
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('order', ['import timm, glsd.backbones', 'import glsd.backbones, timm'])
 def test_timm_knows_the_small_models_in_either_order(order):
     from glsd.backbones.timm_models import _timm_models

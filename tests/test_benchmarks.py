@@ -11,6 +11,7 @@ import torch
 RUN = Path(__file__).resolve().parent.parent / 'benchmarks' / 'run.py'
 
 
+@pytest.mark.slow
 def test_quick_run_prints_and_writes(tmp_path):
     done = subprocess.run(
         [sys.executable, str(RUN), '--quick', '--out', str(tmp_path / 'new')],

@@ -336,6 +336,7 @@ def test_a_second_call_for_the_same_data_set_is_refused_and_harms_nothing(tmp_pa
     assert get('paused', tmp_path / 'root') == results[0] and os.listdir(tmp_path / 'root') == ['paused']
 
 
+@pytest.mark.slow
 def test_a_second_process_for_the_same_data_set_is_refused_by_one_line(tmp_path):
     archive, root = cifar_archive(tmp_path / 'a.tar.gz', n=1000), tmp_path / 'root'
     first = subprocess.Popen(script('cifar10', '--root', root, '--source', archive, '--no-verify'))

@@ -22,6 +22,7 @@ def write_often(path, byte, times):
             f.write(bytes([byte]) * 50_000)
 
 
+@pytest.mark.slow
 def test_two_processes_that_write_one_path_leave_one_whole_file_and_readers_never_see_half_of_one(tmp_path):
     path = tmp_path / 'file'
     path.write_bytes(b'\0' * 50_000)
@@ -169,6 +170,7 @@ def take_turns(path, counter, times):
             pass
 
 
+@pytest.mark.slow
 def test_a_lock_file_that_is_removed_and_made_again_admits_one_process_at_a_time(tmp_path):
     counter = tmp_path / 'counter'
     counter.write_text('0')

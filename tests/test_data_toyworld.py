@@ -71,6 +71,7 @@ def test_clip_starts_with_the_image_and_moves():
         assert not torch.equal(masks[5], masks[0]) and torch.equal(world.clip(i, 3)[0], frames[:3])
 
 
+@pytest.mark.slow
 def test_colour_tells_nothing_about_the_class():
     n, bins = 4800, 16
     x, x_test = ToyWorld(n, 32).render(range(n)), ToyWorld(n, 32, 'val').render(range(n))

@@ -86,7 +86,7 @@ def test_a_healthy_run_raises_no_alarm_from_the_first_step_on(method):
 @pytest.mark.parametrize(
     'word, step, fields',
     [
-        ('centring', 48, dict(center_momentum=1.0)),
+        ('centring', 64, dict(center_momentum=1.0, lr=0.1)),
         ('sharpening', 16, dict(teacher_temp=0.5, teacher_temp_start=0.5)),
     ],
 )

@@ -21,6 +21,7 @@ def test_wrong_parameters_are_one_line(run_notebook, tmp_path, parameters, messa
         run_notebook(NOTEBOOK, {'out': str(tmp_path / 'out'), **parameters})
 
 
+@pytest.mark.slow
 def test_miniature(run_notebook, tmp_path):
     small = dict(
         lambdas=[0.5],

@@ -30,6 +30,7 @@ def test_wrong_parameters_are_one_line(tmp_path, run_notebook, parameters, messa
     assert str(e.value) == message
 
 
+@pytest.mark.slow
 def test_miniature(tmp_path, run_notebook):
     small = dict(steps=2, batch_size=8, n_images=24, n_test=24)
     weights = {'swin_mini': str(tmp_path / 'start')}  # given, so that no process is started to make them

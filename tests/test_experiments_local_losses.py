@@ -25,6 +25,7 @@ def test_wrong_parameters_are_one_line(tmp_path, run_notebook, parameters, messa
     assert str(e.value) == message
 
 
+@pytest.mark.slow
 def test_miniature(tmp_path, run_notebook, capsys):
     out = tmp_path / 'out'
     given = dict(

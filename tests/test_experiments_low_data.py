@@ -34,6 +34,7 @@ def test_wrong_parameters_are_one_line(tmp_path, parameters, message):
     assert e.value.evalue == message
 
 
+@pytest.mark.slow
 def test_miniature(tmp_path):
     small = {
         'steps': 4,

@@ -53,6 +53,7 @@ def more(notebook, scale):
     return {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('scale', ['ci', 'gpu', 'paper'])
 @pytest.mark.parametrize('notebook', ['low_data', 'local_losses', 'selfpatch', 'adclr', 'drloc'])
 def test_every_recipe_can_be_made(run_notebook, tmp_path, folder, free_steps, notebook, scale):

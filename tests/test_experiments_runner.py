@@ -50,6 +50,7 @@ def wait_for(what, seconds=300):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_killed_cell_and_a_raising_one_do_not_stop_the_others(tmp_path):
     grid = {
         'killed': TINY.replace(seed=1),
@@ -75,6 +76,7 @@ run_grid({{'long': LONG}}, {out!r}, count, jobs=1, progress=False)
 LONG = TINY.replace(steps=40, checkpoint_every=4)
 
 
+@pytest.mark.slow
 def test_a_killed_grid_leaves_no_process_and_goes_on(tmp_path):
     folder = cells.cell_folder(tmp_path, 'long', LONG)
     parent = subprocess.Popen(
@@ -144,6 +146,7 @@ def first_loss(result):
     return json.loads((Path(result['folder']) / 'metrics.jsonl').read_text().splitlines()[0])['loss']
 
 
+@pytest.mark.slow
 def test_a_run_of_a_grid_may_have_several_processes(tmp_path):
     still = TINY.replace(drop_path=0.0)  # each process would drop other paths
     grid = {'shared': still, 'labelled': LABELLED, 'too many': TINY.replace(batch_size=9)}

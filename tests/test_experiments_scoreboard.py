@@ -34,6 +34,7 @@ def smaller(few):
     return after
 
 
+@pytest.mark.slow
 def test_miniature(tmp_path, run_notebook, capsys):
     runs, out = tmp_path / 'runs', tmp_path / 'out'
     cells = {

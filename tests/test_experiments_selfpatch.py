@@ -9,6 +9,7 @@ NOTEBOOK = Path(__file__).parents[1] / 'nbs/9_experiments/selfpatch.ipynb'
 SMALL = dict(steps=2, n_local=1, batch_size=8, out_dim=16, head_hidden=16, head_bottleneck=8)
 
 
+@pytest.mark.slow
 def test_miniature(tmp_path, run_notebook):
     rows = ['lambda=1', 'MoBY + SelfPatch, negatives']
     run_notebook(

@@ -87,6 +87,7 @@ def test_it_learns(straight, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_killed_and_gone_on_to_the_same_bits(straight, tmp_path):
     name, run = straight
     process = command('pretrain', '--out', tmp_path, *flags_of(name))

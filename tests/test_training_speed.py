@@ -27,6 +27,7 @@ def small_views(step, **options):
     return MultiCrop(16, 8, n_local=2, **options)(images, rngs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'backend',
     [
