@@ -164,7 +164,7 @@ def test_a_sure_and_wrong_prediction_is_finite():
         (dict(grid=(1, 1), tokens=torch.zeros(2, 1, 8)), 'one token'),
         (dict(grid=(3, 2)), '9 tokens.*3 x 2'),
         (dict(reduction='none'), "reduction is 'none'"),
-        (dict(divisor='k+1'), "divisor is 'k\\+1'"),
+        (dict(divisor='k+1'), "divisor 'k\\+1'"),
         (dict(variant='ce'), "'ce'.*2 outputs"),
         (dict(mlp=LocalizationMLP.for_variant(8, 'ce')), "'l1'.*30 outputs"),
         (dict(variant='cycle', mlp=LocalizationMLP(8, 6)), "'cycle'.*6 outputs"),

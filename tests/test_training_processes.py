@@ -392,6 +392,7 @@ import sys
 from pathlib import Path
 import torch
 from glsd.evaluation import collapse_monitor
+from glsd.objectives import find_method
 from glsd.training import pretrain
 from glsd.training.processes import all_gather_rows, rank_indices
 from glsd.training.sharding import join_world
@@ -407,20 +408,24 @@ def outputs(method, step, views):
 
 torch.set_num_threads(1)
 for method in sys.argv[2:]:
-    recipe = small_recipe(method, fsdp=True, warmup=0, freeze_last=0, monitor_every=2, steps=8, device='cpu')
+    frozen = {} if method == 'supervised' else {'freeze_last': 0}
+    recipe = small_recipe(method, fsdp=True, warmup=0, monitor_every=2, steps=8, device='cpu', **frozen)
     with join_world(recipe) as world:
         out = Path(sys.argv[1]) / method
         monitors = dict(features=features, outputs=outputs, collapse=collapse_monitor())
+        if method == 'supervised':  # one network, no heads to ask: its own monitor, the accuracy
+            monitors = {'features': features, **find_method(method).monitors(recipe)}
         run = pretrain(recipe, out, monitors, progress=False, world=world)
         if world.rank == 0:
             assert len(run.metrics) == 8 and 'features/std' in run.metrics[1], run.metrics[1]
+            assert method != 'supervised' or 'test/top1' in run.metrics[1], run.metrics[1]
             print('done', method)
         world.any(False)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('method', ['moby', 'drloc', 'selfpatch_moby'])
+@pytest.mark.parametrize('method', ['moby', 'drloc', 'selfpatch_moby', 'supervised'])
 def test_sharded_runs_are_watched(tmp_path, method):
     "A1: the stuck check and monitors run the sharded networks, the teacher's too, in both processes."
     script = tmp_path / 'watched.py'

@@ -127,6 +127,8 @@ ONE.classes = ['disc bars']
         ),
         ({'data': '/no/such'}, None, '/no/such'),
         ({'drloc_m': 1000}, None, 'm=1000 pairs of a grid of 4 x 4'),
+        ({'drloc_divisor': '7'}, None, "divisor '7' of DrLoc is unknown: choose one of k, none, k-1"),
+        ({'drloc_rise': 1.0, 'drloc_fall': True}, None, 'drloc_rise=1 leaves no steps for drloc_fall'),
         (
             {'lr': 1e30, 'clip': 0, 'warmup': 0},
             None,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from fastcore.basics import patch
 from timm.data.mixup import mixup_target
@@ -47,6 +48,10 @@ class SupervisedOptions(Method.Options):
     drloc_m: int = 64  # pairs of tokens
     drloc_variant: str = 'l1'  # l1, signed, all, ce or cycle
     drloc_hidden: int = 512  # neurons in each hidden layer of the MLP (Table 16)
+    drloc_n_layers: int = 2  # hidden layers of the MLP; the released code: 3 for ce and cycle
+    drloc_divisor: str = 'k'  # of the offsets: k (the paper), none (the released code) or k-1
+    drloc_rise: float = 0.0  # share of the steps in which lambda rises from 0; the released code: 20/300
+    drloc_fall: bool = False  # lambda then falls in a line towards 0 at the end, as in the released code
 
 # %% ../../nbs/7_training/7_supervised.ipynb #4ef3d71e
 @register_method('supervised')
@@ -71,7 +76,8 @@ class Supervised(Method):
         nn.init.zeros_(self.head.bias)
         self.localize = None  # made last: with it or without, the rest starts from the same weights
         if o.drloc_weight:
-            self.localize = LocalizationMLP.for_variant(self.backbone.dim, o.drloc_variant, o.drloc_hidden)
+            mlp = o.drloc_variant, o.drloc_hidden, o.drloc_n_layers
+            self.localize = LocalizationMLP.for_variant(self.backbone.dim, *mlp)
 
 # %% ../../nbs/7_training/7_supervised.ipynb #22b11c12
 @patch(as_prop=True)
@@ -104,16 +110,31 @@ def training_step(self: Supervised, views: Views, values: dict) -> dict[str, Ten
     terms = {'ce': SoftTargetCrossEntropy()(logits.float(), target)}
     if self.localize is not None:
         place = features.tokens, features.grid, self.localize
-        terms['drloc'] = o.drloc_weight * dense_localization_loss(*place, o.drloc_m, o.drloc_variant)
+        located = dense_localization_loss(*place, o.drloc_m, o.drloc_variant, divisor=o.drloc_divisor)
+        terms['drloc'] = values.get('drloc_weight', o.drloc_weight) * located
     return terms
+
+
+@patch
+def schedules(self: Supervised, steps: int) -> dict[str, np.ndarray]:
+    "DrLoc's lambda, where it changes: `drloc_rise` and `drloc_fall`."
+    o, t = self.options, np.arange(steps) / steps
+    weight = np.full(steps, o.drloc_weight)
+    if o.drloc_fall:
+        weight *= (1 - t) / (1 - o.drloc_rise)
+    if o.drloc_rise:
+        weight = np.minimum(weight, o.drloc_weight * t / o.drloc_rise)
+    return {'drloc_weight': weight} if o.drloc_rise or o.drloc_fall else {}
 
 # %% ../../nbs/7_training/7_supervised.ipynb #7d339e07
 @patch(cls_method=True)
 def check(cls: Supervised, recipe: Any) -> None:
     "ValueError, in one line, for options that are out of range or do not go together."
-    least = dict(n_test=1, mixup=0, cutmix=0, drloc_weight=0, drloc_m=1, drloc_hidden=1)
-    check_ranges(vars(recipe.options), least, ('jitter', 'erase', 'smoothing'))
-    check_variant(recipe.drloc_variant)
+    least = dict(n_test=1, mixup=0, cutmix=0, drloc_weight=0, drloc_m=1, drloc_hidden=1, drloc_n_layers=1)
+    check_ranges(vars(recipe.options), least, ('jitter', 'erase', 'smoothing', 'drloc_rise'))
+    check_variant(recipe.drloc_variant, recipe.drloc_divisor)
+    if recipe.drloc_rise == 1 and recipe.drloc_fall:
+        raise ValueError('recipe: drloc_rise=1 leaves no steps for drloc_fall: choose a smaller rise')
     if recipe.n_global != 1 or recipe.n_local:
         raise ValueError(
             'recipe: supervised training sees one crop of an image: set n_global=1 and n_local=0'
