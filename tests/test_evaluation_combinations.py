@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from training_runs import METHODS, small_recipe
 
 from glsd.data import Subset, ToyWorld, save_list, write_shards
 from glsd.data.folders import ImageFolder
@@ -109,6 +110,19 @@ def test_every_evaluation_on_every_kind_of_images_with_every_kind_of_network(
         assert len(EVALUATIONS[what].line(r)) > 5
         assert len(r['mean']) == 3 and 0 < r['crop_pct'] <= 1
     assert json.loads(out.read_text())['what'] == what
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('method', [m.values[0] for m in METHODS])
+def test_every_evaluation_of_a_run_of_every_method(method, sources, tmp_path):
+    "On every kind of images; where it is refused, it is as for the network of any other run."
+    run = pretrain(small_recipe(method, steps=2, device='cpu'), tmp_path / 'run', progress=False)
+    for what in TINY:
+        for kind, images in sources.items():
+            if refusal(what, kind):
+                continue
+            answer = evaluate(what, {'run': str(run.path)}, picture=False, **options_for(what, images))
+            assert len(EVALUATIONS[what].line(answer['backbones']['run'])) > 5
 
 
 @pytest.mark.parametrize('what', TINY)
