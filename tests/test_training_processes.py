@@ -62,12 +62,12 @@ def double(views):
 def follow(method, out, world, how, start):
     recipe, losses = compared_recipe(method, how), []
     dataset = build_dataset(recipe)
-    trainer = Trainer(recipe, 20, world, class_names(recipe, dataset))
+    trainer = Trainer(recipe, 12, world, class_names(recipe, dataset))
     if start:
-        trainer.load_state_dict(torch.load(Path(start) / f'{method}_10.pt'))
-    for views in batches(recipe, dataset, trainer.done, 20, trainer.method.views, world):
+        trainer.load_state_dict(torch.load(Path(start) / f'{method}_6.pt'))
+    for views in batches(recipe, dataset, trainer.done, 12, trainer.method.views, world):
         losses.append(trainer.step(double(views))['loss'])
-        if trainer.done in (10, 20):
+        if trainer.done in (6, 12):
             state = trainer.state_dict()  # of sharded weights: all must ask
             if world.rank == 0:
                 torch.save(state, Path(out) / f'{method}_{trainer.done}.pt')
@@ -114,18 +114,18 @@ def test_n_processes_follow_one_and_go_on_as_m(tmp_path, one, how):
     for n in 2, 4:
         folders[n].mkdir()
     torchrun(2, script, folders[2], how)
-    torchrun(4, script, folders[4], how, folders[2])  # from the checkpoint of two, after ten steps
+    torchrun(4, script, folders[4], how, folders[2])  # from the checkpoint of two, after six steps
 
     def read(n, name):
         return torch.load(folders[n] / f'{name}.pt')
 
     for method in COMPARED[how]:
         losses = read(1, f'{method}_losses')
-        assert len(losses) == 20 and apart(losses, read(2, f'{method}_losses')) < 1e-6, method
-        assert apart(losses[10:], read(4, f'{method}_losses')) < 1e-6, method
-        weights = {n: read(n, f'{method}_20')['method'] for n in (1, 2, 4)}
+        assert len(losses) == 12 and apart(losses, read(2, f'{method}_losses')) < 1e-6, method
+        assert apart(losses[6:], read(4, f'{method}_losses')) < 1e-6, method
+        weights = {n: read(n, f'{method}_12')['method'] for n in (1, 2, 4)}
         assert apart(weights[1], weights[2]) < 1e-6 and apart(weights[1], weights[4]) < 1e-6, method
-        moved = apart(weights[1], read(1, f'{method}_10')['method'])
+        moved = apart(weights[1], read(1, f'{method}_6')['method'])
         assert moved > 1e-3, method  # or the comparison would prove nothing
 
 
@@ -164,7 +164,7 @@ def processes_of(out, rank=None):
 
 
 linux = pytest.mark.skipif(not Path('/proc/self/environ').exists(), reason='finds processes in /proc')
-LONG = RECIPE.replace(steps=48)
+LONG = RECIPE.replace(steps=32)
 
 
 @pytest.fixture(scope='module')
@@ -185,7 +185,7 @@ def test_one_process_is_killed_and_the_weights_are_the_same(tmp_path, undisturbe
     _, errors = run.communicate()
     assert run.returncode == 0, errors
     assert apart(undisturbed, last_checkpoint(tmp_path / 'run')) == 0
-    assert [line['step'] for line in read_metrics(tmp_path / 'run')] == list(range(1, 49))
+    assert [line['step'] for line in read_metrics(tmp_path / 'run')] == list(range(1, 33))
 
 
 @linux
@@ -198,12 +198,12 @@ def test_sigterm_is_a_checkpoint_and_an_exit(tmp_path, undisturbed):
     _, errors = run.communicate(timeout=200)
     reached = last_checkpoint(out)['step']
     assert run.returncode == 143 and f'asked to end after step {reached}' in errors, errors
-    assert 3 <= reached < 48 and not processes_of(out)
+    assert 3 <= reached < 32 and not processes_of(out)
     # one process goes on with what two began
     assert subprocess.run(GLSD + words(out, recipe=LONG), env=ENV, capture_output=True).returncode == 0
     state = last_checkpoint(out)
     teacher = [k for k in state['method'] if k.startswith('teacher.')]  # the student's last step is too fresh
-    assert state['step'] == 48
+    assert state['step'] == 32
     assert max(apart(undisturbed['method'][k], state['method'][k]) for k in teacher) < 1e-2
 
 
@@ -356,7 +356,7 @@ def test_two_nodes_meet_and_start_again_together(tmp_path, undisturbed):
         ended = [(node.communicate(timeout=300)[1], node.returncode) for node in nodes]
     assert [code for _, code in ended] == [0, 0], ended
     assert apart(undisturbed, last_checkpoint(out)) == 0
-    assert [line['step'] for line in read_metrics(out)] == list(range(1, 49))
+    assert [line['step'] for line in read_metrics(out)] == list(range(1, 33))
 
 
 def two_steps(recipe, world):
