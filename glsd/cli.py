@@ -71,7 +71,7 @@ def add_fields(parser: Any, options: list[Option]) -> None:
             help=help_text, default=argparse.SUPPRESS, **given,
         )  # fmt: skip
 
-
+# %% ../nbs/cli.ipynb #c21cd41a
 def method_of(argv: Sequence[str], default: str) -> str:
     "The method that a command line names: by its flag, by its recipe file, or `default`."
     found = {}
@@ -89,7 +89,7 @@ def method_of(argv: Sequence[str], default: str) -> str:
         return str(values.get('method', default)) if isinstance(values, dict) else default
     return found.get('method', default)
 
-
+# %% ../nbs/cli.ipynb #700ce0db
 def add_recipe(parser: argparse.ArgumentParser, argv: Sequence[str], default: str = 'geometric') -> None:
     """What every command about a recipe takes: data, a file, and a flag for every field of the method's
     recipe."""
@@ -131,7 +131,7 @@ HELP = dict(
     replay='do a step again that was not finite, and say which module and which images were to blame',
 )
 
-
+# %% ../nbs/cli.ipynb #ba7656c7
 def add_pretrain(p: argparse.ArgumentParser, argv: Sequence[str], default: str = 'geometric') -> None:
     "Arguments of pretrain and finetune."
     p.add_argument(
@@ -150,10 +150,12 @@ def add_pretrain(p: argparse.ArgumentParser, argv: Sequence[str], default: str =
 
 
 def add_finetune(p: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    "Arguments of finetune: those of pretrain, with the fields of supervised training."
     add_pretrain(p, argv, 'supervised')
 
-
+# %% ../nbs/cli.ipynb #e1b945eb
 def add_plan(p: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    "Arguments of plan."
     cards = 'whose published figures are taken: a100, h100 (default), h200, l40s, rtx4090'
     p.add_argument('--gpus', type=int, default=1, metavar='N', help='default: 1')
     p.add_argument('--gpu', default='h100', metavar='CARD', help=cards)
@@ -195,8 +197,9 @@ def add_evaluate(p: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         own = {o.name for o in options}
         add_fields(q, [o for o in sources if o.name not in own] + options)
 
-
+# %% ../nbs/cli.ipynb #10fc7b9b
 def add_reproduce(p: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    "Arguments of reproduce."
     p.add_argument('experiment', help='e.g. low_data')
     p.add_argument('--scale', default='ci', choices=['ci', 'gpu', 'paper'])
     p.add_argument('-p', '--parameter', action='append', default=[], metavar='NAME=VALUE')
@@ -204,15 +207,18 @@ def add_reproduce(p: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 
 
 def add_export(p: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    "Arguments of export."
     p.add_argument('run')
     p.add_argument('--out', help='default: RUN/backbone.safetensors')
 
 
 def add_replay(p: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    "Arguments of replay."
     p.add_argument('run', help='the run folder, or a file of its not_finite/')
 
 
 def add_data(p: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    "Arguments of data."
     p.add_argument('action', choices=['get', 'shard'])
     p.add_argument('name', help='of the data set; for shard, a folder of images')
     p.add_argument('--root', required=True, help='where data sets live; for shard, a new folder')
@@ -221,7 +227,7 @@ def add_data(p: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 
 
 def add_doctor(p: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    pass
+    "doctor takes none."
 
 # %% ../nbs/cli.ipynb #e458065e
 def make_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
@@ -259,7 +265,7 @@ def _refused() -> str:
     "Where a process of a run writes what is wrong with its input: see glsd.training.processes.agent."
     return os.environ.get('GLSD_REFUSED', '') if 'RANK' in os.environ else ''
 
-
+# %% ../nbs/cli.ipynb #95229212
 def _report(error: BaseException, line: str, code: int) -> None:
     "One line; of the processes of one run, the agent prints it."
     if code == 2 and _refused():

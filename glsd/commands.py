@@ -59,7 +59,7 @@ def monitors_for(args: Namespace, recipe: Any) -> dict:
         monitors['collapse'] = collapse_monitor()
     return monitors
 
-
+# %% ../nbs/commands.ipynb #3d95f64d
 def run_pretrain(args: Namespace, **defaults) -> int | None:
     """Trains the recipe into `--out`, in `--nproc` processes; a second call goes on where the first one
     stopped."""
@@ -83,7 +83,7 @@ def run_pretrain(args: Namespace, **defaults) -> int | None:
         print(f'{args.out}: ' + ', '.join(f'{k} {v:.4g}' for k, v in numbers.items()))
     return None
 
-
+# %% ../nbs/commands.ipynb #484dc337
 def run_finetune(args: Namespace) -> int | None:
     "Trains a classifier from `--weights`, with DrLoc's settings for fine-tuning unless flags say otherwise."
     if not args.recipe and 'weights' not in args.fields:
@@ -236,7 +236,7 @@ def device_rows() -> list[tuple]:
     advice = '' if cuda else 'training runs on the CPU; small recipes are made for it'
     return [(cuda or None, 'CUDA: ' + (', '.join(gpus) or 'no device'), advice), (True, cpu, '')]
 
-
+# %% ../nbs/commands.ipynb #5b0d4b7f
 def diagnose() -> list[tuple]:
     "(ok, what, advice) for each thing that glsd needs or can use; ok is None for what is only nice to have."
     inside = f', virtual environment {Path(sys.prefix).name}' if sys.prefix != sys.base_prefix else ''

@@ -106,7 +106,7 @@ def options_of(found: Found) -> dict[str, Option]:
         return {k: v for base in reversed(found.node.bases) for k, v in options_at(ast.unparse(base)).items()}
     return options_at(own) if isinstance(own, str) else inherited_fields(own)
 
-
+# %% ../nbs/fields.ipynb #e87e6391
 def inherited_fields(found: Found) -> dict[str, Option]:
     "The fields of a dataclass, with those of its bases first."
     before = {k: v for base in reversed(found.node.bases) for k, v in options_at(ast.unparse(base)).items()}
@@ -148,7 +148,7 @@ def defaults_of(name: str) -> dict[str, str]:
             own |= {k.arg: ast.unparse(k.value) for k in n.value.keywords}
     return own
 
-
+# %% ../nbs/fields.ipynb #b330e0ba
 def recipe_options(method: str) -> dict[str, list[Option]]:
     "The fields of a recipe of that method, by part: {'run', 'views', the method's name}."
     cls = method_names()[method]
