@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:  # names only: a loss needs no backbone and makes no crops
-    from glsd.objectives.self_distillation import Outputs
+    from glsd.objectives.branches import Outputs
     from glsd.views.multicrop import Views
 
 # %% ../../nbs/4_distillation/3_dino.ipynb #c404916d
