@@ -53,7 +53,7 @@ def place_of(path):
 
 
 def places_of_modules():
-    "'glsd.objectives.dino' -> (4, 3), for every module that a chapter exports."
+    "'glsd.objectives.dino' -> (4, 4), for every module that a chapter exports."
     places = {}
     for path in NOTEBOOKS:
         for source in cells(path, 'code'):

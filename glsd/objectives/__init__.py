@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # what editors and type checkers see; the names themselves come at their first use
     from glsd.objectives.adclr import ADCLR, ADCLRLoss
     from glsd.objectives.branches import Objective
-    from glsd.objectives.dino import DINOLoss, Distillation, Term, soft_cross_entropy
+    from glsd.objectives.cross_entropy import soft_cross_entropy
+    from glsd.objectives.dino import DINOLoss, Distillation, Term
     from glsd.objectives.drloc import DRLoc, DRLocLoss
     from glsd.objectives.geometric import Geometric, GeometricLoss
     from glsd.objectives.ibot import IBOT, IBOTLoss
@@ -41,7 +42,8 @@ if TYPE_CHECKING:  # what editors and type checkers see; the names themselves co
 _PLACES = {
     'method': 'METHODS Method ViewOptions create_method ema_update find_method list_methods register_method',
     'schedules': 'cosine_schedule warmup_schedule',
-    'dino': 'DINOLoss Distillation Term soft_cross_entropy',
+    'cross_entropy': 'soft_cross_entropy',
+    'dino': 'DINOLoss Distillation Term',
     'branches': 'Objective',
     'self_distillation': 'DINO SelfDistillation',
     'similarity': 'Similarity SimilarityLoss',
