@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from glsd.objectives import DINOLoss, GeometricLoss, Objective
+from glsd.objectives.branches import Outputs
 from glsd.objectives.fused import Factored
-from glsd.objectives.self_distillation import Outputs
 from glsd.views.multicrop import MultiCrop
 
 

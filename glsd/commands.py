@@ -201,7 +201,7 @@ def run_reproduce(args: Namespace) -> None:
 def run_data(args: Namespace) -> None:
     "Fetches a data set or lays out archives that the user has; or packs a folder of images into tar shards."
     if args.action == 'shard':
-        from glsd.data.shards import write_shards
+        from glsd.data.packing import write_shards
 
         shards = write_shards(args.name, args.root, per_shard=args.per_shard)
         print(f'{args.root}: {len(shards)} images in {len(shards.shards)} shards')

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from glsd.backbones import Backbone, create_backbone, list_backbones, register_backbone
 from glsd.backbones.heads import DINOHead
 from glsd.backbones.swin import window_attention
-from glsd.objectives.self_distillation import Branch
+from glsd.objectives.branches import Branch
 
 SMALL = ['swin_mini', 'vit_mini', 'vit_tiny_p16']
 SIZES = {'swin_mini': (32, 16), 'vit_mini': (32, 16), 'vit_tiny_p16': (64, 48)}

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from glsd.backbones import create_backbone
 from glsd.evaluation.attention import attention_maps, block_attention
 from glsd.evaluation.frozen import load_frozen
-from glsd.objectives.self_distillation import Branch
+from glsd.objectives.branches import Branch
 
 MINI, LARGE = ['cvt_mini', 'resnet_mini', 't2t_mini'], {'cvt_13': 16, 't2t_vit_14': 16, 'resnet50': 32}
 

@@ -21,9 +21,10 @@ from PIL import Image
 
 from glsd.data import archives
 from glsd.data.archives import FetchError, download, members
-from glsd.data.fetching import DATASETS, DataSet, command, get
+from glsd.data.fetching import command, get
 from glsd.data.files import InUseError
 from glsd.data.folders import ImageFolder, read_image
+from glsd.data.layouts import DATASETS, DataSet
 
 SCRIPTS = Path(__file__).parents[1] / 'data_scripts'
 

@@ -12,7 +12,9 @@ from PIL import Image
 
 from glsd.data.folders import ImageError, ImageFolder, Subset, balanced_subset, save_list
 from glsd.data.loading import eval_loader, make_loader
-from glsd.data.shards import INDEX, PLAN, ShardError, ShardFolder, open_images, split_name, write_shards
+from glsd.data.packing import write_shards
+from glsd.data.shards import INDEX, PLAN, ShardFolder, open_images
+from glsd.data.tars import ShardError, split_name
 from glsd.data.toyworld import ToyWorld
 from glsd.views.multicrop import MultiCrop
 
@@ -190,7 +192,7 @@ def test_the_webdataset_package_reads_ours_and_we_read_its(shards, tmp_path):
 
 
 def test_same_images_same_bytes_and_writing_goes_on(folder, shards, tmp_path, monkeypatch):
-    import glsd.data.shards as module
+    import glsd.data.packing as module
 
     write, calls = module._write_shard, []
 

@@ -16,34 +16,6 @@ FLOORS = dict(views=1, data=2, backbones=3, objectives=4, masked=5, contrastive=
 FLOORS |= dict(training=7, evaluation=8, experiments=9)
 ROOF = 10  # nbs/*.ipynb: the README and the commands
 
-# to be emptied: imports of a later chapter, or of a higher floor, in {notebook: {modules}}
-KNOWN_FORWARD: dict[str, set[str]] = {}
-# to be emptied: links that lead nowhere, in {notebook: {links}}
-KNOWN_BROKEN: dict[str, set[str]] = {
-    '9_experiments/adclr.ipynb': {
-        '../4_distillation/8_adclr.ipynb',
-    },
-    '9_experiments/local_losses.ipynb': {
-        '../4_distillation/1_dino.ipynb',
-        '../4_distillation/2_similarity.ipynb',
-        '../4_distillation/3_geometric.ipynb',
-        '../4_distillation/6_selfpatch.ipynb',
-        '../4_distillation/7_ibot.ipynb',
-        '../4_distillation/8_adclr.ipynb',
-        '../4_distillation/9_drloc.ipynb',
-    },
-    '9_experiments/selfpatch.ipynb': {
-        '../4_distillation/6_selfpatch.ipynb',
-    },
-    'commands.ipynb': {
-        'evaluate.ipynb',
-    },
-    'index.ipynb': {
-        '9_experiments/1_runner.ipynb',
-        '9_experiments/2_compare.ipynb',
-    },
-}
-
 
 def cells(path, kind):
     return [''.join(c['source']) for c in json.loads(path.read_text())['cells'] if c['cell_type'] == kind]
@@ -70,7 +42,7 @@ def links(path):
 def test_links_lead_somewhere(name):
     path = NBS / name
     broken = {link for link in links(path) if not (path.parent / link).exists()}
-    assert broken <= KNOWN_BROKEN.get(name, set())
+    assert not broken
 
 
 def place_of(path):
@@ -81,7 +53,7 @@ def place_of(path):
 
 
 def places_of_modules():
-    "'glsd.objectives.dino' -> (4, 3), for every module that a chapter exports."
+    "'glsd.objectives.dino' -> (4, 4), for every module that a chapter exports."
     places = {}
     for path in NOTEBOOKS:
         for source in cells(path, 'code'):
@@ -156,7 +128,7 @@ def forward_imports(path):
 @pytest.mark.parametrize('name', NAMES)
 def test_no_forward_imports(name):
     "A cell imports from lower floors and from earlier chapters of its own; a lazy import is in a function."
-    assert forward_imports(NBS / name) <= KNOWN_FORWARD.get(name, set())
+    assert not forward_imports(NBS / name)
 
 
 @pytest.mark.parametrize('name', NAMES)

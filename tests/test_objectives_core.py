@@ -21,9 +21,9 @@ from glsd.objectives import (
     list_methods,
     soft_cross_entropy,
 )
+from glsd.objectives.branches import Objective, Outputs
 from glsd.objectives.geometric import geometric_matching
 from glsd.objectives.ibot import draw_masks
-from glsd.objectives.self_distillation import Objective, Outputs
 
 SETTINGS = {
     'dino': [DINOLoss],

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from glsd.objectives import DINOLoss, GeometricLoss, SimilarityLoss
-from glsd.objectives.self_distillation import Objective, Outputs
+from glsd.objectives.branches import Objective, Outputs
 
 GOLDEN = {k: torch.from_numpy(v) for k, v in np.load(Path(__file__).parent / 'golden/glsd_loss.npz').items()}
 GRIDS = [(7, 7)] * 2 + [(3, 3)] * 8

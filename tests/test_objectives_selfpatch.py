@@ -8,9 +8,10 @@ import torch.nn.functional as F
 
 from glsd.evaluation.collapse import collapse_figures
 from glsd.objectives import MoBYLoss, SelfPatchLoss, create_method, soft_cross_entropy
+from glsd.objectives.aggregation import Aggregation, neighbours, positives
+from glsd.objectives.branches import Outputs
 from glsd.objectives.moby import all_gather_keys, enqueue
-from glsd.objectives.self_distillation import Outputs
-from glsd.objectives.selfpatch import Aggregation, neighbours, patch_contrast, positives
+from glsd.objectives.selfpatch import patch_contrast
 from glsd.training import Recipe
 from glsd.training.loop import batches, build_dataset
 from glsd.training.trainer import Trainer

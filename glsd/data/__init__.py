@@ -13,7 +13,9 @@ from .fetching import get
 from .files import InUseError, atomic_write, file_lock, folder_lock
 from .folders import ImageError, ImageFolder, Subset, balanced_subset, read_image, save_list
 from .loading import LoaderError, eval_loader, make_loader, sample_rng, step_loader
-from .shards import ShardError, ShardFolder, open_images, write_shards
+from .packing import write_shards
+from .shards import ShardFolder, open_images
+from .tars import ShardError
 from .toyworld import Dataset, ToyWorld
 
 _all_ = [

@@ -12,7 +12,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from ..objectives.dino import Distillation, soft_cross_entropy
+from ..objectives.cross_entropy import soft_cross_entropy
+from ..objectives.dino import Distillation
 
 # %% ../../nbs/8_evaluation/2_collapse.ipynb #28331142
 @torch.no_grad()

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what editors and type checkers see; the names themselves come at their first use
     from glsd.objectives.adclr import ADCLR, ADCLRLoss
-    from glsd.objectives.dino import DINOLoss, Distillation, Term, soft_cross_entropy
+    from glsd.objectives.branches import Objective
+    from glsd.objectives.cross_entropy import soft_cross_entropy
+    from glsd.objectives.dino import DINOLoss, Distillation, Term
     from glsd.objectives.drloc import DRLoc, DRLocLoss
     from glsd.objectives.geometric import Geometric, GeometricLoss
     from glsd.objectives.ibot import IBOT, IBOTLoss
@@ -32,7 +34,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; the names themselves co
     )
     from glsd.objectives.moby import MoBY, MoBYLoss
     from glsd.objectives.schedules import cosine_schedule, warmup_schedule
-    from glsd.objectives.self_distillation import DINO, Objective, SelfDistillation
+    from glsd.objectives.self_distillation import DINO, SelfDistillation
     from glsd.objectives.selfpatch import SelfPatch, SelfPatchLoss
     from glsd.objectives.shuffled import Shuffled, ShuffledLoss
     from glsd.objectives.similarity import Similarity, SimilarityLoss
@@ -40,8 +42,10 @@ if TYPE_CHECKING:  # what editors and type checkers see; the names themselves co
 _PLACES = {
     'method': 'METHODS Method ViewOptions create_method ema_update find_method list_methods register_method',
     'schedules': 'cosine_schedule warmup_schedule',
-    'dino': 'DINOLoss Distillation Term soft_cross_entropy',
-    'self_distillation': 'DINO Objective SelfDistillation',
+    'cross_entropy': 'soft_cross_entropy',
+    'dino': 'DINOLoss Distillation Term',
+    'branches': 'Objective',
+    'self_distillation': 'DINO SelfDistillation',
     'similarity': 'Similarity SimilarityLoss',
     'geometric': 'Geometric GeometricLoss',
     'shuffled': 'Shuffled ShuffledLoss',
