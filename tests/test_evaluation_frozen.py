@@ -12,8 +12,8 @@ from glsd.backbones import TimmBackbone, create_backbone
 from glsd.data import ImageFolder, Subset, ToyWorld, save_list, write_shards
 from glsd.evaluation import frozen
 from glsd.evaluation.blocks import AtBlock
+from glsd.evaluation.extraction import transform_of
 from glsd.evaluation.frozen import cached_extract, load_frozen, put_weights, read_weights
-from glsd.evaluation.knn import transform_of
 
 
 def vit(**options):

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from glsd.evaluation.copies import copy_detection
     from glsd.evaluation.dense import dense_nn
     from glsd.evaluation.evaluations import evaluate
+    from glsd.evaluation.extraction import extract, pixels
     from glsd.evaluation.frozen import cached_extract, load_frozen
-    from glsd.evaluation.knn import extract, knn_accuracy, knn_monitor, pixels
+    from glsd.evaluation.knn import knn_accuracy, knn_monitor
     from glsd.evaluation.linear import linear_probe
     from glsd.evaluation.object_masks import attention_jaccard
     from glsd.evaluation.ranking import mean_average_precision, search
@@ -48,8 +49,9 @@ _MODULES = {
     'copies': ['copy_detection'],
     'dense': ['dense_nn'],
     'evaluations': ['evaluate'],
+    'extraction': ['extract', 'pixels'],
     'frozen': ['cached_extract', 'load_frozen'],
-    'knn': ['extract', 'knn_accuracy', 'knn_monitor', 'pixels'],
+    'knn': ['knn_accuracy', 'knn_monitor'],
     'linear': ['linear_probe'],
     'object_masks': ['attention_jaccard'],
     'ranking': ['mean_average_precision', 'search'],

@@ -14,7 +14,7 @@ from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
 from ..backbones.swin import shift_mask, to_windows
-from .knn import transform_of
+from .extraction import transform_of
 from .pairs import with_tokens
 from .similarity import as_batch, check_place
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..backbones.features import Features
 from ..data.loading import sample_rng
 from ..data.toyworld import Dataset, fingerprint_of
-from .knn import extract, transform_of
+from .extraction import extract, transform_of
 from .ranking import unit_rows
 from .retrieval import RetrievalSet, edit
 from ..views.photometric import Photometric

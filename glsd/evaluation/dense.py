@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.loading import Loader, sample_rng
-from .knn import IMAGENET, EvalTransform, nearest, progress_bar, transform_of
+from .extraction import IMAGENET, EvalTransform, progress_bar, transform_of
+from .knn import nearest
 from .pairs import with_tokens
 from glsd.evaluation.segmentation import (
     Segmentation,

@@ -16,7 +16,7 @@ import torch
 
 from ..data.files import atomic_write
 from . import specs
-from .knn import transform_of
+from .extraction import transform_of
 from .measurements import EVALUATIONS, Evaluation
 from .specs import Net, Where
 
@@ -82,7 +82,7 @@ def check_ranges(**options: Any) -> None:
 
 def check_takes(net: Net, size: int) -> None:
     "ValueError, in one line, if a network takes no images of this size: it is shown an empty one."
-    from glsd.evaluation.knn import evaluating
+    from glsd.evaluation.extraction import evaluating
 
     with torch.no_grad(), evaluating(net.backbone) as device:
         net.backbone(torch.zeros(1, 3, size, size, device=device))

@@ -27,8 +27,7 @@ from ..backbones import TimmBackbone, create_backbone, list_backbones
 from ..backbones.features import as_pair
 from ..data.files import atomic_write
 from ..data.toyworld import Dataset, fingerprint_of
-from .knn import extract, transform_of
-from .linear import fingerprint_weights
+from .extraction import extract, fingerprint_weights, transform_of
 
 # %% auto #0
 __all__ = ['timm_network', 'fast_when_offline', 'untrained', 'read_weights', 'put_weights', 'open_source', 'load_frozen',

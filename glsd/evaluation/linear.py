@@ -5,7 +5,6 @@
 # %% ../../nbs/8_evaluation/8_linear.ipynb #3a7ac67e
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,8 @@ from ..data.files import atomic_write
 from ..data.loading import Loader, epoch_order, eval_loader, sample_rng
 from ..data.toyworld import Dataset
 from .blocks import LastBlocks
-from .knn import check_same_classes, evaluating, extract, transform_of
+from .extraction import evaluating, extract, fingerprint_weights, transform_of
+from .labels import check_probe_sets
 from .linear_grid import LRS, GridAccuracy, Heads, heads_step
 from ..objectives.schedules import cosine_schedule
 from ..views.multicrop import crop, draw_box
@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['RATIO', 'probe_view', 'check_labels', 'fingerprint_weights', 'probed_features', 'linear_probe', 'check_options',
-           'linear_picture']
+__all__ = ['RATIO', 'probe_view', 'probed_features', 'linear_probe', 'check_options', 'linear_picture']
 
 # %% ../../nbs/8_evaluation/8_linear.ipynb #b4937262
 RATIO = (3 / 4, 4 / 3)
@@ -58,49 +57,6 @@ class _ProbeBatches:
             views.append(probe_view(image, self.size, sample_rng(*self.key, i), self.scale))
             labels.append(label)
         return self.transform.normalize(torch.stack(views)), torch.tensor(labels)
-
-# %% ../../nbs/8_evaluation/8_linear.ipynb #cc516e5d
-def check_labels(train_ds: Dataset, test_ds: Dataset) -> int:
-    "The number of classes; ValueError if a probe on these two data sets would mean nothing."
-    for name, ds in (('training', train_ds), ('test', test_ds)):
-        _check_labelled(name, ds)
-    names = list(train_ds.classes)
-    check_same_classes(train_ds, test_ds)
-    seen = set(np.asarray(train_ds.labels).tolist())
-    if len(seen) < 2:
-        raise ValueError('all training images are of one class: a linear probe needs two or more')
-    _check_seen(seen, test_ds, names)
-    return max(len(names), max(seen) + 1)
-
-# %% ../../nbs/8_evaluation/8_linear.ipynb #2dd76018
-def _check_labelled(name, dataset):
-    if not len(dataset):
-        raise ValueError(f'there are no {name} images')
-    missing = int((np.asarray(dataset.labels) < 0).sum())
-    if missing:
-        raise ValueError(
-            f'{missing} of {len(dataset)} {name} images have no label: a linear probe needs all; '
-            'put each class into a folder'
-        )
-
-
-def _check_seen(seen, test_ds, names):
-    unseen = sorted(set(np.asarray(test_ds.labels).tolist()) - seen)
-    if unseen:
-        first = names[unseen[0]] if names else unseen[0]
-        raise ValueError(
-            f'class {first} has test images but no training image ({len(unseen)} such classes): '
-            'no probe can learn it'
-        )
-
-# %% ../../nbs/8_evaluation/8_linear.ipynb #46089daf
-def fingerprint_weights(backbone: nn.Module) -> str:
-    "A hash over the structure and all weights and buffers of a module: 16 hexadecimal digits."
-    h = hashlib.sha256(repr(backbone).encode())
-    for name, t in sorted(backbone.state_dict().items()):
-        h.update(f'{name} {t.dtype} {tuple(t.shape)}'.encode())
-        h.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return h.hexdigest()[:16]
 
 # %% ../../nbs/8_evaluation/8_linear.ipynb #6299eba0
 def _restore(path, settings, heads, optimizer):
@@ -212,7 +168,7 @@ def linear_probe(  # over 25 lines: every option has its own
     see `LastBlocks`. `cached`: train on features of central crops, computed once. `out`: folder for the
     state to go on from, and linear.json. 'top1', 'top5', 'lr' belong to the head that is best on the test
     images, 'grid' has all. ValueError on bad input."""
-    n_classes = check_labels(train_ds, test_ds)
+    n_classes = check_probe_sets(train_ds, test_ds)
     check_options(epochs, batch_size, lrs)
     net = LastBlocks(backbone.to(device) if device is not None else backbone, n_blocks)
     rates = dict(epochs=epochs, batch_size=batch_size, lrs=[float(lr) for lr in lrs])

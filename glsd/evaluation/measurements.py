@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 import torch
 
 from . import specs
-from .knn import check_sets, extract, knn_accuracy, transform_of
+from .extraction import extract, transform_of
+from .knn import knn_accuracy
+from .labels import check_sets
 from .specs import Net
 
 # %% auto #0
@@ -152,9 +154,9 @@ def _state_name(net, dataset, size, settings):
 # %% ../../nbs/8_evaluation/26_measurements.ipynb #6b3f448c
 def check_linear(net: Net, anchors: Any, test: Any, size: int, **options) -> None:
     "Labels, rates and blocks."
-    from glsd.evaluation import linear
+    from glsd.evaluation import labels, linear
 
-    linear.check_labels(anchors, test)
+    labels.check_probe_sets(anchors, test)
     rates = options.get('lrs') or linear.LRS
     linear.check_options(options.get('epochs', 100), options.get('batch_size', 256), rates)
     linear.LastBlocks(net.backbone, options.get('n_blocks'))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..data.loading import sample_rng
 from ..data.toyworld import Dataset
 from .attention import attention_maps
-from .knn import progress_bar, transform_of
+from .extraction import progress_bar, transform_of
 from .pairs import with_tokens
 from .similarity import image_rows, marked, pca_rgb, similar_patches
 from .token_matching import mean_ci

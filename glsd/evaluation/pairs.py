@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..data.loading import sample_rng
 from ..data.toyworld import Dataset
-from .knn import EvalTransform, evaluating
+from .extraction import EvalTransform, evaluating
 from ..views.geometry import match_tokens, token_diagonal
 from ..views.multicrop import GLOBAL_1, GLOBAL_2, Views, crop
 from ..views.photometric import MEAN, STD, Photometric, apply_photometric, photometric_vector

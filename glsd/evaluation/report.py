@@ -20,7 +20,8 @@ from ..data.folders import Subset
 from ..data.loading import eval_loader
 from ..data.toyworld import Dataset
 from .collapse import collapse_figures, feature_figures, shares
-from .knn import evaluating, evenly_spaced, transform_of
+from .extraction import evaluating, transform_of
+from .pictures import evenly_spaced
 from ..objectives.self_distillation import SelfDistillation
 
 if TYPE_CHECKING:

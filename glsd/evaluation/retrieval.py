@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from ..data.folders import ImageFolder, read_image
 from ..data.loading import sample_rng
 from ..data.toyworld import Dataset, ToyWorld, fingerprint_of
-from .knn import chosen_indices, extract, framed, picture_rows, transform_of
+from .extraction import extract, transform_of
+from .pictures import chosen_indices, framed, picture_rows
 from .ranking import mean_average_precision, search
 from ..views.multicrop import crop, draw_box
 from ..views.photometric import Photometric, apply_photometric, denormalize

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .knn import IMAGENET, EvalTransform, transform_of
+from .extraction import IMAGENET, EvalTransform, transform_of
 from .pairs import with_tokens
 from ..views.photometric import denormalize
 

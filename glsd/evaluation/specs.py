@@ -16,7 +16,8 @@ from ..data.folders import ImageFolder, Subset
 from ..data.toyworld import Dataset
 from .blocks import AtBlock
 from .frozen import check_images, in_hand, open_source
-from .knn import check_same_classes, evenly_spaced
+from .labels import check_same_classes
+from .pictures import evenly_spaced
 from .retrieval import RetrievalFolder, RetrievalSet, toy_retrieval
 from .segmentation import MaskFolder, ToySegmentation
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..backbones.features import Features
 from ..data.loading import Loader
 from ..data.toyworld import Dataset
-from .knn import evaluating, progress_bar, transform_of
+from .extraction import evaluating, progress_bar, transform_of
 from .pairs import Pairs, exact_map, renormalized, shift_reach, token_grid, with_tokens
 from ..views.multicrop import GLOBAL_1, GLOBAL_2, Views
 from ..views.photometric import Photometric, denormalize
