@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     from glsd.evaluation.linear import linear_probe
     from glsd.evaluation.object_masks import attention_jaccard
     from glsd.evaluation.ranking import mean_average_precision, search
-    from glsd.evaluation.report import collapse_monitor, collapse_report
+    from glsd.evaluation.report import collapse_report
     from glsd.evaluation.retrieval import RetrievalFolder, retrieval_map
     from glsd.evaluation.segmentation import MaskFolder, ToySegmentation
     from glsd.evaluation.similarity import pca_rgb, similarity_widget
     from glsd.evaluation.token_matching import correspondence, correspondence_picture
+    from glsd.evaluation.watching import collapse_monitor
 
 # %% auto #0
 __all__ = ['attention_maps', 'distinct_share', 'effective_rank', 'copy_detection', 'dense_nn', 'evaluate', 'cached_extract',
@@ -55,11 +56,12 @@ _MODULES = {
     'linear': ['linear_probe'],
     'object_masks': ['attention_jaccard'],
     'ranking': ['mean_average_precision', 'search'],
-    'report': ['collapse_monitor', 'collapse_report'],
+    'report': ['collapse_report'],
     'retrieval': ['RetrievalFolder', 'retrieval_map'],
     'segmentation': ['MaskFolder', 'ToySegmentation'],
     'similarity': ['pca_rgb', 'similarity_widget'],
     'token_matching': ['correspondence', 'correspondence_picture'],
+    'watching': ['collapse_monitor'],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

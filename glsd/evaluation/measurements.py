@@ -238,11 +238,11 @@ EVALUATIONS['correspondence'] = Evaluation(
 # %% ../../nbs/8_evaluation/26_measurements.ipynb #2759c3a6
 def measure_collapse(net: Net, images: Any, size: int, n: int = 256) -> dict[str, Any]:
     "Rank and deviation of features on `n` images, of a run folder also its heads; and the report in words."
-    from glsd.evaluation import report
+    from glsd.evaluation import report, watching
 
-    figures = report.collapse_of_backbone(net.backbone, images, size, n)
+    figures = watching.collapse_of_backbone(net.backbone, images, size, n)
     if has_heads(net):
-        figures['heads'] = report.collapse_of_run(net.spec, images)['heads']
+        figures['heads'] = watching.collapse_of_run(net.spec, images)['heads']
     found = report.collapse_report(figures, trained=not net.is_untrained)
     return dict(kind=found.kind, report=str(found), **figures)
 
@@ -272,7 +272,7 @@ def check_collapse(net: Net, images: Any, size: int, **options) -> None:
 # %% ../../nbs/8_evaluation/26_measurements.ipynb #727da734
 def draw_collapse(nets: dict, results: dict, images: Any, size: int, **options) -> Any:
     "The spectra of pooled features and tokens."
-    from glsd.evaluation.report import collapse_picture
+    from glsd.evaluation.watching import collapse_picture
 
     return collapse_picture(results)
 
