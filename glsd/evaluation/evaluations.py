@@ -17,8 +17,9 @@ import torch
 from ..data.files import atomic_write
 from . import specs
 from .extraction import transform_of
-from .measurements import EVALUATIONS, Evaluation
+from .measurements import Evaluation
 from .specs import Net, Where
+from .token_measurements import EVALUATIONS  # complete: those of the table and its own
 
 # %% auto #0
 __all__ = ['is_of', 'checked', 'check_ranges', 'check_takes', 'evaluate', 'evaluation_of', 'check_all']

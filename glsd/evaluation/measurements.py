@@ -12,21 +12,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from . import specs
-from .extraction import extract, transform_of
+from .extraction import extract
 from .knn import knn_accuracy
 from .labels import check_sets
 from .specs import Net
 
 # %% auto #0
-__all__ = ['EVALUATIONS', 'Evaluation', 'measure_knn', 'values_of_k', 'check_knn', 'draw_knn', 'line_of_knn', 'measure_linear',
-           'check_linear', 'draw_linear', 'line_of_linear', 'measure_correspondence', 'check_correspondence',
-           'draw_correspondence', 'line_of_correspondence', 'measure_collapse', 'has_heads', 'check_collapse',
-           'draw_collapse', 'line_of_collapse', 'measure_attention', 'check_attention', 'draw_attention',
-           'line_of_attention', 'measure_retrieval', 'has_lists', 'check_retrieval', 'draw_retrieval',
-           'line_of_retrieval', 'measure_dense', 'check_dense', 'draw_dense', 'line_of_dense']
+__all__ = ['EVALUATIONS', 'Evaluation', 'backbones_of', 'measure_knn', 'values_of_k', 'check_knn', 'draw_knn', 'line_of_knn',
+           'measure_linear', 'check_linear', 'draw_linear', 'line_of_linear', 'measure_retrieval', 'has_lists',
+           'check_retrieval', 'draw_retrieval', 'line_of_retrieval']
 
 # %% ../../nbs/8_evaluation/26_measurements.ipynb #a362c6e4
 class Evaluation(NamedTuple):
@@ -52,7 +47,8 @@ class Evaluation(NamedTuple):
 EVALUATIONS: dict[str, Evaluation] = {}
 
 # %% ../../nbs/8_evaluation/26_measurements.ipynb #7a0feeaa
-def _backbones(nets):
+def backbones_of(nets: dict[str, Net]) -> dict[str, Any]:
+    "{name: backbone} of {name: net}."
     return {name: net.backbone for name, net in nets.items()}
 
 # %% ../../nbs/8_evaluation/26_measurements.ipynb #5f7fa77c
@@ -98,7 +94,7 @@ def draw_knn(nets: dict, results: dict, anchors: Any, test: Any, size: int, **op
     "Test images and their neighbours."
     from glsd.evaluation.knn import knn_picture
 
-    return knn_picture(_backbones(nets), anchors, test, size, k=min(6, len(anchors)))
+    return knn_picture(backbones_of(nets), anchors, test, size, k=min(6, len(anchors)))
 
 
 def line_of_knn(r: dict) -> str:
@@ -184,161 +180,6 @@ EVALUATIONS['linear'] = Evaluation(
     line_of_linear,
 )
 
-# %% ../../nbs/8_evaluation/26_measurements.ipynb #9d497532
-def measure_correspondence(
-    net: Net,
-    images: Any,
-    size: int,
-    shift: float = 0.25,
-    flip: float = 0.5,
-    seed: int = 0,
-    batch_size: int = 64,
-    workers: int = 0,
-) -> dict[str, Any]:
-    "How many tokens find the token that sees the same place in another crop, and how far off they are."
-    from glsd.evaluation.token_matching import correspondence
-
-    options: dict[str, Any] = dict(seed=seed, batch_size=batch_size, workers=workers)
-    return correspondence(net.backbone, images, size, shift, flip, **options)
-
-
-def check_correspondence(net: Net, images: Any, size: int, **options) -> None:
-    "The grid, the shift, the number of images, and whether the first one is large enough."
-    from glsd.evaluation.pairs import Pairs, token_grid
-
-    if len(images) < 2:
-        raise ValueError(f'{len(images)} images give no interval: correspondence needs at least 2')
-    Pairs(images, size, token_grid(net.backbone, size), options.get('shift', 0.25)).draw(0)
-
-# %% ../../nbs/8_evaluation/26_measurements.ipynb #d12e6878
-def draw_correspondence(nets: dict, results: dict, images: Any, size: int, **options) -> Any:
-    "Figure 5 of the GLSD paper, for the first images."
-    from glsd.evaluation.token_matching import correspondence_picture
-
-    pairs = {k: v for k, v in options.items() if k in ('shift', 'flip', 'seed')}
-    return correspondence_picture(_backbones(nets), images, size, range(min(3, len(images))), **pairs)
-
-
-def line_of_correspondence(r: dict) -> str:
-    low, high = r['accuracy_ci']
-    off = f'{r["distance"]:.2f} tokens = {r["distance_px"]:.0f} px off'
-    controls = f'raw pixels {r["pixels"]["accuracy"]:.1f} %, chance {r["chance"]["accuracy"]:.1f} %'
-    return f'{r["accuracy"]:.1f} % (95 %: {low:.1f} to {high:.1f}), {off}; {controls}'
-
-
-EVALUATIONS['correspondence'] = Evaluation(
-    'do tokens find the token that sees the same place? (GLSD Sec. 4.7)',
-    specs.any_images,
-    measure_correspondence,
-    check_correspondence,
-    draw_correspondence,
-    line_of_correspondence,
-)
-
-# %% ../../nbs/8_evaluation/26_measurements.ipynb #2759c3a6
-def measure_collapse(net: Net, images: Any, size: int, n: int = 256) -> dict[str, Any]:
-    "Rank and deviation of features on `n` images, of a run folder also its heads; and the report in words."
-    from glsd.evaluation import report, watching
-
-    figures = watching.collapse_of_backbone(net.backbone, images, size, n)
-    if has_heads(net):
-        figures['heads'] = watching.collapse_of_run(net.spec, images)['heads']
-    found = report.collapse_report(figures, trained=not net.is_untrained)
-    return dict(kind=found.kind, report=str(found), **figures)
-
-
-def has_heads(net: Net) -> bool:
-    "Whether a net is a run of self-distillation, heads and all, measured at its end."
-    from glsd.objectives import find_method
-    from glsd.objectives.self_distillation import SelfDistillation
-
-    if net.recipe is None or not Path(net.spec).is_dir() or isinstance(net.backbone, specs.AtBlock):
-        return False
-    return issubclass(find_method(net.recipe.method), SelfDistillation)
-
-# %% ../../nbs/8_evaluation/26_measurements.ipynb #1be666f0
-def check_collapse(net: Net, images: Any, size: int, **options) -> None:
-    "Enough images, for features and for the batch that the heads are shown."
-    if len(images) < 2:
-        raise ValueError(
-            f'{len(images)} image(s): collapse is about what differs between images, give two at least'
-        )
-    if has_heads(net) and len(images) < net.recipe.batch_size:
-        raise ValueError(
-            f'{len(images)} images are fewer than the batch of {net.recipe.batch_size} that the heads of '
-            f'{net.spec} are shown: give more, or measure its exported file, features alone'
-        )
-
-# %% ../../nbs/8_evaluation/26_measurements.ipynb #727da734
-def draw_collapse(nets: dict, results: dict, images: Any, size: int, **options) -> Any:
-    "The spectra of pooled features and tokens."
-    from glsd.evaluation.watching import collapse_picture
-
-    return collapse_picture(results)
-
-
-def line_of_collapse(r: dict) -> str:
-    return r['report']
-
-
-EVALUATIONS['collapse'] = Evaluation(
-    'healthy, or dimensional, local or full collapse? (GLSD Sec. 4.6)',
-    specs.any_images,
-    measure_collapse,
-    check_collapse,
-    draw_collapse,
-    line_of_collapse,
-)
-
-# %% ../../nbs/8_evaluation/26_measurements.ipynb #d34c5290
-def measure_attention(
-    net: Net, images: Any, size: int, mass: float = 0.6, block: int = -1, seed: int = 0
-) -> dict[str, Any]:
-    "Jaccard index of attention masks against the scenes' own; without masks only the protocol is left."
-    from glsd.evaluation.object_masks import attention_jaccard
-
-    protocol: dict[str, Any] = dict(size=size, mass=mass, block=block, seed=seed)
-    if not hasattr(images, 'scene'):
-        return protocol
-    return attention_jaccard(net.backbone, images, **protocol)
-
-
-def check_attention(net: Net, images: Any, size: int, **options) -> None:
-    "Whether there is attention in that block, masks for it, and a mass."
-    from glsd.evaluation import attention, object_masks
-
-    if hasattr(images, 'scene'):
-        object_masks.check_masks(images)
-    object_masks.attention_masks(torch.ones(1, 1), options.get('mass', 0.6))
-    crop = transform_of(net.backbone).crop(images[0][0], size)
-    attention.attention_maps(net.backbone, crop, block=options.get('block', -1))
-
-# %% ../../nbs/8_evaluation/26_measurements.ipynb #53b7813f
-def draw_attention(nets: dict, results: dict, images: Any, size: int, block: int = -1, **options) -> Any:
-    "Attention, masks and colours of the first images."
-    from glsd.evaluation.object_masks import attention_picture
-
-    return attention_picture(_backbones(nets), images, size, range(min(3, len(images))), block)
-
-
-def line_of_attention(r: dict) -> str:
-    if 'jaccard' not in r:
-        return 'no masks with these images: a picture only'
-    low, high = r['jaccard_ci']
-    return (
-        f'Jaccard {r["jaccard"]:.1f} % (95 %: {low:.1f} to {high:.1f}); places shuffled {r["shuffled"]:.1f} %'
-    )
-
-
-EVALUATIONS['attention'] = Evaluation(
-    'where does it look, and does it see the object? (DINO Fig. 4, SelfPatch Fig. 1)',
-    specs.any_images,
-    measure_attention,
-    check_attention,
-    draw_attention,
-    line_of_attention,
-)
-
 # %% ../../nbs/8_evaluation/26_measurements.ipynb #ce55575c
 def measure_retrieval(
     net: Net, images: Any, size: int, batch_size: int = 256, workers: int = 0
@@ -369,7 +210,7 @@ def draw_retrieval(nets: dict, results: dict, images: Any, size: int, **options)
     from glsd.evaluation.retrieval import retrieval_picture
 
     data = images if has_lists(images) else copy_set(images)
-    return retrieval_picture(_backbones(nets), data, size, k=min(6, len(data.database)))
+    return retrieval_picture(backbones_of(nets), data, size, k=min(6, len(data.database)))
 
 
 def line_of_retrieval(r: dict) -> str:
@@ -388,57 +229,4 @@ EVALUATIONS['retrieval'] = Evaluation(
     check_retrieval,
     draw_retrieval,
     line_of_retrieval,
-)
-
-# %% ../../nbs/8_evaluation/26_measurements.ipynb #2b4eb175
-def measure_dense(
-    net: Net,
-    memory: Any,
-    queries: Any,
-    size: int,
-    k: int = 30,
-    temperature: float = 0.02,
-    memory_size: int = 102_400,
-    batch_size: int = 16,
-    seed: int = 0,
-    workers: int = 0,
-) -> dict[str, Any]:
-    "Segmentation by looking tokens up in a memory of labelled ones; mIoU at the masks' own resolution."
-    from glsd.evaluation.dense import dense_nn
-
-    options: dict[str, Any] = dict(memory_size=memory_size, batch_size=batch_size, seed=seed, workers=workers)
-    return dense_nn(net.backbone, memory, queries, size, k, temperature, **options)
-
-# %% ../../nbs/8_evaluation/26_measurements.ipynb #ab584c93
-def check_dense(net: Net, memory: Any, queries: Any, size: int, **options) -> None:
-    "Classes, and a `k` that the memory can hold."
-    from glsd.evaluation import dense
-    from glsd.evaluation.pairs import with_tokens
-
-    grid = with_tokens(net.backbone, torch.zeros(1, 3, size, size)).grid
-    k, room = options.get('k', 30), options.get('memory_size', 102_400)
-    dense.check_dense(memory, queries, k, room, grid[0] * grid[1])
-
-# %% ../../nbs/8_evaluation/26_measurements.ipynb #b811c34a
-def draw_dense(nets: dict, results: dict, memory: Any, queries: Any, size: int, **options) -> Any:
-    "The first query images, their masks, and the prediction of each network."
-    from glsd.evaluation.dense import dense_picture
-
-    shown = range(min(3, len(queries)))
-    return dense_picture(_backbones(nets), memory, queries, size, shown, **options)
-
-
-def line_of_dense(r: dict) -> str:
-    right = f'pixels right {r["pixel_accuracy"]:.1f} % (masks {r["mask_size"]}, tokens {r["grid"]})'
-    controls = f'one class everywhere {r["constant"]:.1f} %, perfect tokens {r["ceiling"]:.1f} %'
-    return f'mIoU {r["miou"]:.1f} %, {right}; {controls}'
-
-
-EVALUATIONS['dense-nn'] = Evaluation(
-    'segmentation by nearest labelled tokens',
-    specs.mask_sets,
-    measure_dense,
-    check_dense,
-    draw_dense,
-    line_of_dense,
 )
