@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from glsd.evaluation.object_masks import attention_jaccard
     from glsd.evaluation.ranking import mean_average_precision, search
     from glsd.evaluation.report import collapse_report
-    from glsd.evaluation.retrieval import RetrievalFolder, retrieval_map
+    from glsd.evaluation.retrieval import retrieval_map
+    from glsd.evaluation.retrieval_sets import RetrievalFolder
     from glsd.evaluation.segmentation import MaskFolder, ToySegmentation
     from glsd.evaluation.similarity import pca_rgb, similarity_widget
     from glsd.evaluation.token_matching import correspondence, correspondence_picture
@@ -57,7 +58,8 @@ _MODULES = {
     'object_masks': ['attention_jaccard'],
     'ranking': ['mean_average_precision', 'search'],
     'report': ['collapse_report'],
-    'retrieval': ['RetrievalFolder', 'retrieval_map'],
+    'retrieval': ['retrieval_map'],
+    'retrieval_sets': ['RetrievalFolder'],
     'segmentation': ['MaskFolder', 'ToySegmentation'],
     'similarity': ['pca_rgb', 'similarity_widget'],
     'token_matching': ['correspondence', 'correspondence_picture'],

@@ -16,7 +16,7 @@ from ..data.loading import sample_rng
 from ..data.toyworld import Dataset, fingerprint_of
 from .extraction import extract, transform_of
 from .ranking import unit_rows
-from .retrieval import RetrievalSet, edit
+from .retrieval_sets import RetrievalSet, edit
 from ..views.photometric import Photometric
 
 # %% auto #0

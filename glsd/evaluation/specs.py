@@ -18,7 +18,7 @@ from .blocks import AtBlock
 from .frozen import check_images, in_hand, open_source
 from .labels import check_same_classes
 from .pictures import evenly_spaced
-from .retrieval import RetrievalFolder, RetrievalSet, toy_retrieval
+from .retrieval_sets import RetrievalFolder, RetrievalSet, toy_retrieval
 from .segmentation import MaskFolder, ToySegmentation
 
 # %% auto #0
