@@ -16,6 +16,7 @@ from ..backbones.features import as_pair
 from .extraction import transform_of
 from .memory import Memory, resized, tokens_an_image, tokens_and_masks
 from .pairs import with_tokens
+from .pictures import show_image, show_mask
 from .segmentation import Segmentation, class_iou, new_confusion, paint_shares, token_shares
 
 if TYPE_CHECKING:
@@ -124,11 +125,9 @@ def dense_picture(  # over 25 lines: every option has its own
     fig = Figure((1.45 * columns, 1.4 * len(images)), dpi=80, layout='constrained')
     for i, row in zip(images, fig.subplots(len(images), columns, squeeze=False)):
         image, mask = query_ds[i]
-        row[0].imshow(image.permute(1, 2, 0).numpy())
+        show_image(row[0], image)
         maps = {'truth': mask, **_predictions(memories, image, mask, k, temperature)}
         _draw_maps(row[1:], maps, mask == _void(query_ds), len(query_ds.classes), i == images[0])
-        for ax in row:
-            ax.axis('off')
     return fig
 
 # %% ../../nbs/8_evaluation/24_dense.ipynb #d9b3e756
@@ -154,8 +153,5 @@ def _predictions(memories, image, mask, k, temperature):
 # %% ../../nbs/8_evaluation/24_dense.ipynb #71180659
 #| code-fold: true
 def _draw_maps(axes, maps, hidden, n_classes, titles):
-    colours = dict(cmap='tab20', vmin=0, vmax=max(20, n_classes) - 1, interpolation='nearest')
     for ax, (name, m) in zip(axes, maps.items()):
-        ax.imshow(np.ma.array(m.numpy(), mask=hidden.numpy()), **colours)
-        if titles:
-            ax.set_title(name, fontsize=8)
+        show_mask(ax, np.ma.array(m.numpy(), mask=hidden.numpy()), n_classes, name if titles else '')

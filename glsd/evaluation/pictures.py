@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from .extraction import IMAGENET
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['evenly_spaced', 'chosen_indices', 'picture_rows', 'framed']
+__all__ = ['evenly_spaced', 'chosen_indices', 'picture_rows', 'framed', 'show_image', 'show_mask']
 
 # %% ../../nbs/8_evaluation/2_pictures.ipynb #e2abf284
 def evenly_spaced(total: int, n: int | None) -> np.ndarray:
@@ -50,3 +51,18 @@ def framed(ax: Axes, image: Tensor, size: int, colour: str) -> None:
     ax.set(xticks=[], yticks=[])
     for edge in ax.spines.values():
         edge.set(color=colour, linewidth=3)
+
+# %% ../../nbs/8_evaluation/2_pictures.ipynb #19331ba0
+def show_image(ax: Axes, image: Tensor, title: str = '') -> None:
+    "Draws an image uint8 [3, h, w] as it is, without axes."
+    ax.imshow(image.permute(1, 2, 0).numpy())
+    ax.set_title(title, fontsize=8)
+    ax.axis('off')
+
+
+def show_mask(ax: Axes, mask: ArrayLike, n_classes: int, title: str = '') -> None:
+    "Draws a class for each pixel [h, w], without axes; what a masked array hides stays white."
+    top = max(n_classes, 20) - 1  # few classes or many: a class keeps its colour up to the 20th
+    ax.imshow(mask, cmap='tab20', vmin=0, vmax=top, interpolation='nearest')
+    ax.set_title(title, fontsize=8)
+    ax.axis('off')
