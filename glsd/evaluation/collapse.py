@@ -94,11 +94,16 @@ def head_figures(term, student, teacher, teacher_temp) -> dict:
         in_use=won / min(K, n),
         information=information,
     )
-    if W.any():
-        W = W * len(W) / W.sum()
-        cross = float(soft_cross_entropy(s, t, W, term.student_temp, teacher_temp, term.center))
-        found |= dict(kl=cross - float((W.sum(1).flatten() * h).sum()) / len(W), gap=math.log(K) - cross)
-    return found
+    return found | _pair_figures(term, s, t, W, h, teacher_temp)
+
+# %% ../../nbs/8_evaluation/5_collapse.ipynb #e535eb74
+def _pair_figures(term, s, t, W, h, teacher_temp):
+    "kl and gap, means over the pairs that are matched in `W`; {} without any."
+    if not W.any():
+        return {}
+    W = W * len(W) / W.sum()
+    cross = float(soft_cross_entropy(s, t, W, term.student_temp, teacher_temp, term.center))
+    return dict(kl=cross - float((W.sum(1).flatten() * h).sum()) / len(W), gap=math.log(t.shape[-1]) - cross)
 
 # %% ../../nbs/8_evaluation/5_collapse.ipynb #63615fb9
 def feature_std(x):
