@@ -122,7 +122,7 @@ def recipe_parts(method: str) -> dict[str, list[Option]]:
 HELP = dict(
     pretrain='train a backbone, by any method, on a folder of images or on the toy world',
     finetune='train a classifier from weights, with DrLoc as a regulariser if asked',
-    evaluate='measure backbones: knn, linear, correspondence, collapse, attention, retrieval, dense-nn',
+    evaluate='measure backbones: knn, linear, retrieval, correspondence, collapse, attention, dense-nn',
     reproduce='execute an experiment notebook with papermill',
     export='write the backbone of a run as safetensors for timm',
     data='fetch a data set, lay out archives that you have, or pack images into shards',

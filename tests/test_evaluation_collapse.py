@@ -10,13 +10,13 @@ from torch import nn
 from glsd.backbones import Features, TimmBackbone
 from glsd.data.toyworld import ToyWorld
 from glsd.evaluation.collapse import feature_figures
-from glsd.evaluation.report import (
+from glsd.evaluation.report import collapse_report
+from glsd.evaluation.watching import (
     CollapseMonitor,
     collapse_monitor,
     collapse_of_backbone,
     collapse_of_run,
     collapse_picture,
-    collapse_report,
     figures_of,
 )
 from glsd.objectives import Geometric, GeometricLoss, Similarity, SimilarityLoss, register_method

@@ -258,13 +258,13 @@ def test_collapse_of_a_supervised_run_looks_at_features_and_of_a_run_at_heads(ne
 
 
 def test_an_untrained_network_gets_no_advice_on_training(monkeypatch, networks):
-    from glsd.evaluation import report
+    from glsd.evaluation import watching
 
     def constant(*args, **kwargs):
         part = dict(rank=1.0, most=96, std=0.0, feature_std=0.0, spread=0.0, spectrum=[1.0])
         return dict(pooled=part, tokens=part)
 
-    monkeypatch.setattr(report, 'collapse_of_backbone', constant)
+    monkeypatch.setattr(watching, 'collapse_of_backbone', constant)
     named = {'control': 'random:vit_mini', 'mine': networks['exported file']}
     r = evaluate('collapse', named, images=N, data='toyworld')['backbones']
     assert r['control']['kind'] == r['mine']['kind'] == 'full collapse'

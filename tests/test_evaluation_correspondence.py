@@ -11,7 +11,7 @@ from torch import nn
 
 from glsd.backbones import Features, create_backbone
 from glsd.data import ToyWorld
-from glsd.evaluation.knn import EvalTransform
+from glsd.evaluation.extraction import EvalTransform
 from glsd.evaluation.pairs import Pairs, draw_pair, exact_map, renormalized, shift_reach, token_grid
 from glsd.evaluation.token_matching import (
     PixelPatches,

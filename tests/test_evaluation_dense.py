@@ -10,7 +10,8 @@ from PIL import Image
 
 from glsd.backbones import Features, create_backbone
 from glsd.data import ToyWorld
-from glsd.evaluation.dense import Memory, dense_nn, dense_picture
+from glsd.evaluation.dense import dense_nn, dense_picture
+from glsd.evaluation.memory import Memory
 from glsd.evaluation.segmentation import (
     MaskFolder,
     ToySegmentation,

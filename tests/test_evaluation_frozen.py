@@ -10,10 +10,11 @@ from torch import nn
 
 from glsd.backbones import TimmBackbone, create_backbone
 from glsd.data import ImageFolder, Subset, ToyWorld, save_list, write_shards
-from glsd.evaluation import frozen
+from glsd.evaluation import weights
 from glsd.evaluation.blocks import AtBlock
-from glsd.evaluation.frozen import cached_extract, load_frozen, put_weights, read_weights
-from glsd.evaluation.knn import transform_of
+from glsd.evaluation.extraction import transform_of
+from glsd.evaluation.frozen import cached_extract, load_frozen
+from glsd.evaluation.weights import put_weights, read_weights
 
 
 def vit(**options):
@@ -182,8 +183,8 @@ def test_offline_a_published_name_is_answered_at_once(monkeypatch, tmp_path):
         raise OSError('no route')
 
     monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path))
-    monkeypatch.setattr(frozen.socket, 'create_connection', nobody)
-    monkeypatch.setattr(frozen.request, 'getproxies', dict)
+    monkeypatch.setattr(weights.socket, 'create_connection', nobody)
+    monkeypatch.setattr(weights.request, 'getproxies', dict)
     began, before = time.perf_counter(), constants.HF_HUB_OFFLINE
     with pytest.raises(OSError, match='cannot fetch the weights of vit_tiny_patch16_224') as e:
         load_frozen('vit_tiny_patch16_224')
@@ -194,8 +195,8 @@ def test_offline_a_published_name_is_answered_at_once(monkeypatch, tmp_path):
 
 
 def test_a_proxy_is_trusted_to_reach_the_hub(monkeypatch):
-    monkeypatch.setattr(frozen.request, 'getproxies', lambda: {'https': 'http://proxy:3128'})
-    assert frozen._reachable('https://huggingface.co')
+    monkeypatch.setattr(weights.request, 'getproxies', lambda: {'https': 'http://proxy:3128'})
+    assert weights._reachable('https://huggingface.co')
 
 
 # --- features that are kept ---------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ def modules_after(code):
     return set(done.stdout.split())
 
 
-METRICS = 'knn collapse blocks linear pairs token_matching similarity ranking copies dense report'.split()
+METRICS = 'extraction pictures labels knn collapse blocks linear pairs token_matching'.split()
+METRICS += 'similarity ranking retrieval_sets copies memory dense report watching'.split()
 
 
 def test_a_metric_needs_no_trainer_and_no_plotting():

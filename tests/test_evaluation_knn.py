@@ -12,17 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from glsd.backbones import TimmBackbone, create_backbone
 from glsd.data import Subset, ToyWorld
-from glsd.evaluation.knn import (
-    evaluating,
-    extract,
-    knn_accuracy,
-    knn_monitor,
-    knn_picture,
-    nearest,
-    top,
-    transform_of,
-    vote,
-)
+from glsd.evaluation.extraction import evaluating, extract, transform_of
+from glsd.evaluation.knn import knn_accuracy, knn_monitor, knn_picture, nearest, top, vote
 
 
 def unit(n, d=8):

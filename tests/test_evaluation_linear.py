@@ -12,8 +12,9 @@ from glsd.backbones import TimmBackbone, create_backbone
 from glsd.data import Subset, ToyWorld
 from glsd.evaluation.blocks import AtBlock, LastBlocks, block_features
 from glsd.evaluation.copies import WithGeM
-from glsd.evaluation.knn import extract
-from glsd.evaluation.linear import check_labels, linear_probe
+from glsd.evaluation.extraction import extract
+from glsd.evaluation.labels import check_probe_sets
+from glsd.evaluation.linear import linear_probe
 from glsd.views.photometric import denormalize
 
 
@@ -175,7 +176,7 @@ def test_options_that_cannot_be_in_one_line(worlds, change, message):
 )
 def test_sets_that_cannot_be_probed_in_one_line(worlds, sets, message):
     with pytest.raises(ValueError, match=message) as e:
-        check_labels(*sets(*worlds))
+        check_probe_sets(*sets(*worlds))
     assert '\n' not in str(e.value)
 
 

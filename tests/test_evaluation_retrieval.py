@@ -13,16 +13,8 @@ from glsd.backbones import Features
 from glsd.data import ToyWorld
 from glsd.evaluation.copies import EDITS, Edited, WithGeM, copy_detection, copy_set, ranks_of_originals
 from glsd.evaluation.ranking import average_precision, mean_average_precision, precision_at, search
-from glsd.evaluation.retrieval import (
-    Images,
-    RetrievalFolder,
-    RetrievalSet,
-    edit,
-    retrieval_figures,
-    retrieval_map,
-    retrieval_picture,
-    toy_retrieval,
-)
+from glsd.evaluation.retrieval import retrieval_figures, retrieval_map, retrieval_picture
+from glsd.evaluation.retrieval_sets import Images, RetrievalFolder, RetrievalSet, edit, toy_retrieval
 
 
 def area_under(wanted, ignored, ranking):

@@ -14,16 +14,19 @@ if TYPE_CHECKING:
     from glsd.evaluation.copies import copy_detection
     from glsd.evaluation.dense import dense_nn
     from glsd.evaluation.evaluations import evaluate
+    from glsd.evaluation.extraction import extract, pixels
     from glsd.evaluation.frozen import cached_extract, load_frozen
-    from glsd.evaluation.knn import extract, knn_accuracy, knn_monitor, pixels
+    from glsd.evaluation.knn import knn_accuracy, knn_monitor
     from glsd.evaluation.linear import linear_probe
     from glsd.evaluation.object_masks import attention_jaccard
     from glsd.evaluation.ranking import mean_average_precision, search
-    from glsd.evaluation.report import collapse_monitor, collapse_report
-    from glsd.evaluation.retrieval import RetrievalFolder, retrieval_map
+    from glsd.evaluation.report import collapse_report
+    from glsd.evaluation.retrieval import retrieval_map
+    from glsd.evaluation.retrieval_sets import RetrievalFolder
     from glsd.evaluation.segmentation import MaskFolder, ToySegmentation
     from glsd.evaluation.similarity import pca_rgb, similarity_widget
     from glsd.evaluation.token_matching import correspondence, correspondence_picture
+    from glsd.evaluation.watching import collapse_monitor
 
 # %% auto #0
 __all__ = ['attention_maps', 'distinct_share', 'effective_rank', 'copy_detection', 'dense_nn', 'evaluate', 'cached_extract',
@@ -48,16 +51,19 @@ _MODULES = {
     'copies': ['copy_detection'],
     'dense': ['dense_nn'],
     'evaluations': ['evaluate'],
+    'extraction': ['extract', 'pixels'],
     'frozen': ['cached_extract', 'load_frozen'],
-    'knn': ['extract', 'knn_accuracy', 'knn_monitor', 'pixels'],
+    'knn': ['knn_accuracy', 'knn_monitor'],
     'linear': ['linear_probe'],
     'object_masks': ['attention_jaccard'],
     'ranking': ['mean_average_precision', 'search'],
-    'report': ['collapse_monitor', 'collapse_report'],
-    'retrieval': ['RetrievalFolder', 'retrieval_map'],
+    'report': ['collapse_report'],
+    'retrieval': ['retrieval_map'],
+    'retrieval_sets': ['RetrievalFolder'],
     'segmentation': ['MaskFolder', 'ToySegmentation'],
     'similarity': ['pca_rgb', 'similarity_widget'],
     'token_matching': ['correspondence', 'correspondence_picture'],
+    'watching': ['collapse_monitor'],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
