@@ -130,7 +130,7 @@ def run_evaluate(args: Namespace) -> None:
 
 def run_export(args: Namespace) -> None:
     "Writes the backbone of a run folder as safetensors that timm loads."
-    from glsd.training.checkpoint import export_backbone
+    from glsd.training.weights import export_backbone
 
     out = Path(args.out or Path(args.run) / 'backbone.safetensors')
     line = export_backbone(args.run, out)

@@ -15,8 +15,9 @@ from training_runs import METHODS, apart, small_recipe
 
 from glsd.training import Recipe, Trainer
 from glsd.training import processes as glsd_processes
-from glsd.training.checkpoint import last_checkpoint, list_checkpoints, read_metrics
+from glsd.training.checkpoint import last_checkpoint, list_checkpoints
 from glsd.training.loop import batches, class_names
+from glsd.training.metrics import read_metrics
 from glsd.training.processes import DistributedWorld, all_gather_outputs, process_group, rank_indices
 from glsd.training.sharding import ShardedWorld
 from glsd.training.trainer import build_dataset

@@ -129,7 +129,7 @@ def put_weights(model: nn.Module, weights: dict[str, Tensor], where: Any) -> Non
     """Puts weights into a timm model: prefixes and a classifier are left aside. In place.
 
     What else does not fit is converted as timm does it, or is a ValueError of one line."""
-    from glsd.training.checkpoint import load_weights
+    from glsd.training.weights import load_weights
 
     ours = set(model.state_dict())
     for prefix in ('module.', 'backbone.', 'model.'):
@@ -191,7 +191,8 @@ def _of_run(path):
 
 # %% ../../nbs/8_evaluation/12_frozen.ipynb #a80c87bf
 def _exported(path):
-    from glsd.training.checkpoint import load_weights, saved_recipe
+    from glsd.training.checkpoint import saved_recipe
+    from glsd.training.weights import load_weights
 
     if not Path(path).is_file():
         raise FileNotFoundError(f'no such file: {path}')
