@@ -63,8 +63,8 @@ def monitors_for(args: Namespace, recipe: Any) -> dict:
 def run_pretrain(args: Namespace, **defaults) -> int | None:
     """Trains the recipe into `--out`, in `--nproc` processes; a second call goes on where the first one
     stopped."""
+    from glsd.training.launching import agent, end_with_stdin
     from glsd.training.loop import pretrain
-    from glsd.training.processes import agent, end_with_stdin
     from glsd.training.sharding import join_world
     from glsd.training.trainer import check_batch
 

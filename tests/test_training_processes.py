@@ -225,7 +225,7 @@ def test_a_notebook_that_ends_leaves_no_process(tmp_path, how):
     out, script = tmp_path / 'run', tmp_path / 'cell.py'
     script.write_text(f"""
 import signal; signal.signal(signal.SIGINT, signal.default_int_handler)
-from glsd.training.processes import launch
+from glsd.training.launching import launch
 from test_training_processes import LONG
 launch(LONG.replace(steps=100000), {str(out)!r}, nproc=2, progress=False)""")
     env = dict(ENV, PYTHONPATH=os.pathsep.join([str(TESTS), ENV['PYTHONPATH']]))

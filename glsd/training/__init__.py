@@ -11,9 +11,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what editors and type checkers see; the names themselves come when they are asked for
+    from glsd.training.launching import launch
     from glsd.training.loop import Run, load_method, load_run, pretrain
     from glsd.training.metrics import read_metrics
-    from glsd.training.processes import launch
     from glsd.training.recipe import Recipe
     from glsd.training.sharding import join_world
     from glsd.training.supervised import Supervised, accuracy_monitor, fine_tuning
@@ -27,7 +27,7 @@ _PLACES = {
     'trainer': 'Trainer World',
     'loop': 'Run load_method load_run pretrain',
     'supervised': 'Supervised accuracy_monitor fine_tuning',
-    'processes': 'launch',
+    'launching': 'launch',
     'sharding': 'join_world',
 }
 

@@ -4,25 +4,17 @@
 
 # %% auto #0
 __all__ = ['SyncedBatchNorm', 'DistributedWorld', 'process_group', 'die_with_parent', 'world_size', 'rank_indices',
-           'all_gather_rows', 'all_gather_batch', 'all_gather_outputs', 'torchrun_flags', 'report_failure', 'agent',
-           'end_with_stdin', 'launch']
+           'all_gather_rows', 'all_gather_batch', 'all_gather_outputs']
 
 # %% ../../nbs/7_training/13_processes.ipynb #07955cd7
 import ctypes
 import inspect
-import json
-import logging
 import os
 import signal
-import subprocess
 import sys
-import tempfile
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,10 +22,7 @@ import torch.distributed as dist
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .loop import Run, load_run
-from .metrics import MetricsReader
-from .monitoring import progress_display
-from .trainer import World, build_dataset, check_batch, pick_device
+from .trainer import World, pick_device
 
 # %% ../../nbs/7_training/13_processes.ipynb #f34ff015
 class _SumOverAll(torch.autograd.Function):
@@ -216,167 +205,3 @@ def all_gather_outputs(outputs: Any, most: int = 64) -> Any:
     logits = {k: all_gather_batch(v, most) for k, v in outputs.logits.items()}
     inputs = [{k: by_view(v) for k, v in more.items()} for more in outputs.inputs]
     return replace(outputs, **fields, logits=logits, inputs=inputs)
-
-# %% ../../nbs/7_training/13_processes.ipynb #2ef6d8d2
-def torchrun_flags(nproc: int, nnodes: int, rdzv: str, restarts: int) -> list[str]:
-    "What torchrun is called with. ValueError, in one line, for numbers that make no sense."
-    if nproc < 1 or nnodes < 1 or restarts < 0:
-        given = f'{nproc}, {nnodes}, {restarts}'
-        raise ValueError(f'--nproc and --nnodes must be 1 or more, --restarts 0 or more, not {given}')
-    if nnodes > 1 and not rdzv:
-        raise ValueError('several nodes need a place to meet: --rdzv HOST:PORT, the same on all of them')
-    meet = ['--standalone']
-    if rdzv:
-        meet = [
-            '--rdzv-backend',
-            'c10d',
-            '--rdzv-endpoint',
-            rdzv,
-            '--rdzv-id',
-            'glsd',
-            '--nnodes',
-            str(nnodes),
-        ]
-    processes = ['--nproc-per-node', str(nproc), '--max-restarts', str(restarts), '--monitor-interval', '.2']
-    return [*processes, *meet]
-
-# %% ../../nbs/7_training/13_processes.ipynb #dddc1f80
-@contextmanager
-def _agent_environment(argv: list, nproc: int, tmp: Path) -> Iterator[None]:
-    "What the processes find in their environment; this one's is as before afterwards."
-    logging.disable(logging.ERROR)  # the one line at the end says it all
-    before = dict(os.environ)
-    os.environ |= {
-        # those who are started again get a store of their own: in the agent's they would find old addresses
-        'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1',
-        'TORCH_ELASTIC_SHUTDOWN_TIMEOUT': '90',
-        'GLSD_ARGV': json.dumps(argv),
-        'GLSD_REFUSED': f'{tmp}/refused',
-    }
-    os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // nproc)))
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
-        os.environ.clear()
-        os.environ.update(before)
-
-# %% ../../nbs/7_training/13_processes.ipynb #6dcbdc74
-def report_failure(rank: int, failure: Any, processes: int, refused: Path) -> int:
-    "Says in one line why a run of several processes ended; its exit code. `failure`: torchrun's."
-    if refused.exists():
-        print(refused.read_text(), file=sys.stderr)
-        return 2
-    if failure.exitcode == 143:
-        return 143  # it was asked to end, and has said so
-    advice = 'the same command goes on from the last checkpoint'
-    print(f'glsd: process {rank} of {processes} {_what_happened(failure)}; {advice}', file=sys.stderr)
-    return 1
-
-
-def _what_happened(failure: Any) -> str:
-    if failure.exitcode < 0:
-        return f'was killed by {signal.Signals(-failure.exitcode).name}'
-    message = failure.message if isinstance(failure.message, str) else failure.message.get('message', '')
-    return f'failed: {message.splitlines()[0] if message else f"exit code {failure.exitcode}"}'
-
-# %% ../../nbs/7_training/13_processes.ipynb #4678eac8
-# not as arguments: torchrun would take --nproc for one of its own
-# os._exit: when the interpreter is taken down, torch's communication threads now and then abort
-_PROCESS = """
-import json, os, sys
-from glsd.cli import main
-code = main(json.loads(os.environ["GLSD_ARGV"]))
-sys.stdout.flush()
-sys.stderr.flush()
-os._exit(code)
-"""
-
-# %% ../../nbs/7_training/13_processes.ipynb #b5b5ca15
-def agent(argv: list, nproc: int, nnodes: int = 1, rdzv: str = '', restarts: int = 3) -> int:
-    """Runs `glsd ARGV` in `nproc` processes here, of those on `nnodes` machines that meet at `rdzv`
-    (host:port). Returns an exit code.
-
-    torchrun's agent, in this process: when a process fails all are started again, at most `restarts` times.
-    SIGTERM goes on to all of them. ValueError for numbers that make no sense."""
-    from torch.distributed import run as torchrun
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    flags = torchrun_flags(nproc, nnodes, rdzv, restarts)
-    with tempfile.TemporaryDirectory() as tmp, _agent_environment(argv, nproc, Path(tmp)):
-        try:
-            torchrun.main([*flags, '--no-python', sys.executable, '-c', _PROCESS])
-        except ChildFailedError as e:
-            return report_failure(*e.get_first_failure(), nproc * nnodes, Path(tmp, 'refused'))
-        except SignalException as e:
-            return 128 + e.sigval
-    return 0
-
-# %% ../../nbs/7_training/13_processes.ipynb #e357804b
-def end_with_stdin() -> None:
-    "SIGTERM for this process when its standard input closes: whoever started it is gone."
-
-    def listen() -> None:
-        while os.read(0, 4096):
-            pass  # not sys.stdin: Python would wait for its lock when it ends
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=listen, daemon=True).start()
-
-# %% ../../nbs/7_training/13_processes.ipynb #70bbe45e
-def launch(recipe: Any, out: str | Path, nproc: int = 2, progress: bool = True, **flags) -> Run:
-    """`pretrain(recipe, out)` in `nproc` processes here, from a notebook: its progress in the cell.
-
-    No process is left behind. `flags`: of `glsd pretrain`, such as anchors='...', restarts=0. Its output goes
-    to out/log.txt. RuntimeError with the last line of that, if it fails."""
-    check_batch(recipe, nproc)
-    out = Path(out).resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    recipe.save(out / 'launch.yaml')
-    process = _start(out, dict(flags, recipe=out / 'launch.yaml', out=out, nproc=nproc))
-    try:
-        _follow(process, out, recipe, progress)
-    finally:
-        process.stdin.close()  # asks it to end, if it has not
-        code = process.wait()
-    (out / 'launch.yaml').unlink(missing_ok=True)
-    if code:
-        log = out / 'log.txt'
-        raise RuntimeError(f'{out}: {_last_line(log)} (exit code {code}; log: {log})')
-    return load_run(out)
-
-# %% ../../nbs/7_training/13_processes.ipynb #0650564b
-def _start(out: Path, flags: dict) -> subprocess.Popen:
-    "`glsd pretrain` with these flags, which ends when this process does."
-    words = [word for k, v in flags.items() for word in (f'--{k.replace("_", "-")}', str(v))]
-    main = 'import sys; from glsd.cli import main; sys.exit(main())'
-    env = dict(os.environ, GLSD_END_WITH_STDIN='1', PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
-    with open(out / 'log.txt', 'wb') as log:
-        streams = dict(stdin=subprocess.PIPE, stdout=log, stderr=log)
-        command = [sys.executable, '-c', main, 'pretrain', *words]
-        return subprocess.Popen(command, env=env, start_new_session=True, **streams)
-
-# %% ../../nbs/7_training/13_processes.ipynb #aa0a6642
-def _follow(process: subprocess.Popen, out: Path, recipe: Any, progress: bool) -> None:
-    "Shows the lines of a run's log as they come, until the process ends."
-    reader, shown = MetricsReader(out), None
-    before = reader.read()
-    while process.poll() is None:
-        time.sleep(0.5)
-        lines = reader.read() if progress else []
-        if not lines:
-            continue
-        if shown is None:
-            steps = recipe.steps or recipe.total_steps(len(build_dataset(recipe)))
-            shown = progress_display(steps, lines[0]['step'] - 1)
-            if before:
-                shown.add(before)
-        shown.add(lines)
-    if shown:
-        shown.close()
-
-
-def _last_line(path: Path) -> str:
-    lines = Path(path).read_text(errors='replace').strip().splitlines()
-    return lines[-1] if lines else 'it wrote nothing'
