@@ -25,7 +25,8 @@ from ..data.toyworld import ToyWorld
 from ..objectives.drloc import LocalizationMLP, check_variant, dense_localization_loss
 from ..objectives.method import Method, register_method
 from .labelled import mix, one_view_colours
-from .recipe import Recipe, check_ranges
+from .options import check_ranges
+from .recipe import Recipe
 from .trainer import build_dataset
 from ..views.multicrop import MultiCrop, Views
 
