@@ -66,7 +66,7 @@ def run_pretrain(args: Namespace, **defaults) -> int | None:
     from glsd.training.launching import agent, end_with_stdin
     from glsd.training.loop import pretrain
     from glsd.training.sharding import join_world
-    from glsd.training.trainer import check_batch
+    from glsd.training.world import check_batch
 
     recipe = recipe_from(args, **defaults)
     if os.environ.pop('GLSD_END_WITH_STDIN', ''):

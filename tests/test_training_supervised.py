@@ -21,8 +21,9 @@ from glsd.training.labelled import mix
 from glsd.training.metrics import read_metrics
 from glsd.training.supervised import test_set as images_to_test_on
 from glsd.training.supervised import top1
-from glsd.training.trainer import build_dataset, seeded
+from glsd.training.trainer import build_dataset
 from glsd.training.weights import load_start
+from glsd.training.world import seeded
 
 SMALL = Recipe('supervised', **SUPERVISED)
 WORLD = ToyWorld(24, 32)

@@ -17,14 +17,16 @@ if TYPE_CHECKING:  # what editors and type checkers see; the names themselves co
     from glsd.training.recipe import Recipe
     from glsd.training.sharding import join_world
     from glsd.training.supervised import Supervised, accuracy_monitor, fine_tuning
-    from glsd.training.trainer import Trainer, World
+    from glsd.training.trainer import Trainer
     from glsd.training.weights import export_backbone
+    from glsd.training.world import World
 
 _PLACES = {
     'recipe': 'Recipe',
     'weights': 'export_backbone',
     'metrics': 'read_metrics',
-    'trainer': 'Trainer World',
+    'world': 'World',
+    'trainer': 'Trainer',
     'loop': 'Run load_method load_run pretrain',
     'supervised': 'Supervised accuracy_monitor fine_tuning',
     'launching': 'launch',

@@ -21,7 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..data.loading import sample_rng
 from ..objectives.self_distillation import SelfDistillation
 from .recipe import Recipe
-from .trainer import Trainer, World
+from .trainer import Trainer
+from .world import World
 from ..views.multicrop import MultiCrop, Views
 
 # %% ../../nbs/7_training/17_counting.ipynb #d484b54b

@@ -23,7 +23,8 @@ from typing import Any
 from .loop import Run, load_run
 from .metrics import MetricsReader
 from .monitoring import progress_display
-from .trainer import build_dataset, check_batch
+from .trainer import build_dataset
+from .world import check_batch
 
 # %% ../../nbs/7_training/14_launching.ipynb #2ef6d8d2
 def torchrun_flags(nproc: int, nnodes: int, rdzv: str, restarts: int) -> list[str]:

@@ -29,8 +29,9 @@ from .checkpoint import CheckpointWriter, check_same_recipe, last_checkpoint, sa
 from .metrics import MetricsLog, read_metrics
 from .monitoring import NotFinite, StuckCheck, progress_display
 from .recipe import FORMAT, Recipe
-from .trainer import Trainer, World, build_dataset, pick_device
+from .trainer import Trainer, build_dataset
 from .weights import backbone_weights, load_start, load_weights
+from .world import World, pick_device
 from ..views.multicrop import Views
 
 # %% ../../nbs/7_training/10_loop.ipynb #e1527d7e

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .trainer import World, pick_device
+from .world import World, pick_device
 
 # %% ../../nbs/7_training/13_processes.ipynb #f34ff015
 class _SumOverAll(torch.autograd.Function):

@@ -16,7 +16,8 @@ from torch import nn
 
 from .checkpoint import load_checkpoint, saved_recipe
 from .loop import batches
-from .trainer import Trainer, build_dataset, seeded
+from .trainer import Trainer, build_dataset
+from .world import seeded
 from ..views.multicrop import Views
 
 # %% ../../nbs/7_training/16_replay.ipynb #bdc03a6f

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..backbones import Backbone
 from .processes import DistributedWorld, process_group
-from .trainer import World
+from .world import World
 
 # %% ../../nbs/7_training/19_sharding.ipynb #3d491cb7
 def units(backbone: nn.Module, least: float = 1 / 64) -> list[nn.Module]:
