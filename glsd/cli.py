@@ -262,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _refused() -> str:
-    "Where a process of a run writes what is wrong with its input: see glsd.training.processes.agent."
+    "Where a process of a run writes what is wrong with its input: see glsd.training.launching.agent."
     return os.environ.get('GLSD_REFUSED', '') if 'RANK' in os.environ else ''
 
 # %% ../nbs/cli.ipynb #95229212

@@ -63,10 +63,10 @@ def monitors_for(args: Namespace, recipe: Any) -> dict:
 def run_pretrain(args: Namespace, **defaults) -> int | None:
     """Trains the recipe into `--out`, in `--nproc` processes; a second call goes on where the first one
     stopped."""
+    from glsd.training.launching import agent, end_with_stdin
     from glsd.training.loop import pretrain
-    from glsd.training.processes import agent, end_with_stdin
     from glsd.training.sharding import join_world
-    from glsd.training.trainer import check_batch
+    from glsd.training.world import check_batch
 
     recipe = recipe_from(args, **defaults)
     if os.environ.pop('GLSD_END_WITH_STDIN', ''):
@@ -130,7 +130,7 @@ def run_evaluate(args: Namespace) -> None:
 
 def run_export(args: Namespace) -> None:
     "Writes the backbone of a run folder as safetensors that timm loads."
-    from glsd.training.checkpoint import export_backbone
+    from glsd.training.weights import export_backbone
 
     out = Path(args.out or Path(args.run) / 'backbone.safetensors')
     line = export_backbone(args.run, out)

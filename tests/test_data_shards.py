@@ -158,7 +158,8 @@ def test_a_run_on_shards_that_is_interrupted_goes_on_to_the_same_weights(shards,
     for (name, a), b in zip(whole.backbone.state_dict().items(), rest.backbone.state_dict().values()):
         assert torch.equal(a, b), name
 
-    from glsd.training.loop import batch_of, batches
+    from glsd.training.interruptions import batch_of
+    from glsd.training.loop import batches
 
     multicrop = recipe.create_method().views
     for step, views in enumerate(batches(recipe, shards, 0, 5, multicrop), 1):  # what a replay would be given

@@ -19,10 +19,10 @@ from glsd.training.checkpoint import (
     last_checkpoint,
     list_checkpoints,
     load_checkpoint,
-    read_metrics,
     save_checkpoint,
 )
 from glsd.training.loop import batches, class_names
+from glsd.training.metrics import MetricsLog, read_metrics
 from glsd.training.monitoring import NotFinite
 from glsd.training.replay import replay
 from glsd.training.trainer import build_dataset
@@ -199,7 +199,7 @@ def test_full_disk_in_the_log(tmp_path):
         def __getattr__(self, name):
             return getattr(self.file, name)
 
-    log = checkpoint.MetricsLog(tmp_path)
+    log = MetricsLog(tmp_path)
     log.write(dict(step=1, loss=1.0))
     log.file = Small(log.file)
     with pytest.raises(OSError, match='no space left to write'):

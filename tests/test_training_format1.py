@@ -11,7 +11,8 @@ import torch
 from training_runs import finite, one_line
 
 from glsd.training import Recipe, export_backbone, load_method, load_run, pretrain
-from glsd.training.checkpoint import FORMAT, last_checkpoint, load_start, saved_recipe
+from glsd.training.checkpoint import FORMAT, last_checkpoint, saved_recipe
+from glsd.training.weights import load_start
 
 GOLDEN = json.loads((Path(__file__).parent / 'golden/format1_checkpoint.json').read_text())
 DISTILLATION = dict(

@@ -8,14 +8,12 @@ from training_runs import METHODS, QUICK, one_line, small_recipe
 
 from glsd.training import load_method, load_run, pretrain
 from glsd.training.checkpoint import (
-    MetricsLog,
-    MetricsReader,
     last_checkpoint,
     list_checkpoints,
     load_checkpoint,
-    read_metrics,
 )
 from glsd.training.loop import batches
+from glsd.training.metrics import MetricsLog, MetricsReader, read_metrics
 from glsd.training.monitoring import Bar, Curves, LivePlot, draw_panels
 from glsd.training.trainer import Trainer, build_dataset
 

@@ -5,7 +5,8 @@ import pytest
 
 from glsd.cli import main
 from glsd.training import Recipe, Trainer
-from glsd.training.plan import Count, Machine, calibrate, count_step, gpu, measure_step, plan, plan_lines
+from glsd.training.counting import Count, count_step, measure_step
+from glsd.training.plan import Machine, calibrate, gpu, plan, plan_lines
 
 pytestmark = pytest.mark.filterwarnings('ignore:The image decoding')
 TINY = Recipe(

@@ -15,8 +15,9 @@ from training_runs import METHODS, apart, small_recipe
 
 from glsd.training import Recipe, Trainer
 from glsd.training import processes as glsd_processes
-from glsd.training.checkpoint import last_checkpoint, list_checkpoints, read_metrics
+from glsd.training.checkpoint import last_checkpoint, list_checkpoints
 from glsd.training.loop import batches, class_names
+from glsd.training.metrics import read_metrics
 from glsd.training.processes import DistributedWorld, all_gather_outputs, process_group, rank_indices
 from glsd.training.sharding import ShardedWorld
 from glsd.training.trainer import build_dataset
@@ -224,7 +225,7 @@ def test_a_notebook_that_ends_leaves_no_process(tmp_path, how):
     out, script = tmp_path / 'run', tmp_path / 'cell.py'
     script.write_text(f"""
 import signal; signal.signal(signal.SIGINT, signal.default_int_handler)
-from glsd.training.processes import launch
+from glsd.training.launching import launch
 from test_training_processes import LONG
 launch(LONG.replace(steps=100000), {str(out)!r}, nproc=2, progress=False)""")
     env = dict(ENV, PYTHONPATH=os.pathsep.join([str(TESTS), ENV['PYTHONPATH']]))

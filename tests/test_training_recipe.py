@@ -26,7 +26,7 @@ def test_saved_whole_and_loaded_equal(tmp_path, method):
 
 def test_a_changed_default_changes_no_saved_recipe(tmp_path, monkeypatch):
     "A15: what an old run was must not depend on today's defaults."
-    from glsd.training.recipe import RunOptions
+    from glsd.training.options import RunOptions
 
     Recipe(steps=7).save(tmp_path / 'r.yaml')
     monkeypatch.setattr(

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from training_runs import METHODS, SMALL, interrupt_at, same, small_recipe
 
 from glsd.training import Recipe, export_backbone, load_run, pretrain
-from glsd.training.checkpoint import last_checkpoint, list_checkpoints, read_metrics
+from glsd.training.checkpoint import last_checkpoint, list_checkpoints
+from glsd.training.metrics import read_metrics
 
 # each a real process of its own, without importing torch again
 processes = multiprocessing.get_context('forkserver')

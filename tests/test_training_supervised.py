@@ -16,11 +16,14 @@ from glsd.data.toyworld import ToyWorld
 from glsd.objectives.method import decay_groups
 from glsd.objectives.schedules import cosine_schedule
 from glsd.training import Recipe, Trainer, export_backbone, fine_tuning, load_method, load_run, pretrain
-from glsd.training.checkpoint import last_checkpoint, load_start, read_metrics
+from glsd.training.checkpoint import last_checkpoint
 from glsd.training.labelled import mix
+from glsd.training.metrics import read_metrics
 from glsd.training.supervised import test_set as images_to_test_on
 from glsd.training.supervised import top1
-from glsd.training.trainer import build_dataset, seeded
+from glsd.training.trainer import build_dataset
+from glsd.training.weights import load_start
+from glsd.training.world import seeded
 
 SMALL = Recipe('supervised', **SUPERVISED)
 WORLD = ToyWorld(24, 32)

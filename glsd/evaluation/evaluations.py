@@ -149,7 +149,7 @@ def check_all(e: Evaluation, nets: Mapping[str, Net], sets: Sequence[Any], size:
 
 
 def _on_device(nets, device):
-    from glsd.training.trainer import pick_device
+    from glsd.training.world import pick_device
 
     where = pick_device(device)
     return {name: net._replace(backbone=net.backbone.to(where)) for name, net in nets.items()}

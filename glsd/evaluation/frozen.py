@@ -75,7 +75,8 @@ def _of_run(path):
 
 # %% ../../nbs/8_evaluation/17_frozen.ipynb #a80c87bf
 def _exported(path):
-    from glsd.training.checkpoint import load_weights, saved_recipe
+    from glsd.training.checkpoint import saved_recipe
+    from glsd.training.weights import load_weights
 
     if not Path(path).is_file():
         raise FileNotFoundError(f'no such file: {path}')

@@ -100,7 +100,7 @@ def put_weights(model: nn.Module, weights: dict[str, Tensor], where: Any) -> Non
     """Puts weights into a timm model: prefixes and a classifier are left aside. In place.
 
     What else does not fit is converted as timm does it, or is a ValueError of one line."""
-    from glsd.training.checkpoint import load_weights
+    from glsd.training.weights import load_weights
 
     ours = set(model.state_dict())
     for prefix in ('module.', 'backbone.', 'model.'):

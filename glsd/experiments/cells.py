@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from ..data.files import atomic_write
+from ..training.launching import launch
 from ..training.loop import Run, pretrain
-from ..training.processes import launch
 from ..training.recipe import FORMAT, FREE, Recipe
 from ..training.trainer import build_dataset
 

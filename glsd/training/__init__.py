@@ -11,21 +11,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what editors and type checkers see; the names themselves come when they are asked for
-    from glsd.training.checkpoint import export_backbone, read_metrics
+    from glsd.training.launching import launch
     from glsd.training.loop import Run, load_method, load_run, pretrain
-    from glsd.training.processes import launch
+    from glsd.training.metrics import read_metrics
     from glsd.training.recipe import Recipe
     from glsd.training.sharding import join_world
     from glsd.training.supervised import Supervised, accuracy_monitor, fine_tuning
-    from glsd.training.trainer import Trainer, World
+    from glsd.training.trainer import Trainer
+    from glsd.training.weights import export_backbone
+    from glsd.training.world import World
 
 _PLACES = {
     'recipe': 'Recipe',
-    'checkpoint': 'export_backbone read_metrics',
-    'trainer': 'Trainer World',
+    'weights': 'export_backbone',
+    'metrics': 'read_metrics',
+    'world': 'World',
+    'trainer': 'Trainer',
     'loop': 'Run load_method load_run pretrain',
     'supervised': 'Supervised accuracy_monitor fine_tuning',
-    'processes': 'launch',
+    'launching': 'launch',
     'sharding': 'join_world',
 }
 
