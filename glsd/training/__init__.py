@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; the names themselves co
     from glsd.training.weights import export_backbone
     from glsd.training.world import World
 
+# %% ../../nbs/7_training/index.ipynb #384aa252
 _PLACES = {
     'recipe': 'Recipe',
     'weights': 'export_backbone',

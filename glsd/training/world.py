@@ -103,7 +103,7 @@ def gather(self: World, state: Any) -> Any:
     "A nested state with all tensors whole."
     return state
 
-
+# %% ../../nbs/7_training/7_world.ipynb #f9ca1158
 @patch
 def shard_like(self: World, x: Any, like: Any) -> Any:
     "A whole tensor, in the form that `like` has."
