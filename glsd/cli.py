@@ -26,6 +26,7 @@ class _Parser(argparse.ArgumentParser):
     "argparse, but an error is one line and names the nearest flag."
 
     def error(self, message):
+        "A wrong command line."
         raise ValueError(f'{message} (try {self.prog} --help)')
 
 

@@ -8,6 +8,7 @@ __all__ = ['FetchError', 'get', 'InUseError', 'atomic_write', 'file_lock', 'fold
            'step_loader', 'ShardError', 'ShardFolder', 'open_images', 'write_shards', 'Dataset', 'ToyWorld']
 
 # %% ../../nbs/2_data/index.ipynb #8ff3c622
+# over 25 lines: every public name, in a list that tools can read
 from .archives import FetchError
 from .fetching import get
 from .files import InUseError, atomic_write, file_lock, folder_lock

@@ -69,6 +69,7 @@ class AtBlock(nn.Module):
         self.train(backbone.training)
 
     def extra_repr(self) -> str:
+        "The block, for the text of the module and for its fingerprint."
         return f'block={self.block}'  # what a fingerprint of the module must see
 
     def forward(self, x: Tensor) -> Features:

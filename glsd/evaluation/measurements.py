@@ -98,6 +98,7 @@ def draw_knn(nets: dict, results: dict, anchors: Any, test: Any, size: int, **op
 
 
 def line_of_knn(r: dict) -> str:
+    "What is printed: the accuracy at each k."
     return 'top-1 ' + ', '.join(f'{top1:.2f} % at k = {k}' for k, top1 in r['knn'].items())
 
 
@@ -166,6 +167,7 @@ def draw_linear(nets: dict, results: dict, anchors: Any, test: Any, size: int, *
 
 
 def line_of_linear(r: dict) -> str:
+    "What is printed: the best accuracy, and at which learning rate."
     edge = ' (the first or last of the grid: a better one may lie outside)' if r['at_edge'] else ''
     seen = f'{r["layers"]} layer(s), {r["pooling"]}'
     return f'top-1 {r["top1"]:.2f} %, top-5 {r["top5"]:.2f} % at lr {r["lr"]:g}{edge} ({seen})'
@@ -193,6 +195,7 @@ def measure_retrieval(
 
 
 def has_lists(images: Any) -> bool:
+    "Whether these images come with lists of queries and their answers."
     return hasattr(images, 'lists')
 
 
@@ -214,6 +217,7 @@ def draw_retrieval(nets: dict, results: dict, images: Any, size: int, **options)
 
 
 def line_of_retrieval(r: dict) -> str:
+    "What is printed: mAP, beside raw pixels and chance."
     if 'map' in r:
         controls = f'raw pixels {r["pixels"]["map"]:.1f} %, chance {r["chance"]["map"]:.1f} %'
         return f'copies: mAP {r["map"]:.1f} %, found first {r["first"]:.1f} %; {controls}'

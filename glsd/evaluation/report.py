@@ -40,6 +40,7 @@ class CollapseReport:
 
     @property
     def kind(self):
+        "The kind of the gravest finding, or healthy."
         return self.findings[0].kind if self.findings else 'healthy'
 
     def __str__(self):

@@ -56,6 +56,7 @@ def draw_correspondence(nets: dict, results: dict, images: Any, size: int, **opt
 
 
 def line_of_correspondence(r: dict) -> str:
+    "What is printed: accuracy and distance, beside raw pixels and chance."
     low, high = r['accuracy_ci']
     off = f'{r["distance"]:.2f} tokens = {r["distance_px"]:.0f} px off'
     controls = f'raw pixels {r["pixels"]["accuracy"]:.1f} %, chance {r["chance"]["accuracy"]:.1f} %'
@@ -114,6 +115,7 @@ def draw_collapse(nets: dict, results: dict, images: Any, size: int, **options) 
 
 
 def line_of_collapse(r: dict) -> str:
+    "What is printed: the verdict."
     return r['report']
 
 
@@ -158,6 +160,7 @@ def draw_attention(nets: dict, results: dict, images: Any, size: int, block: int
 
 
 def line_of_attention(r: dict) -> str:
+    "What is printed: the overlap with the masks, where there are any."
     if 'jaccard' not in r:
         return 'no masks with these images: a picture only'
     low, high = r['jaccard_ci']
@@ -214,6 +217,7 @@ def draw_dense(nets: dict, results: dict, memory: Any, queries: Any, size: int, 
 
 
 def line_of_dense(r: dict) -> str:
+    "What is printed: mIoU, beside one class everywhere and perfect tokens."
     right = f'pixels right {r["pixel_accuracy"]:.1f} % (masks {r["mask_size"]}, tokens {r["grid"]})'
     controls = f'one class everywhere {r["constant"]:.1f} %, perfect tokens {r["ceiling"]:.1f} %'
     return f'mIoU {r["miou"]:.1f} %, {right}; {controls}'

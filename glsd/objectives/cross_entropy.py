@@ -52,6 +52,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student, teacher, W, student_temp, teacher_temp, center, grad):
+        "The loss, a scalar; the gradient is computed on the way."
         (B, S, K), T = student.shape, teacher.shape[1]
         rows, images = block_sizes(S, T, K, student.is_cuda)
         weight, index = sparse_weights(W.div(B * student_temp), images)
@@ -68,6 +69,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
+        "The gradient that `forward` left."
         (grad,) = ctx.saved_tensors
         return (grad if g == 1 else grad * g), *[None] * 6  # a weight belongs into W: no second buffer
 

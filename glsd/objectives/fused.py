@@ -132,6 +132,7 @@ class _Fused(torch.autograd.Function):  # in one cell: a forward and its backwar
 
     @staticmethod
     def forward(ctx, z, D, z_t, D_t, W, student_temp, teacher_temp, center, product, needs, block):
+        "The loss, a scalar; the gradients are computed on the way."
         z, D, z_t, D_t = (x.to(product) for x in (z, D, z_t, D_t))
         (B, S, _), T, (K, _) = z.shape, z_t.shape[1], D.shape
         few = block_sizes(S, T, K, z.is_cuda)[0]  # rows for the softmax

@@ -67,6 +67,7 @@ class GeometricLoss(Distillation):
         self.search, self.threshold = search, threshold
 
     def matching(self, student: 'Outputs', teacher: 'Outputs') -> Tensor:
+        "Matches by place, W [B, S, T]; see `geometric_matching`."
         views = student.w_geo, student.grids, teacher.w_geo, teacher.grids
         return geometric_matching(*views, self.search, self.threshold)
 

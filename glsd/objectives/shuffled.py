@@ -44,6 +44,7 @@ class ShuffledLoss(GeometricLoss):
     "Geometric matching whose matches are swapped at random: the control that keeps all but the geometry."
 
     def matching(self, student: 'Outputs', teacher: 'Outputs') -> Tensor:
+        "Geometric matches, dealt out at random within each view, W [B, S, T]."
         W, s, t = super().matching(student, teacher), student.grids, teacher.grids
         return shuffle_matches(W, s, t) if self.search == 'student' else shuffle_matches(W.mT, t, s).mT
 

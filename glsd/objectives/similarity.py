@@ -71,6 +71,7 @@ class SimilarityLoss(Distillation):
         self.search = search
 
     def matching(self, student: 'Outputs', teacher: 'Outputs') -> Tensor:
+        "Matches by the similarity of tokens, W [B, S, T]; see `similarity_matching`."
         grids = student.grids, teacher.grids
         return similarity_matching(student.tokens, teacher.tokens, *grids, self.search)
 

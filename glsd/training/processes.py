@@ -30,12 +30,14 @@ class _SumOverAll(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
+        "The sum of x over the processes."
         x = x.clone()
         dist.all_reduce(x)
         return x
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:
+        "The sum of the gradients over the processes."
         g = g.clone()
         dist.all_reduce(g)
         return g
