@@ -12,7 +12,7 @@ run: install
 	@.venv/bin/glsd reproduce low_data --scale ci
 
 test: install
-	$(PY) .ci/notebooks.py
+	OMP_NUM_THREADS=1 $(PY) .ci/notebooks.py
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile tests
 
 lab: install
