@@ -136,11 +136,8 @@ def run_export(args: Namespace) -> None:
     line = export_backbone(args.run, out)
     print(f'{out}: {out.stat().st_size / 2**20:.1f} MB; load it with\n{line}')
     if 'swin' in line:
-        print(
-            """(timm's Swin has LayerNorm eps 1e-5, not 1e-6, and rolls before it pads: below 224 px take the
-            network"""
-            'from glsd.backbones)'
-        )
+        print("(timm's Swin has LayerNorm eps 1e-5, not 1e-6, and rolls before it pads:")
+        print('below 224 px take the network from glsd.backbones)')
 
 # %% ../nbs/commands.ipynb #d7cd9d65
 def experiment_path(name: str) -> Path:

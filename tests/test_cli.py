@@ -203,20 +203,33 @@ def test_wrong_input_is_one_line(argv, word, capsys, tmp_path, monkeypatch):
     assert word in wrong(capsys, *(str(tmp_path / a) if a == 'x' else a for a in argv))
 
 
+def in_a_process_of_its_own(*argv):
+    "As the installed command: nothing is imported before it."
+    code = 'import sys; from glsd.cli import main; sys.exit(main())'
+    return subprocess.run([sys.executable, '-c', code, *map(str, argv)], capture_output=True, text=True)
+
+
 def test_the_installed_command_has_no_traceback():
-    done = subprocess.run(
-        [
-            sys.executable,
-            '-c',
-            'import sys; from glsd.cli import main; sys.exit(main())',
-            'evaluate',
-            'knn',
-            '/no/run',
-        ],
-        capture_output=True,
-        text=True,
-    )
+    done = in_a_process_of_its_own('evaluate', 'knn', '/no/run')
     assert done.returncode == 2 and 'Traceback' not in done.stderr and '/no/run' in done.stderr
+
+
+@pytest.mark.slow
+def test_commands_do_not_lean_on_what_others_have_imported(tmp_path):
+    a = tmp_path / 'a'
+    tiny = '--n-images 32 --image-size 32 --global-size 32 --n-local 0 --backbone swin_mini --steps 2'
+    tiny += ' --batch-size 8 --out-dim 16 --head-hidden 16 --head-bottleneck 8 --device cpu'
+    sets = ['--anchors', 'toyworld', '--test', 'toyworld', '--images', 60]
+    for argv in (
+        ['pretrain', '--out', a, *tiny.split()],
+        ['export', a],
+        ['evaluate', 'knn', a / 'backbone.safetensors', *sets],
+        ['finetune', '--weights', a, '--out', tmp_path / 'b', *tiny.split()[:8], '--steps', 2]
+        + ['--batch-size', 8, '--backbone', 'swin_mini', '--n-test', 24],
+        ['plan', '--recipe', a / 'recipe.yaml'],
+    ):
+        done = in_a_process_of_its_own(*argv)
+        assert done.returncode == 0, (argv, done.stderr[-800:])
 
 
 def test_supervised_with_drloc_and_measured(run, tmp_path, capsys):

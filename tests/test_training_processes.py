@@ -85,14 +85,17 @@ if __name__ == '__main__':
 """
 
 
+# the last lines of a script: torch's threads now and then abort when the interpreter is taken down
+LEAVE = """
+import os
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
 def torchrun(n, script, *args):
     launcher = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(n)]
     env = dict(ENV, PYTHONPATH=os.pathsep.join([str(TESTS), ENV['PYTHONPATH']]))
-    text = script.read_text()
-    if (
-        'os._exit' not in text
-    ):  # torch's communication threads now and then abort when the interpreter is taken down
-        script.write_text(text + '\nimport os\nsys.stdout.flush()\nos._exit(0)\n')
     done = subprocess.run([*launcher, str(script), *map(str, args)], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -103,7 +106,7 @@ def one(tmp_path_factory):
     "The script, and what one process made with it."
     out = tmp_path_factory.mktemp('one')
     script = out / 'train.py'
-    script.write_text(TRAIN)
+    script.write_text(TRAIN + LEAVE)
     torchrun(1, script, out, 'copies')
     return script, out
 
@@ -430,5 +433,5 @@ for method in sys.argv[2:]:
 def test_sharded_runs_are_watched(tmp_path, method):
     "A1: the stuck check and monitors run the sharded networks, the teacher's too, in both processes."
     script = tmp_path / 'watched.py'
-    script.write_text(WATCHED)
+    script.write_text(WATCHED + LEAVE)
     assert f'done {method}' in torchrun(2, script, tmp_path, method)

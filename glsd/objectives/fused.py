@@ -158,6 +158,7 @@ class _Fused(torch.autograd.Function):  # in one cell: a forward and its backwar
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
+        "The gradients that `forward` left."
         grads = iter(ctx.saved_tensors)
         grads = [next(grads) if needed else None for needed in ctx.needs]
         return *(x if x is None or g == 1 else x * g for x in grads), *[None] * 9

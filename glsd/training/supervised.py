@@ -120,12 +120,11 @@ def training_step(self: Supervised, views: Views, values: dict) -> dict[str, Ten
 def schedules(self: Supervised, steps: int) -> dict[str, np.ndarray]:
     "DrLoc's lambda, where it changes: `drloc_rise` and `drloc_fall`."
     o, t = self.options, np.arange(steps) / steps
-    weight = np.full(steps, o.drloc_weight)
-    if o.drloc_fall:
-        weight *= (1 - t) / (1 - o.drloc_rise)
-    if o.drloc_rise:
-        weight = np.minimum(weight, o.drloc_weight * t / o.drloc_rise)
-    return {'drloc_weight': weight} if o.drloc_rise or o.drloc_fall else {}
+    if not (o.drloc_rise or o.drloc_fall):
+        return {}
+    rising = t / o.drloc_rise if o.drloc_rise else np.ones(steps)
+    falling = (1 - t) / (1 - o.drloc_rise) if o.drloc_fall else 1.0
+    return {'drloc_weight': o.drloc_weight * np.minimum(1.0, np.minimum(rising, falling))}
 
 # %% ../../nbs/7_training/12_supervised.ipynb #7d339e07
 @patch(cls_method=True)

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
+from ..backbones import register_with_timm
 from ..data.files import atomic_write
 from .checkpoint import first_few, last_checkpoint
 from .recipe import FORMAT
@@ -73,6 +74,7 @@ def export_backbone(run_dir: str | os.PathLike, path: str | os.PathLike) -> str:
 
 def _loading_line(name: str, kwargs: dict, path: str) -> str:
     more = ''.join(f', {k}={v!r}' for k, v in kwargs.items())
+    register_with_timm()  # timm knows our own small models then
     of_timm = timm.models.model_entrypoint(name).__module__.startswith('timm')
     imports = 'import timm' if of_timm else 'import timm, glsd.backbones'
     return f"{imports}; model = timm.create_model('{name}', num_classes=0, checkpoint_path='{path}'{more})"
