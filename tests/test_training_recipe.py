@@ -19,7 +19,7 @@ def test_saved_whole_and_loaded_equal(tmp_path, method):
     recipe.save(tmp_path / 'r.yaml')
     assert Recipe.load(tmp_path / 'r.yaml') == recipe
     values = yaml.safe_load((tmp_path / 'r.yaml').read_text())
-    assert values.pop('format') == FORMAT == 2 and values.keys() == recipe.to_dict().keys()
+    assert values.pop('format') == FORMAT == 3 and values.keys() == recipe.to_dict().keys()
     fields = {*vars(recipe.run), *vars(recipe.views), *vars(recipe.options), 'method'}
     assert values.keys() == fields
 
@@ -83,7 +83,7 @@ def test_nonsense_for_supervised_training_is_one_line(wrong, message):
     assert one_line(error)
 
 
-@pytest.mark.parametrize('text', ['lr: 2e-3\nbatchsize: 64', '- lr\n- 2', 'lr: [1', 'lr: {}', 'format: 3'])
+@pytest.mark.parametrize('text', ['lr: 2e-3\nbatchsize: 64', '- lr\n- 2', 'lr: [1', 'lr: {}', 'format: 9'])
 def test_what_is_no_recipe_names_the_file(tmp_path, text):
     (tmp_path / 'mine.yaml').write_text(text)
     with pytest.raises(ValueError, match='mine.yaml|lr must be') as error:
@@ -96,6 +96,13 @@ def test_what_is_no_recipe_names_the_file(tmp_path, text):
 def test_values_as_text_and_of_other_types():
     assert Recipe(lr='2e-3', steps=200.0, amp='yes') == Recipe(lr=0.002, steps=200, amp=True)
     assert Recipe(global_scale='(.4, 1.)') == Recipe(global_scale=[0.4, 1]) == Recipe()
+
+
+def test_recipes_of_the_second_format_keep_their_toy_world(tmp_path):
+    Recipe('dino', lr=0.01).save(tmp_path / 'r.yaml')
+    text = (tmp_path / 'r.yaml').read_text()
+    (tmp_path / 'r.yaml').write_text(text.replace('format: 3', 'format: 2'))
+    assert Recipe.load(tmp_path / 'r.yaml') == Recipe('dino', lr=0.01, data='toyworld-shared')
 
 
 def test_another_method_keeps_what_it_has():
@@ -121,12 +128,15 @@ def test_a_method_of_another_file():
 
 
 def test_recipes_of_the_first_format():
+    world = dict(data='toyworld-shared')  # the only toy world that there was
     old = dict(objective='moby', objective_options=dict(hidden=32, queue=64), n_query=10, lr=0.01)
-    assert Recipe.from_dict(old) == Recipe('moby', view_hidden=32, view_queue=64, lr=0.01)
-    assert Recipe.from_dict(dict(objective='vanilla')) == Recipe('vanilla')
-    assert Recipe.from_dict(dict(objective_options={'search': 'teacher'})) == Recipe(region_search='teacher')
+    assert Recipe.from_dict(old) == Recipe('moby', view_hidden=32, view_queue=64, lr=0.01, **world)
+    assert Recipe.from_dict(dict(objective='vanilla')) == Recipe('vanilla', **world)
+    searched = Recipe.from_dict(dict(objective_options={'search': 'teacher'}))
+    assert searched == Recipe(region_search='teacher', **world)
     adclr = Recipe.from_dict(dict(objective='adclr', n_query=3))
-    assert adclr == Recipe('adclr', n_query=3)
+    assert adclr == Recipe('adclr', n_query=3, **world)
+    assert Recipe.from_dict(dict(objective='vanilla', data='photos')).data == 'photos'
     with pytest.raises(ValueError, match='no field'):
         Recipe.from_dict(dict(objective='moby', dropout=0.1))
 

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..data import ToyWorld, open_images
+from ..data import open_images
 from ..data.folders import ImageFolder, Subset
-from ..data.toyworld import Dataset
+from ..data.toyworld import TOY_WORLDS, Dataset, ToyWorld, open_toyworld
 from .blocks import AtBlock
 from .frozen import check_images, in_hand, open_source
 from .labels import check_same_classes
@@ -113,11 +113,11 @@ def subsample(dataset: Dataset, n: int | None) -> Dataset:
     return Subset(dataset, evenly_spaced(len(dataset), n)) if n and n < len(dataset) else dataset
 
 
-def toyworld(recipe: Any, n: int, split: str) -> ToyWorld:
-    "`n` scenes as `recipe` has seen them, or of 64 pixels without one."
+def toyworld(name: str, recipe: Any, n: int, split: str) -> ToyWorld:
+    "`n` scenes of that world, of the size and seed that `recipe` has, or of 64 pixels without one."
     if recipe is None:
-        return ToyWorld(n, split=split, size=64)
-    return ToyWorld(n, split=split, size=recipe.image_size, seed=recipe.data_seed)
+        return open_toyworld(name, n, 64, split)
+    return open_toyworld(name, n, recipe.image_size, split, recipe.data_seed)
 
 # %% ../../nbs/8_evaluation/25_specs.ipynb #f5ad3554
 def labelled(source: str | Path, role: str) -> Dataset:
@@ -132,13 +132,14 @@ def labelled_pair(recipe: Any, anchors: Any = None, test: Any = None) -> tuple[D
     "The labelled sets (anchors, test), or None if none are named and the recipe's data bring no labels."
     if bool(anchors) != bool(test):
         raise ValueError('both are needed, --anchors and --test: two folders with one folder a class')
-    if anchors and anchors != 'toyworld':
+    if anchors and anchors not in TOY_WORLDS:
         pair = labelled(anchors, 'anchor'), labelled(test, 'test')
         check_same_classes(*pair)
         return pair
-    if not anchors and (not recipe or recipe.data != 'toyworld'):
+    world = anchors or (recipe and recipe.data)
+    if world not in TOY_WORLDS:
         return None
-    return toyworld(recipe, 5000, 'train'), toyworld(recipe, 2000, 'val')
+    return toyworld(world, recipe, 5000, 'train'), toyworld(test or world, recipe, 2000, 'val')
 
 # %% ../../nbs/8_evaluation/25_specs.ipynb #d9438557
 class Where(NamedTuple):
@@ -153,7 +154,7 @@ class Where(NamedTuple):
 def labelled_sets(recipe: Any, where: Where) -> tuple[Dataset, Dataset]:
     "(anchors, test) for k-NN and the linear probe. ValueError if nothing says which."
     source = where.data or (recipe and recipe.data)
-    if where.anchors or where.test or source == 'toyworld':
+    if where.anchors or where.test or source in TOY_WORLDS:
         toy = None if where.anchors or where.test else source
         pair = labelled_pair(recipe, where.anchors or toy, where.test or toy)
     else:
@@ -185,15 +186,15 @@ def _source(recipe, where):
 def any_images(recipe: Any, where: Where) -> tuple[Dataset]:
     "One set of images, with labels or without. ValueError if nothing says which."
     source = _source(recipe, where)
-    if source == 'toyworld':
-        return (toyworld(recipe, where.images or 500, 'val'),)
+    if source in TOY_WORLDS:
+        return (toyworld(source, recipe, where.images or 500, 'val'),)
     return (subsample(open_data(source), where.images),)
 
 
 def lists_or_images(recipe: Any, where: Where) -> tuple[RetrievalSet | Dataset]:
     "A retrieval benchmark where there are lists (taken whole), or one set of images."
     source = _source(recipe, where)
-    if source == 'toyworld':
+    if source in TOY_WORLDS:
         return (toy_retrieval(where.images or 40, recipe.image_size if recipe else 64),)
     if (Path(source) / 'lists.json').is_file():
         return (RetrievalFolder(source),)
@@ -203,10 +204,10 @@ def lists_or_images(recipe: Any, where: Where) -> tuple[RetrievalSet | Dataset]:
 def mask_sets(recipe: Any, where: Where) -> tuple[Any, Any]:
     "Images with masks: a memory and queries. FileNotFoundError, in one line, for images without masks."
     source = _source(recipe, where)
-    if source == 'toyworld':
+    if source in TOY_WORLDS:
         memory, queries = (
-            toyworld(recipe, where.images or 400, 'train'),
-            toyworld(recipe, where.images or 100, 'val'),
+            toyworld(source, recipe, where.images or 400, 'train'),
+            toyworld(source, recipe, where.images or 100, 'val'),
         )
         return ToySegmentation(memory), ToySegmentation(queries)
     if not (Path(source) / 'train' / 'masks').is_dir():

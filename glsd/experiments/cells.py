@@ -28,7 +28,7 @@ from ..training.trainer import build_dataset
 def cell_folder(out: str | Path, name: str, recipe: Recipe) -> Path:
     "out/NAME-HASH, where the hash stands for every field of `recipe` that changes the result."
     # differences, not all fields: one that a later version adds must not rename what is done
-    changed = {k: v for k, v in recipe.differences().items() if k not in FREE}
+    changed = {k: v for k, v in recipe.differences().items() if k not in FREE} | {'data': recipe.data}
     text = json.dumps([recipe.method, changed], sort_keys=True)
     digits = hashlib.sha256(text.encode()).hexdigest()[:8]
     return Path(out) / f'{re.sub(r"[^A-Za-z0-9_.=-]+", "_", name)}-{digits}'

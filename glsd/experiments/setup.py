@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..data.shards import open_images
-from ..data.toyworld import ToyWorld
+from ..data.toyworld import TOY_WORLDS, ToyWorld, open_toyworld
 from .cells import cell_folder
 from .runner import cores
 from ..training.loop import batches, pretrain
@@ -42,7 +42,7 @@ def choose_scale(scale: str, scales: dict[str, Any]) -> Any:
 
 def check_folders(folder: str, name: str = 'data') -> None:
     "ValueError unless a folder of images has train/ and val/; the toy world needs none."
-    for part in [] if folder == 'toyworld' else ['train', 'val']:
+    for part in [] if folder in TOY_WORLDS else ['train', 'val']:
         check((Path(folder) / part).is_dir(), f'{name}={folder} has no folder {part}/')
 
 
@@ -54,7 +54,8 @@ def check_data(data: str | None, scale: str) -> None:
 # %% ../../nbs/9_experiments/4_setup.ipynb #42a2a000
 def data_name(data: str) -> str:
     "What to call a data set: 'toy world', or the name of its folder."
-    return 'toy world' if data == 'toyworld' else Path(data).name
+    named = dict(zip(TOY_WORLDS, ('toy world', 'toy world with shared nuisances')))
+    return named.get(data) or Path(data).name
 
 
 def count(n: int, what: str) -> str:
@@ -92,21 +93,26 @@ def recipe_for(method: str, values: dict, methods: Iterable[str] = ()) -> Recipe
 # %% ../../nbs/9_experiments/4_setup.ipynb #d3758ba5
 def training_data(data: str, n_images: int = 0) -> dict[str, Any]:
     "The fields of a recipe that learns from the toy world (`n_images` of it) or from a folder's train/."
-    if data == 'toyworld':
+    if data in TOY_WORLDS:
         return {'data': data} | ({'n_images': n_images} if n_images else {})
     return {'data': str(Path(data).resolve() / 'train')}
 
 # %% ../../nbs/9_experiments/4_setup.ipynb #37b19368
 def val_folder(data: str) -> str:
     "Where the test images of a folder lie; '' for the toy world."
-    return '' if data == 'toyworld' else str(Path(data).resolve() / 'val')
+    return '' if data in TOY_WORLDS else str(Path(data).resolve() / 'val')
+
+
+def _more_scenes(recipe: Recipe, split: str, n: int) -> ToyWorld:
+    world = recipe.data if recipe.data in TOY_WORLDS else 'toyworld'
+    return open_toyworld(world, n, recipe.image_size, split, recipe.data_seed)
 
 
 def test_images(recipe: Recipe, folder: str = '', n: int = 1000) -> Any:
     "Labelled images to test on: those of `folder`, or `n` scenes of the toy world's validation part."
     if folder:
         return open_images(folder)
-    return ToyWorld(n, size=recipe.image_size, split='val', seed=recipe.data_seed)
+    return _more_scenes(recipe, 'val', n)
 
 
 def masked_images(recipe: Recipe, folder: str, split: str, n: int) -> Any:
@@ -115,7 +121,7 @@ def masked_images(recipe: Recipe, folder: str, split: str, n: int) -> Any:
 
     if folder:
         return MaskFolder(folder, split)
-    return ToySegmentation(ToyWorld(n, size=recipe.image_size, split=split, seed=recipe.data_seed))
+    return ToySegmentation(_more_scenes(recipe, split, n))
 
 # %% ../../nbs/9_experiments/4_setup.ipynb #d2755734
 INPUTS = dict(ibot='mask', adclr='queries', adclr_ibot='queries')  # what a method gives a backbone

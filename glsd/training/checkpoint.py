@@ -137,9 +137,11 @@ def upgrade_checkpoint(state: Any, where: Any = 'checkpoint') -> Any:
     written = state.get('format', 1) if isinstance(state, dict) else FORMAT
     if written > FORMAT:
         raise ValueError(f'{where} was written by a newer glsd (format {written}, this one knows {FORMAT})')
-    if written == FORMAT or any(part not in state for part in _FORMAT_1):
+    if written == FORMAT or 'recipe' not in state:
         return state
     recipe = saved_recipe(state, where)
+    if any(part not in state for part in _FORMAT_1):
+        return state | dict(format=FORMAT, recipe=recipe.to_dict())
     if recipe.method == 'supervised':
         weights, prefix = state['student'], 'backbone.'
     else:
@@ -168,6 +170,7 @@ def saved_recipe(state: dict, where: Any) -> Recipe:
         values = _old_supervised_values(values)
     elif 'method' not in values:
         values = {'objective': 'geometric', **values}
+    values.setdefault('format', state.get('format', FORMAT))
     return Recipe.from_dict(values, where=str(where))
 
 

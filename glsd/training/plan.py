@@ -18,6 +18,7 @@ from PIL import Image
 
 from ..data.folders import decode_image
 from ..data.loading import sample_rng
+from ..data.toyworld import TOY_WORLDS
 from .counting import Count, count_step, measure_step
 from .recipe import Recipe
 from .trainer import build_dataset
@@ -128,7 +129,7 @@ def check_gpus(recipe: Recipe, gpus: int) -> None:
 
 def count_images(recipe: Recipe) -> int:
     "How many images the recipe's data have."
-    toyworld = recipe.data == 'toyworld' and not recipe.per_class
+    toyworld = recipe.data in TOY_WORLDS and not recipe.per_class
     return recipe.n_images if toyworld else len(build_dataset(recipe))
 
 # %% ../../nbs/7_training/18_plan.ipynb #181afb03

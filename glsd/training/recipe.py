@@ -48,7 +48,7 @@ FREE = (
     'workers', 'device', 'monitor_every', 'checkpoint_every', 'checkpoint_minutes', 'on_nan', 'fsdp',
     'colour_on_device', 'n_test',
 )  # fmt: skip
-FORMAT = 2  # of recipes and checkpoints on disk
+FORMAT = 3  # of recipes and checkpoints on disk
 
 # %% ../../nbs/7_training/2_recipe.ipynb #b7d7c568
 def imported_options(method: str) -> dict[str, list[tuple[str, str]]]:
@@ -145,13 +145,7 @@ def needs_labels(self: Recipe) -> bool:
     return find_method(self.method).needs_labels
 
 # %% ../../nbs/7_training/2_recipe.ipynb #b9fd5836
-def upgrade_values(values: dict, where: str = 'recipe') -> dict:
-    "Flat values of this format, from those of any earlier one. ValueError for a later format."
-    written = values.pop('format', None)
-    if written is not None and written > FORMAT:
-        raise ValueError(f'{where} was written by a newer glsd (format {written}, this one knows {FORMAT})')
-    if written is not None or not values.keys() & {'objective', 'objective_options'}:
-        return values
+def _from_format_1(values: dict) -> dict:
     old = dict(n_query=10, query_scale=(0.05, 0.15)) | values  # defaults of then
     method = find_method(name := old.pop('objective', 'geometric'))
     terms = [term.name for term in getattr(method, 'terms', ())]
@@ -162,3 +156,15 @@ def upgrade_values(values: dict, where: str = 'recipe') -> dict:
         old |= {f'{term}_{key}': value for term in terms if f'{term}_{key}' in names}
     unused = {'n_query', 'query_scale'} - set(names)
     return {'method': name, **{k: v for k, v in old.items() if k not in unused}}
+
+
+def upgrade_values(values: dict, where: str = 'recipe') -> dict:
+    "Flat values of this format, from those of any earlier one. ValueError for a later format."
+    written = values.pop('format', FORMAT)
+    if written > FORMAT:
+        raise ValueError(f'{where} was written by a newer glsd (format {written}, this one knows {FORMAT})')
+    if values.keys() & {'objective', 'objective_options'}:
+        written, values = 1, _from_format_1(values)
+    if written < 3 and values.get('data', 'toyworld') == 'toyworld':
+        values['data'] = 'toyworld-shared'  # the only world there was
+    return values

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..backbones import create_backbone
 from ..data.loading import eval_loader
 from ..data.shards import open_images
-from ..data.toyworld import ToyWorld
+from ..data.toyworld import TOY_WORLDS, open_toyworld
 from ..objectives.drloc import LocalizationMLP, check_variant, dense_localization_loss
 from ..objectives.method import Method, register_method
 from .labelled import mix, one_view_colours
@@ -174,8 +174,8 @@ def test_set(recipe: Recipe) -> Any:
 
     One-line errors: a folder or labels are missing, or the classes are others than in training."""
     r = recipe
-    if r.data == 'toyworld':
-        return ToyWorld(r.n_test, size=r.image_size, split='val', seed=r.data_seed)
+    if r.data in TOY_WORLDS:
+        return open_toyworld(r.data, r.n_test, r.image_size, 'val', r.data_seed)
     for part in 'train', 'val':
         if not (Path(r.data) / part).is_dir():
             advice = 'put train/ and val/ there, with a folder per class in each'

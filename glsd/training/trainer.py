@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..backbones import Backbone
 from ..data.folders import balanced_subset
 from ..data.shards import open_images
-from ..data.toyworld import ToyWorld
+from ..data.toyworld import TOY_WORLDS, open_toyworld
 from ..objectives.schedules import cosine_schedule
 from .monitoring import NotFinite, check_finite
 from .recipe import Recipe
@@ -33,15 +33,15 @@ from ..views.multicrop import Views
 
 # %% ../../nbs/7_training/8_trainer.ipynb #bcb81193
 # what one run has painted, the next run of this process need not paint again
-_toyworld = lru_cache(2)(ToyWorld)
+_toyworld = lru_cache(2)(open_toyworld)
 
 
 def build_dataset(recipe: Recipe) -> Any:
     """The toy world, a folder of images or one of tar shards (of a folder with train/ in it, that), or a
     subset."""
     r = recipe.run
-    if r.data == 'toyworld':
-        data = _toyworld(n=r.n_images, size=r.image_size, seed=r.data_seed)
+    if r.data in TOY_WORLDS:
+        data = _toyworld(r.data, r.n_images, r.image_size, seed=r.data_seed)
     else:
         train = Path(r.data) / 'train'
         data = open_images(train if recipe.needs_labels and train.is_dir() else r.data)
