@@ -221,9 +221,11 @@ def add_replay(p: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 def add_data(p: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     "Arguments of data."
     p.add_argument('action', choices=['get', 'shard'])
-    p.add_argument('name', help='of the data set; for shard, a folder of images')
+    names = 'cifar10, tiny_imagenet, food101, nct_crc, imagenet1k, imagenet_subsets or imagenet100'
+    p.add_argument('name', help=f'{names}; for shard, a folder of images')
     p.add_argument('--root', required=True, help='where data sets live; for shard, a new folder')
     p.add_argument('--source', help='an archive or a folder that you already have')
+    p.add_argument('--no-verify', action='store_true', help='take an archive whose sum or images differ')
     p.add_argument('--per-shard', type=int, default=1000, metavar='N', help='images a tar; default: 1000')
 
 

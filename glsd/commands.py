@@ -205,7 +205,7 @@ def run_data(args: Namespace) -> None:
         return
     from glsd.data.fetching import get
 
-    print(get(args.name, args.root, source=args.source))
+    print(get(args.name, args.root, source=args.source, verify=not args.no_verify))
 
 # %% ../nbs/commands.ipynb #d3529ec7
 PACKAGES = (

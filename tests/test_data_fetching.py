@@ -294,7 +294,7 @@ def test_imagenet_lists_do_not_depend_on_how_the_images_come(tmp_path):
             outer.addfile(info, io.BytesIO(buffer.getvalue()))
     outs = []
     for k, source in enumerate([tmp_path, tmp_path / 'full']):
-        with pytest.warns(UserWarning, match='no validation images'):
+        with pytest.warns(UserWarning, match='no val images'):
             outs.append(get('imagenet_subsets', tmp_path / f'{k}', source, verify=False))
     for p in (1, 2, 5, 10, 20):
         lists = [(out / f'train_{p}pct.txt').read_text() for out in outs]
@@ -312,7 +312,7 @@ class Paused:
         entry = DataSet('paused.zip', '', None, dict(train=2), self.lay_out)
         monkeypatch.setitem(DATASETS, 'paused', entry)
 
-    def lay_out(self, source, out, verify):
+    def lay_out(self, source, out):
         (out / 'train/a').mkdir(parents=True)
         Image.new('RGB', (2, 2)).save(out / 'train/a/0.png')
         self.begun.set()

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['FetchError', 'get', 'InUseError', 'atomic_write', 'file_lock', 'folder_lock', 'ImageError', 'ImageFolder', 'Subset',
-           'balanced_subset', 'read_image', 'save_list', 'LoaderError', 'eval_loader', 'make_loader', 'sample_rng',
-           'step_loader', 'ShardError', 'ShardFolder', 'open_images', 'write_shards', 'Dataset', 'ToyWorld']
+           'balanced_subset', 'read_image', 'save_list', 'IMAGENET100', 'LoaderError', 'eval_loader', 'make_loader',
+           'sample_rng', 'step_loader', 'ShardError', 'ShardFolder', 'open_images', 'write_shards', 'Dataset',
+           'ToyWorld']
 
 # %% ../../nbs/2_data/index.ipynb #8ff3c622
 # over 25 lines: every public name, in a list that tools can read
@@ -13,6 +14,7 @@ from .archives import FetchError
 from .fetching import get
 from .files import InUseError, atomic_write, file_lock, folder_lock
 from .folders import ImageError, ImageFolder, Subset, balanced_subset, read_image, save_list
+from .imagenet import IMAGENET100
 from .loading import LoaderError, eval_loader, make_loader, sample_rng, step_loader
 from .packing import write_shards
 from .shards import ShardFolder, open_images
@@ -32,6 +34,7 @@ _all_ = [
     'balanced_subset',
     'read_image',
     'save_list',
+    'IMAGENET100',
     'LoaderError',
     'eval_loader',
     'make_loader',

@@ -117,7 +117,7 @@ Member = tuple[str, Open]
 def members(source: Path | IO[bytes]) -> Iterator[Member]:
     """(name, open function) of each file in a folder, a zip or a tar (a path, or a binary file).
 
-    Read while iterating. FetchError on an absolute path, a `..` or a link in an archive.
+    Read while iterating. FetchError on an absolute path, a `..`, a link or a bomb in an archive.
     """
     if isinstance(source, Path) and source.is_dir():
         yield from _of_folder(source)
@@ -134,36 +134,55 @@ def _of_folder(folder: Path) -> Iterator[Member]:
 
 
 def _of_zip(path: Path) -> Iterator[Member]:
+    room = _room(path)
     with zipfile.ZipFile(path) as z:
         for m in z.infolist():
             if not m.is_dir():
-                yield _inside(m.filename, path), partial(z.open, m)
+                room -= m.file_size
+                yield _inside(m.filename, path, room), partial(z.open, m)
 
 
 def _of_tar(source: Path | IO[bytes]) -> Iterator[Member]:
-    opened = tarfile.open(source) if isinstance(source, Path) else tarfile.open(fileobj=source)
+    room = _room(source)
+    # a tar in a tar must not be compressed: its size is seen from outside, that of a bomb in it would not be
+    opened = tarfile.open(source) if isinstance(source, Path) else tarfile.open(fileobj=source, mode='r:')
     with opened as tar:
         for m in tar:
-            if m.issym() or m.islnk():
-                raise FetchError(f'{_name(source)} holds a link, {m.name!r}: nothing was unpacked')
+            if m.issym() or m.islnk() or m.issparse():
+                what = f'a link or a file with holes, {m.name!r}'
+                raise FetchError(f'{_name(source)} holds {what}: nothing was unpacked')
             if m.isfile():
-                yield _inside(m.name, source), partial(tar.extractfile, m)
+                room -= m.size
+                yield _inside(m.name, source, room), partial(tar.extractfile, m)
 
 # %% ../../nbs/2_data/5_archives.ipynb #adbb8f9f
 def _name(source: Any) -> Any:
     return getattr(source, 'name', source)
 
 
-def _inside(name: str, source: Any) -> str:
+def _room(source: Path | IO[bytes]) -> int:
+    "How many bytes an archive may unpack to: images hardly shrink, and what shrinks a lot is a bomb."
+    return max(2**30, 100 * (_size(source) if isinstance(source, Path) else 0))
+
+
+def _inside(name: str, source: Any, room: int) -> str:
     path = PurePosixPath(name.replace('\\', '/'))
     if path.is_absolute() or '..' in path.parts:
         reason = f'{_name(source)} holds the path {name!r}, which leads out of it'
         raise FetchError(f'{reason}: nothing was unpacked')
+    if room < 0:
+        raise FetchError(f'{_name(source)} would unpack to far more than its size: nothing was unpacked')
     return path.as_posix()
 
 # %% ../../nbs/2_data/5_archives.ipynb #b584c43d
 def copy_out(open_: Open, path: Path) -> None:
-    "Write what `open_()` reads to `path`, making its folder."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open_() as f, open(path, 'wb') as out:
-        shutil.copyfileobj(f, out)
+    "Write what `open_()` reads to `path`, by way of `.NAME.part`, making its folder; not if it is there."
+    with open_() as f:
+        if path.exists() and path.stat().st_size == f.seek(0, os.SEEK_END):
+            return
+        f.seek(0)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f'.{path.name}.part')
+        with open(part, 'wb') as out:
+            shutil.copyfileobj(f, out)
+    os.replace(part, path)
