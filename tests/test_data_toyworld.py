@@ -52,11 +52,12 @@ def test_any_size(size):
     assert masks.shape[1:] == (size, size) and boxes.shape == (len(masks), 4)
 
 
-def test_every_object_is_visible_and_boxed():
-    world = ToyWorld(300, 48, shapes=tuple(SHAPES))
+@pytest.mark.parametrize('shared', [False, True])
+def test_every_object_is_visible_and_boxed(shared):
+    world = ToyWorld(300, 48, shapes=tuple(SHAPES), shared_nuisances=shared)
     for i in range(300):
         _, _, masks, boxes = world.scene(i)
-        assert 1 <= len(masks) <= 3 and masks.sum(0).max() == 1
+        assert len(masks) in ((1, 2, 3) if shared else (4,)) and masks.sum(0).max() == 1
         for mask, (x0, y0, x1, y1) in zip(masks, boxes.int().tolist()):
             assert mask.sum() > 20 and mask.sum() == mask[y0:y1, x0:x1].sum()
             assert mask[y0].any() and mask[y1 - 1].any() and mask[:, x0].any() and mask[:, x1 - 1].any()

@@ -170,7 +170,8 @@ def saved_recipe(state: dict, where: Any) -> Recipe:
         values = _old_supervised_values(values)
     elif 'method' not in values:
         values = {'objective': 'geometric', **values}
-    values.setdefault('format', state.get('format', FORMAT))
+    written = state.get('format', 1)  # 'pt' in the metadata of a file of weights
+    values.setdefault('format', written if isinstance(written, int) else 1)
     return Recipe.from_dict(values, where=str(where))
 
 
