@@ -1291,6 +1291,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/glsd', 'doc_host': '', 'gi
                                                                                   'glsd/experiments/report.py'),
                                          'glsd.experiments.report.save_report': ( '9_experiments/report.html#save_report',
                                                                                   'glsd/experiments/report.py'),
+                                         'glsd.experiments.report.small_png': ( '9_experiments/report.html#small_png',
+                                                                                'glsd/experiments/report.py'),
                                          'glsd.experiments.report.summarize': ( '9_experiments/report.html#summarize',
                                                                                 'glsd/experiments/report.py')},
             'glsd.experiments.runner': { 'glsd.experiments.runner.Grid': ('9_experiments/runner.html#grid', 'glsd/experiments/runner.py'),
