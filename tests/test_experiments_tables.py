@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from glsd.cli import main
+from glsd.data.files import file_lock
 from glsd.experiments.cells import cell_folder, run_cell
+from glsd.experiments.plan import RECIPES
 from glsd.training import Recipe
 
 NBS = Path(__file__).parents[1] / 'nbs/9_experiments'
@@ -123,3 +126,18 @@ def test_figure_5_of_its_own_runs_and_of_those_of_low_data(tmp_path, run_noteboo
     run_notebook(NBS / 'figure_5.ipynb', dict(given, out=str(again), runs=str(out)))
     found, before = ({r['name']: r['metrics'] for r in x['runs']} for x in (record_of(again), record))
     assert found == before
+
+
+@pytest.mark.slow
+def test_the_command_ends_early_while_others_are_at_work_and_collects_afterwards(tmp_path, capsys):
+    steps = {'steps': 2, 'n_images': 64, **{k: v for k, v in SMALL.items() if k != 'steps'}}
+    command = ['reproduce', 'figure_3', '--out', str(tmp_path), '-p', 'images=8', '-p', f'recipe={steps}']
+    values = RECIPES['ci'] | dict(n_images=3600) | steps
+    cell = cell_folder(tmp_path / 'cells', 'similarity s0', Recipe('similarity', **values))
+    with file_lock(cell / 'claim'):
+        assert main(command) == 0
+    said = capsys.readouterr().out
+    assert 'figure_3: 1 of 1 cells are still with other processes' in said
+    assert not list(tmp_path.glob('*.ipynb')) and not list(tmp_path.glob('.*.ipynb'))
+    assert main(command) == 0 and (tmp_path / 'figure_3.ipynb').exists()
+    assert len(record_of(tmp_path)['runs']) == 3 and not list(tmp_path.glob('.*.ipynb'))
