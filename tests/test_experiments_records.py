@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -179,3 +180,39 @@ def test_an_unknown_name_is_one_line(names, said):
     with pytest.raises(ValueError) as e:
         published(*names)
     assert str(e.value).startswith(said) and '\n' not in str(e.value)
+
+
+@pytest.fixture
+def clone(tmp_path):
+    "As much of a clone as `make reproduce` looks at, with a stand-in for glsd that writes down its calls."
+    for name in 'low_data', 'correspondence', 'adclr', 'index', '1_cells':
+        (tmp_path / 'nbs/9_experiments').mkdir(parents=True, exist_ok=True)
+        (tmp_path / f'nbs/9_experiments/{name}.ipynb').touch()
+    shutil.copy(ROOT / 'Makefile', tmp_path)
+    for name in '.ci/requirements.txt', '.ci/install', 'settings.ini', 'setup.py', '.venv/.installed':
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    glsd = tmp_path / '.venv/bin/glsd'
+    glsd.parent.mkdir()
+    body = 'echo "$@" >> calls; mkdir -p runs/ci/$2; if [ "$2" = "$(cat fails)" ]; then exit 1; fi'
+    glsd.write_text(f'#!/bin/bash\n{body}\n')
+    glsd.chmod(0o755)
+    return tmp_path
+
+
+@pytest.mark.skipif(not shutil.which('make'), reason='make is not installed')
+def test_make_reproduce_goes_on_where_it_was_cut(clone):
+    def made(fails):
+        (clone / 'calls').write_text('')
+        (clone / 'fails').write_text(fails)
+        code = subprocess.run(['make', 'reproduce'], cwd=clone, capture_output=True).returncode
+        return code, (clone / 'calls').read_text().splitlines()
+
+    low_data, adclr = (f'reproduce {name} --out runs/ci/{name}' for name in ('low_data', 'adclr'))
+    asked = f'reproduce correspondence --out runs/ci/correspondence -p runs={clone}/runs/ci/low_data'
+    compared = 'reproduce --compare runs/ci'
+    assert made('low_data') == (2, [adclr, low_data, compared])  # the others ran, and are compared
+    assert made('nothing') == (0, [low_data, asked, compared])
+    assert made('nothing') == (0, [compared])
+    (clone / 'nbs/9_experiments/adclr.ipynb').touch()
+    assert made('--compare') == (2, [adclr, compared])
