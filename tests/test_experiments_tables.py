@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from glsd.cli import main
 from glsd.data.files import file_lock
+from glsd.data.toyworld import ToyWorld
 from glsd.experiments.cells import cell_folder, run_cell
 from glsd.experiments.plan import RECIPES
 from glsd.training import Recipe
@@ -141,3 +143,45 @@ def test_the_command_ends_early_while_others_are_at_work_and_collects_afterwards
     assert not list(tmp_path.glob('*.ipynb')) and not list(tmp_path.glob('.*.ipynb'))
     assert main(command) == 0 and (tmp_path / 'figure_3.ipynb').exists()
     assert len(record_of(tmp_path)['runs']) == 3 and not list(tmp_path.glob('.*.ipynb'))
+
+
+@pytest.fixture
+def folders(tmp_path):
+    "Two data sets of a user, of four classes; one has a name that Table 3 knows."
+    for name in 'imagenet-100', 'others':
+        for part, n in ('train', 6), ('val', 3):
+            for i, (image, label) in enumerate(ToyWorld(4 * n, size=40, split=part, seed=len(name))):
+                place = tmp_path / name / part / f'class{label % 4}'
+                place.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image.permute(1, 2, 0).numpy()).save(place / f'{i}.png')
+    return [str(tmp_path / name) for name in ('imagenet-100', 'others')]
+
+
+@pytest.mark.slow
+def test_folders_of_a_user(tmp_path, folders, run_notebook):
+    "Scale laptop: the data set's name picks the paper's row, the other folder's backbone is transferred."
+    known, other = folders
+    few = dict(settings=['vanilla', 'similarity'], jobs=1, recipe=SMALL)
+    out = tmp_path / 'table_3'
+    given = dict(few, scale='laptop', data=[known], source=other, backbones=['swin_mini'], seeds=1, k=3)
+    run_notebook(NBS / 'table_3.ipynb', dict(given, out=str(out), probe_epochs=1))
+    runs = {r['name']: r['metrics'] for r in record_of(out)['runs']}
+    assert set(runs) == {
+        f'{x} s0' for s in few['settings'] for x in (f'swin_mini imagenet-100 {s}', f'transfer {s}')
+    }
+    assert all(
+        set(m) == {f'imagenet-100 {kind}' for kind in ('knn', 'linear', 'linear4')} for m in runs.values()
+    )
+    k_nn = (out / 'table.md').read_text().split('\n\n')[1]
+    assert '| 76.5 | 76.2 |' in k_nn and '| 86.2 | 87.0 |' in k_nn and 'paper: Similarity' in k_nn
+
+    out = tmp_path / 'figure_5'
+    given = dict(few, scale='laptop', data=other, sizes=[4], images=6, columns=2)
+    run_notebook(NBS / 'figure_5.ipynb', dict(given, out=str(out)))
+    assert [r['name'] for r in record_of(out)['runs']] == ['vanilla n4 s0', 'similarity n4 s0']
+    (run,) = (out / 'cells').glob('similarity_n4_s0-*')
+    out = tmp_path / 'figure_3'
+    run_notebook(
+        NBS / 'figure_3.ipynb', dict(scale='laptop', run=str(run), out=str(out), images=6, columns=2)
+    )
+    assert record_of(out)['data'] == 'others'
