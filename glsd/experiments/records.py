@@ -71,7 +71,7 @@ def tolerance(ours: dict[str, float], theirs: dict[str, float], pooled: float) -
     level = abs(np.mean(list(theirs.values())))
     s = np.nanmax([pooled, _spread(ours), _spread(theirs), -1.0])
     if s < 0:
-        return 0.1 * level
+        return 0.25 * level
     return float(max(4 * s * (1 / len(ours) + 1 / len(theirs)) ** 0.5, 0.01 * level))
 
 # %% ../../nbs/9_experiments/8_records.ipynb #efee3dc4
