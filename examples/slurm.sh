@@ -6,6 +6,15 @@
 #
 # What stands behind the script's name is a `glsd` command; --nproc, --nnodes and --rdzv are added here. On CPUs, where Slurm knows
 # of no GPUs, set NPROC to the number of processes on each node.
+#
+# A whole table, from a bare clone on a disk that all nodes see, is an array of such jobs:
+#
+#   sbatch --array 1-9 --gpus-per-node 8 examples/slurm.sh reproduce table_2 --scale paper -p data=/data/imagenet
+#
+# Each task runs the notebook, takes a run of the grid that nobody else has, on all GPUs of its node, then the next. A task that is
+# killed goes back into the queue and on from a checkpoint. The task that ends last writes the table; so does the same command
+# without sbatch, at any time after that. The first task installs glsd if there is none (that needs a network: if nodes have none, do
+# `make install` before).
 #SBATCH --job-name=glsd
 #SBATCH --ntasks-per-node=1
 #SBATCH --time=24:00:00
@@ -14,10 +23,21 @@
 #SBATCH --open-mode=append
 set -u
 nproc=${NPROC:-${SLURM_GPUS_ON_NODE:-1}}
+if ! command -v glsd >/dev/null; then
+    [ -x .venv/bin/glsd ] || { mkdir -p runs && flock runs/install.lock make install; } || exit 1
+    export PATH="$PWD/.venv/bin:$PATH"
+fi
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 meet="$first:$((20000 + SLURM_JOB_ID % 20000))"        # two jobs on one node must not meet each other
 
-srun --kill-on-bad-exit=1 glsd "$@" --nproc "$nproc" --nnodes "$SLURM_NNODES" --rdzv "$meet" &
+if [ "$1" = reproduce ]; then
+    set -- "$@" -p jobs=1
+    [ "$nproc" -eq 1 ] || set -- "$@" -p nproc="$nproc"
+else
+    set -- "$@" --nproc "$nproc" --nnodes "$SLURM_NNODES" --rdzv "$meet"
+fi
+
+srun --kill-on-bad-exit=1 glsd "$@" &
 wait $!
 code=$?
 # 143: it was asked to end and has written a checkpoint. Every other code is for a person to look at

@@ -201,10 +201,13 @@ def add_evaluate(p: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 # %% ../nbs/cli.ipynb #10fc7b9b
 def add_reproduce(p: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     "Arguments of reproduce."
-    p.add_argument('experiment', help='e.g. low_data')
-    p.add_argument('--scale', default='ci', choices=['ci', 'gpu', 'paper'])
+    p.add_argument('experiment', nargs='?', help='e.g. low_data')
+    p.add_argument('--scale', default='ci', choices=['ci', 'laptop', 'gpu', 'paper'])
     p.add_argument('-p', '--parameter', action='append', default=[], metavar='NAME=VALUE')
     p.add_argument('--out', help='default: runs/EXPERIMENT')
+    p.add_argument('--list', action='store_true', help='all experiments, their scales, and what is done')
+    fresh = 'a folder with EXPERIMENT/results.json of scale ci, to compare with results/; default: runs/ci'
+    p.add_argument('--compare', nargs='?', const='runs/ci', metavar='FOLDER', help=fresh)
 
 
 def add_export(p: argparse.ArgumentParser, argv: Sequence[str]) -> None:

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'read_value', 'recipe_from', 'monitors_for', 'run_pretrain', 'run_finetune', 'run_plan', 'run_replay',
-           'run_evaluate', 'run_export', 'experiment_path', 'check_parameters', 'run_reproduce', 'run_data',
-           'package_row', 'device_rows', 'diagnose', 'run_doctor']
+           'run_evaluate', 'run_export', 'experiments', 'experiment_path', 'check_parameters', 'execute_experiment',
+           'show_experiments', 'compare_experiments', 'run_reproduce', 'run_data', 'package_row', 'device_rows',
+           'diagnose', 'run_doctor']
 
 # %% ../nbs/commands.ipynb #14afa92d
 import importlib.metadata
 import os
+import platform
 import shutil
 import sys
 from argparse import Namespace
@@ -140,8 +142,8 @@ def run_export(args: Namespace) -> None:
         print('below 224 px take the network from glsd.backbones)')
 
 # %% ../nbs/commands.ipynb #d7cd9d65
-def experiment_path(name: str) -> Path:
-    "The notebook of an experiment: from the clone around this package, or below the working directory."
+def experiments() -> dict[str, Path]:
+    "{name: notebook} of all: from the clone around this package, or below the working directory."
     here = [Path(__file__).resolve().parents[1]] if '__file__' in globals() else []
     places = [p / 'nbs/9_experiments' for p in (*here, Path.cwd(), *Path.cwd().parents)]
     folders = [p for p in places if p.is_dir()]
@@ -149,7 +151,12 @@ def experiment_path(name: str) -> Path:
         raise FileNotFoundError(
             'no nbs/9_experiments here: experiments are notebooks, run this inside a clone of glsd'
         )
-    found = {p.stem: p for p in sorted(folders[0].glob('[a-z]*.ipynb')) if p.stem != 'index'}
+    return {p.stem: p for p in sorted(folders[0].glob('[a-z]*.ipynb')) if p.stem != 'index'}
+
+
+def experiment_path(name: str) -> Path:
+    "The notebook of an experiment. ValueError, with a list of all, for one that is not there."
+    found = experiments()
     if name not in found:
         raise ValueError(f'no experiment {name!r}; there are: {", ".join(found)}')
     return found[name]
@@ -166,22 +173,17 @@ def check_parameters(notebook: Path, given: dict) -> None:
         if name not in known:
             raise ValueError(f'{Path(notebook).name} has no parameter {name!r}{nearest(name, known)}')
 
-# %% ../nbs/commands.ipynb #2616b03f
-def run_reproduce(args: Namespace) -> None:
-    """Executes an experiment notebook with papermill; its files land in `--out`, the executed notebook among
-    them."""
+# %% ../nbs/commands.ipynb #e1be10f7
+def execute_experiment(notebook: Path, out: Path, given: dict) -> None:
+    """Executes a notebook with the parameters `given` into the folder `out`. RuntimeError if a cell fails.
+
+    Where several processes share a grid, all but the last end early: theirs is no failure."""
     import papermill
 
-    notebook = experiment_path(args.experiment)
-    out = Path(args.out or f'runs/{args.experiment}').resolve()
-    for p in args.parameter:
-        if '=' not in p:
-            raise ValueError(f'-p takes name=value, not {p!r}')
-    parameters = dict(p.split('=', 1) for p in args.parameter)
-    given = {'scale': args.scale, 'out': str(out), **{k: read_value(v) for k, v in parameters.items()}}
     check_parameters(notebook, given)
     out.mkdir(parents=True, exist_ok=True)
-    executed, part = out / f'{args.experiment}.ipynb', out / f'.{args.experiment}.part.ipynb'
+    mine = f'{platform.node()}-{os.getpid()}'  # several may be at work on one experiment
+    executed, part = out / notebook.name, out / f'.{notebook.stem}.{mine}.part.ipynb'
     quietly = dict(progress_bar=False, request_save_on_cell_execute=False, kernel_name='python3')
     streams = dict(stdout_file=sys.stdout, stderr_file=sys.stderr)
     try:
@@ -189,10 +191,56 @@ def run_reproduce(args: Namespace) -> None:
             str(notebook), str(part), given, cwd=str(notebook.parent), **quietly, **streams
         )
     except papermill.PapermillExecutionError as e:
+        if e.ename == 'OthersAtWork':
+            part.unlink(missing_ok=True)
+            print(f'{notebook.stem}: {e.evalue}')
+            return
         so_far = f'(the notebook so far: {part})'
         raise RuntimeError(f'{executed.name} stopped: {e.ename}: {e.evalue} {so_far}') from None
     os.replace(part, executed)
     print(f'executed notebook: {executed}')
+
+# %% ../nbs/commands.ipynb #83978d6c
+def show_experiments(out: str | None) -> int:
+    "Prints all experiments, their scales, and where results lie: in results/, runs/, runs/ci/ and `out`."
+    from glsd.experiments.records import list_experiments
+
+    found = experiments()
+    results = next(iter(found.values())).parents[2] / 'results'
+    runs = [Path('runs'), Path('runs/ci'), *([Path(out)] if out else [])]
+    print(list_experiments(list(found.values()), Path(os.path.relpath(results)), runs))
+    return 0
+
+
+def compare_experiments(folder: str) -> int:
+    "Prints a line for every figure of `folder` that does not agree with results/; 1 if there is one."
+    from glsd.experiments.records import compare_results
+
+    results = next(iter(experiments().values())).parents[2] / 'results'
+    lines, n = compare_results(folder, results)
+    for line in lines:
+        print(line)
+    print(f'{n} experiments compared with {os.path.relpath(results)}: {len(lines) or "no"} deviations')
+    return int(bool(lines))
+
+# %% ../nbs/commands.ipynb #2616b03f
+def run_reproduce(args: Namespace) -> int:
+    """Executes an experiment notebook with papermill; its files land in `--out`, the executed notebook among
+    them. Or lists what there is, or compares what was made with what is kept."""
+    if args.list:
+        return show_experiments(args.out)
+    if args.compare:
+        return compare_experiments(args.compare)
+    if not args.experiment:
+        raise ValueError(f'name an experiment; there are: {", ".join(experiments())}')
+    out = Path(args.out or f'runs/{args.experiment}').resolve()
+    for p in args.parameter:
+        if '=' not in p:
+            raise ValueError(f'-p takes name=value, not {p!r}')
+    parameters = dict(p.split('=', 1) for p in args.parameter)
+    given = {'scale': args.scale, 'out': str(out), **{k: read_value(v) for k, v in parameters.items()}}
+    execute_experiment(experiment_path(args.experiment), out, given)
+    return 0
 
 # %% ../nbs/commands.ipynb #693b8069
 def run_data(args: Namespace) -> None:

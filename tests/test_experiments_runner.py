@@ -83,7 +83,7 @@ def test_a_killed_grid_leaves_no_process_and_goes_on(tmp_path):
         [sys.executable, '-c', PARENT.format(tests=str(Path(__file__).parent), out=str(tmp_path))]
     )
     wait_for(lambda: cells.steps_done(folder) >= 10)
-    with pytest.raises(ValueError, match='in use by process'):
+    with pytest.raises(runner.OthersAtWork, match='1 of 1 cells are still with other processes'):
         run_grid({'long': LONG}, tmp_path, count)
 
     workers = psutil.Process(parent.pid).children(recursive=True)
@@ -180,3 +180,67 @@ def test_what_cannot_run_is_one_line(tmp_path, change):
     with pytest.raises(ValueError) as e:
         run_grid(**{'cells': {'one': TINY}, 'out': tmp_path, 'evaluate': count, **change})
     assert '\n' not in str(e.value) and not list(tmp_path.glob('*/result.json'))
+
+
+NODE = """
+import json, sys
+sys.path.insert(0, {tests!r})
+from test_experiments_runner import SHARED, first_and_last
+from glsd.experiments import run_grid
+from glsd.experiments.compare import markdown
+from glsd.experiments.runner import OthersAtWork
+
+try:
+    results = run_grid(SHARED, {out!r}, first_and_last, jobs=1, nproc={nproc}, progress=False)
+except OthersAtWork as e:
+    print('others at work:', e)
+else:
+    rows = [[r['name'], *r['metrics'].values()] for r in results]
+    print(markdown(['', 'first', 'last'], rows))
+"""
+STILL = TINY.replace(drop_path=0.0, steps=24, checkpoint_every=4)
+SHARED = {f'{m} s{s}': STILL.replace(method=m, seed=s) for m in ('vanilla', 'geometric') for s in (0, 1)}
+
+
+def first_and_last(run):
+    return {'first': run.metrics[0]['loss'], 'last': run.metrics[-1]['loss']}
+
+
+def node(out, nproc=2):
+    "A machine of a cluster, as far as the runner can tell: a process with the grid's folder in common."
+    command = [sys.executable, '-c', NODE.format(tests=str(Path(__file__).parent), out=str(out), nproc=nproc)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def claimed(out):
+    return {p.parent.name for p in Path(out).glob('*/claim')}
+
+
+@pytest.mark.slow
+def test_two_nodes_share_a_grid_and_one_is_killed(tmp_path):
+    "Cells of two gloo processes each; the table is that of a grid which nobody disturbed."
+    undisturbed, _ = node(tmp_path / 'one').communicate(timeout=600)
+    out = tmp_path / 'two'
+    folders = [cells.cell_folder(out, name, r) for name, r in SHARED.items()]
+    nodes = [node(out), node(out)]
+    wait_for(lambda: len(claimed(out)) == 2)
+    wait_for(lambda: all(8 <= cells.steps_done(f) for f in folders if f.name in claimed(out)))
+    held = claimed(out)
+    begun = {name: (out / name / 'metrics.jsonl').read_bytes().splitlines()[:4] for name in held}
+    workers = psutil.Process(nodes[0].pid).children(recursive=True)
+    nodes[0].kill()
+    nodes[0].wait()
+    gone, alive = psutil.wait_procs(workers, timeout=20)
+    assert workers and not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+    nodes[0] = node(out)  # back from the queue
+    said = [n.communicate(timeout=600)[0] for n in nodes]
+    tables = [s for s in said if s.startswith('|')]
+    assert tables and all(t == undisturbed for t in tables), said
+    assert all(s.startswith(('|', 'others at work: ')) for s in said)
+    assert not claimed(out)
+    # no cell began again: the log has wall-clock times in it
+    assert len(begun) == 2
+    assert begun == {name: (out / name / 'metrics.jsonl').read_bytes().splitlines()[:4] for name in held}
+    for folder in folders:
+        steps = [json.loads(line)['step'] for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+        assert steps == list(range(1, 25))

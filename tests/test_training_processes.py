@@ -277,6 +277,25 @@ def test_slurm_script_goes_back_into_the_queue_only_if_asked_to_end(tmp_path, co
     assert done.returncode == (0 if requeued else code)
 
 
+def test_an_array_of_slurm_jobs_runs_a_table_from_a_bare_clone(tmp_path):
+    "Without glsd on the path the script installs it, once, and each task makes the same call."
+    glsd = tmp_path / 'clone/.venv/bin/glsd'
+    installs = [f'mkdir -p {glsd.parent}', f'echo \'echo "glsd $@"\' > {glsd}', f'chmod +x {glsd}']
+    stand_ins = dict(srun='shift; "$@"', scontrol='echo node7', make='; '.join(['echo "make $@"', *installs]))
+    for name, body in stand_ins.items():
+        (tmp_path / name).write_text(f'#!/bin/bash\n{body}\n')
+        (tmp_path / name).chmod(0o755)
+    glsd.parents[2].mkdir()
+    slurm = dict(JOB_ID='7', JOB_NODELIST='node7', NNODES='1', GPUS_ON_NODE='8', ARRAY_TASK_ID='2')
+    env = dict(PATH=f'{tmp_path}:/usr/bin:/bin', **{f'SLURM_{k}': v for k, v in slurm.items()})
+    command = ['bash', str(TESTS.parent / 'examples/slurm.sh'), 'reproduce', 'table_2', '--scale', 'paper']
+    command += ['-p', 'data=/data/image net']
+    for first in True, False:
+        done = subprocess.run(command, env=env, cwd=glsd.parents[2], capture_output=True, text=True)
+        wanted = 'glsd reproduce table_2 --scale paper -p data=/data/image net -p jobs=1 -p nproc=8\n'
+        assert (done.returncode, done.stdout) == (0, 'make install\n' * first + wanted), done.stderr
+
+
 @pytest.fixture
 def group_of_one():
     dist.init_process_group('gloo', rank=0, world_size=1, store=dist.HashStore())

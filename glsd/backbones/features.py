@@ -213,7 +213,10 @@ _names = dict(
         *('vit_tiny_p16', 'vit_tiny_p8', 'vit_small_p16', 'vit_small_p8', 'vit_base_p16', 'vit_base_p8'),
         *('vit_tiny_p16_mean', 'vit_tiny_p8_mean', 'vit_small_p16_mean', 'vit_small_p8_mean', 'vit_mini'),
     ),
-    swin=('swin_tiny_w7', 'swin_tiny_w14', 'swin_small_w7', 'swin_base_w7', 'swin_mini'),
+    swin=(
+        *('swin_tiny_w7', 'swin_tiny_w14', 'swin_small_w7', 'swin_base_w7'),
+        *('swin_mini', 'swin_mini_w8', 'swin_mini_deep'),
+    ),
     convnets=('resnet50', 'resnet_mini'),
     cvt=('cvt_13', 'cvt_mini'),
     t2t=('t2t_vit_14', 't2t_mini'),

@@ -146,6 +146,8 @@ register_backbone(
     swin_small_w7=dict(timm_name='swin_small_patch4_window7_224', **_any),
     swin_base_w7=dict(timm_name='swin_base_patch4_window7_224', **_any),
     swin_mini=dict(timm_name='swin_mini_patch4_window4_32', **_any),
+    swin_mini_w8=dict(timm_name='swin_mini_patch4_window4_32', window_size=8, **_any),
+    swin_mini_deep=dict(timm_name='swin_mini_patch4_window4_32', depths=(2, 6), **_any),
 )(SwinBackbone)
 
 # %% ../../nbs/3_backbones/3_swin.ipynb #7e483d2b
