@@ -438,6 +438,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/glsd', 'doc_host': '', 'gi
                                    'glsd.data.packing._write_shard': ('2_data/packing.html#_write_shard', 'glsd/data/packing.py'),
                                    'glsd.data.packing.write_shards': ('2_data/packing.html#write_shards', 'glsd/data/packing.py')},
             'glsd.data.scenes': { 'glsd.data.scenes.Scene': ('2_data/scenes.html#scene', 'glsd/data/scenes.py'),
+                                  'glsd.data.scenes._annulus': ('2_data/scenes.html#_annulus', 'glsd/data/scenes.py'),
                                   'glsd.data.scenes._checks': ('2_data/scenes.html#_checks', 'glsd/data/scenes.py'),
                                   'glsd.data.scenes._columns': ('2_data/scenes.html#_columns', 'glsd/data/scenes.py'),
                                   'glsd.data.scenes._contrast': ('2_data/scenes.html#_contrast', 'glsd/data/scenes.py'),

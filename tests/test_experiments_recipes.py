@@ -17,7 +17,7 @@ class Planned(Exception):
 
 
 def stop_at_the_plan(source, names):
-    if 'pending(cells' in source:
+    if 'plan_runs(cells' in source:
         raise Planned(names['cells'])
 
 

@@ -50,11 +50,17 @@ def _cross(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.maximum(np.maximum(x, y) / 1.189, np.minimum(x, y) / 0.396)
 
 
+def _annulus(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    r = np.sqrt(x * x + y * y)  # between the radii 0.568 and 1.15
+    return np.maximum(r / 1.15, 2 - r / 0.568)
+
+
 SHAPES: dict[str, Function] = {  # (x, y) -> below 1 inside; all have the area of the unit disc
     'disc': lambda x, y: np.sqrt(x * x + y * y),
     'triangle': lambda x, y: np.maximum(-y, 0.866 * np.abs(x) + 0.5 * y) / 0.778,
     'square': lambda x, y: np.maximum(np.abs(x), np.abs(y)) / 0.886,
     'cross': _cross,
+    'annulus': _annulus,
 }
 
 # %% ../../nbs/2_data/1_scenes.ipynb #28599aa8
@@ -84,12 +90,17 @@ def _uniform_of(rng: np.random.Generator) -> Uniform:
     return uniform
 
 # %% ../../nbs/2_data/1_scenes.ipynb #50a6108a
-def _tones(rng: np.random.Generator, u: Uniform, n: int, background: float) -> np.ndarray:
-    "RGB [n, 2, 3] of two tones each; the last row is the background's, with that share of the contrast."
-    contrast = u(0.3, 0.4, n, 1, 1)
+def _tones(
+    rng: np.random.Generator, u: Uniform, n: int, least: float, spread: float, background: float
+) -> np.ndarray:
+    """RGB [n, 2, 3] of two tones each; the last row is the background's, with that share of the contrast.
+
+    Contrasts lie between `least` and 0.4, middle tones at most `spread` from grey."""
+    contrast = u(least, 0.4, n, 1, 1)
     contrast[-1] *= background
     contrast[rng.random(n) < 0.5] *= -1  # dark on light, or light on dark
-    return u(0.46, 0.54, n, 1, 1) + contrast * np.array([[-1], [1]], np.float32) + u(-0.02, 0.02, n, 1, 3)
+    middle, tint = u(0.5 - spread, 0.5 + spread, n, 1, 1), u(-0.02, 0.02, n, 1, 3)
+    return middle + contrast * np.array([[-1], [1]], np.float32) + tint
 
 
 def _waves(rng: np.random.Generator) -> np.ndarray:
@@ -103,11 +114,11 @@ def draw_scene(rng: np.random.Generator, label: int) -> Scene:
 
     Each object has a place, size, angle, pair of tones and phase of its own."""
     u = _uniform_of(rng)
-    centre = _quadrants(0.25, 0.75)[rng.permutation(4)] + u(-0.2, 0.2, 4, 2)
-    grain = np.stack([u(3, 6, 4), u(-0.15, 0.15, 4), u(0, 1, 4)], -1)
-    radius = -np.sort(-u(0.14, 0.26, 4))  # the smaller ones in front, so that none is hidden
-    angle = u(-0.6, 0.6, 4)
-    return Scene(label, centre, radius, angle, grain, _tones(rng, u, 5, 0.05), _waves(rng))
+    centre = _quadrants(0.25, 0.75)[rng.permutation(4)] + u(-0.22, 0.22, 4, 2)
+    radius = -np.sort(-u(0.16, 0.24, 4))  # the smaller ones in front, so that none is hidden
+    angle = u(-0.45, 0.45, 4)
+    grain = np.stack([u(4, 5.5, 4), u(-0.15, 0.15, 4), u(0, 1, 4)], -1)
+    return Scene(label, centre, radius, angle, grain, _tones(rng, u, 5, 0.2, 0.15, 0.05), _waves(rng))
 
 # %% ../../nbs/2_data/1_scenes.ipynb #e8e6e377
 def _turn(
@@ -167,4 +178,5 @@ def draw_scene_before_waves(rng: np.random.Generator, label: int) -> Scene:
     n = len(radius)
     grain = np.stack([u(4, 5, n), u(-0.15, 0.15, n), u(0, 1, n)], -1)
     waves, angle = _waves(rng), u(-0.4, 0.4, n)
-    return Scene(label, centre, radius, angle, grain, _tones(rng, u, n + 1, 0.25), waves)
+    tone = _tones(rng, u, n + 1, 0.3, 0.04, 0.25)
+    return Scene(label, centre, radius, angle, grain, tone, waves)

@@ -132,8 +132,8 @@ def fingerprint_of(*parts: Any) -> str:
 class ToyWorld(_Annotated):
     """`n` scenes of `size` x `size` pixels; class = shape x texture; image i: of (seed, split, i) only.
 
-    `world[i]` -> image uint8 [3, size, size] and label. `shapes`, `textures`: of SHAPES and TEXTURES.
-    `shared_nuisances`: scenes before waves, see `draw_scene_before_waves`.
+    `world[i]` -> image uint8 [3, size, size] and label. `shapes`: of SHAPES, by default disc and annulus;
+    `textures`: of TEXTURES. `shared_nuisances`: scenes before waves, by default of discs and triangles.
     ValueError for an unknown name or split, or an impossible size; IndexError for an index outside.
     """
 
@@ -143,10 +143,12 @@ class ToyWorld(_Annotated):
         size: int = 64,
         split: str = 'train',
         seed: int = 0,
-        shapes: Sequence[str] = ('disc', 'triangle'),
+        shapes: Sequence[str] | None = None,
         textures: Sequence[str] = tuple(TEXTURES),
         shared_nuisances: bool = False,
     ):
+        if shapes is None:
+            shapes = ('disc', 'triangle' if shared_nuisances else 'annulus')
         super().__init__(n, size, split, seed, shapes, textures, shared_nuisances)
         remembered = n if n * 3 * size**2 <= 2**28 else 0
         self._memory = torch.empty(remembered, 3, size, size, dtype=torch.uint8)
