@@ -233,3 +233,19 @@ def test_references_name_each_paper_once():
         found = [paper[field] for paper in PAPERS if field in paper]
         assert len(found) == len(set(found))
     assert all(re.fullmatch(r'\d{4}', paper['year']) for paper in PAPERS)
+
+
+def test_names_in_the_notation_are_in_the_package():
+    "What the tables of notation.ipynb call the code's name for a symbol is a name in glsd/."
+    package = '\n'.join(path.read_text() for path in sorted((NBS.parent / 'glsd').rglob('*.py')))
+    rows = [
+        line for s in cells(NBS / 'notation.ipynb', 'markdown') for line in s.splitlines() if line[:1] == '|'
+    ]
+    names = {
+        name
+        for row in rows
+        for code in re.findall('`([^`]+)`', row)
+        for name in re.findall(r'\b[A-Za-z]\w{2,}', code)
+    }
+    assert len(names) > 30
+    assert not {name for name in names if not re.search(rf'\b{name}\b', package)}
