@@ -20,7 +20,7 @@ test: install
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile tests
 
 lab: install
-	.venv/bin/jupyter lab nbs
+	.venv/bin/jupyter lab nbs/tour.ipynb
 
 bench: install
 	$(PY) benchmarks/run.py

@@ -1,4 +1,4 @@
-"The course as a whole: links, the order of imports, folded solutions."
+"The course as a whole: links, the order of imports, folded solutions, papers."
 
 import ast
 import json
@@ -138,3 +138,114 @@ def test_what_is_folded_is_folded_in_jupyterlab(name):
         source = ''.join(cell['source'])
         if cell['cell_type'] == 'code' and re.match(r'#\| code-fold: true', source):
             assert cell['metadata'].get('jupyter', {}).get('source_hidden'), source[:80]
+
+
+# chapters in which papers are still named without a link
+NOT_YET_CITED = ('2_data/', '9_experiments/', 'index.ipynb')
+PAPERS_AT = r'https?://(?:arxiv\.org|openaccess\.thecvf\.com|openreview\.net)/[^)\s]*'
+
+
+def references():
+    "The papers of references.bib: fields, `cited` ('Caron et al. 2021') and `mention`, how chapters name it."
+    papers = []
+    for entry in (NBS / 'references.bib').read_text().split('\n@')[1:]:  # what is before them is a comment
+        paper = {
+            k: ' '.join(v.split()) for k, v in re.findall(r'^ +(\w+) += \{(.*?)\},$', entry, re.M | re.S)
+        }
+        people = [author.split(',')[0] for author in paper['author'].split(' and ')]
+        who = f'{people[0]} et al.' if len(people) > 2 else ' and '.join(people)
+        names = rf'(?<![\w/-])(?:{paper["names"]})(?![\w*])|' if 'names' in paper else ''
+        paper['mention'] = re.compile(rf'{names}{re.escape(who)},? \(?{paper["year"]}')
+        papers.append(paper | dict(cited=f'{who} {paper["year"]}'))
+    return papers
+
+
+PAPERS = references()
+
+
+def blanked(pattern, text, **how):
+    "What the pattern finds, replaced by spaces: places stay what they are."
+    return re.sub(pattern, lambda m: re.sub(r'\S', ' ', m[0]), text, **how)
+
+
+def prose(source):
+    "(line, its words) of a Markdown cell; no code, formulas, headings, nor what is said of another chapter."
+    text = blanked(r'^```.*?^```|\$\$.*?\$\$', source, flags=re.M | re.S)
+    for pattern in (
+        r'^(?:#|:::|> |<details>).*',
+        r'`[^`\n]*`',
+        r'\$[^$\n]+\$',
+        r'\[[^]\n]*\]\([^)\s]+\.ipynb[^)]*\)',
+    ):
+        text = blanked(pattern, text, flags=re.M)
+    yield from zip(source.splitlines(), blanked(r'\]\([^)]*\)', text).splitlines())
+
+
+def unlinked(path):
+    "Papers whose first mention in a chapter has no link to them in its line (a paragraph, mostly)."
+    named = set()
+    for source in cells(path, 'markdown'):
+        for line, words in prose(source):
+            for paper in PAPERS:
+                found = paper['mention'].search(words)
+                if not found or paper['title'] in named:
+                    continue
+                by_year = found[0][-4:].isdigit()  # two papers may be 'Xie et al. 2021'
+                alike = [p for p in PAPERS if p is paper or by_year and p['cited'] == paper['cited']]
+                named |= {p['title'] for p in alike}
+                if all('url' in p and p['url'] not in line for p in alike):
+                    yield f'{found[0]}: {line[:100]}'
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_papers_are_linked_where_a_chapter_first_names_them(name):
+    if name.startswith(NOT_YET_CITED):
+        pytest.skip('its papers are not linked yet')
+    assert not list(unlinked(NBS / name))
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_papers_that_are_linked_are_in_the_references(name):
+    "The address is that of an entry; a link text with a year is the entry's authors and year."
+    known = {paper['url']: paper['cited'] for paper in PAPERS if 'url' in paper}
+    for source in cells(NBS / name, 'markdown'):
+        for text, url in re.findall(rf'\[([^]]*)\]\(({PAPERS_AT})\)', source):
+            assert url in known, f'{url} is not in references.bib'
+            if re.search(r'\d{4}\)?$', text):
+                assert re.sub('[(),]', '', text) == known[url]
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_chapter_that_speaks_of_the_paper_says_which(name):
+    "'The paper' is GLSD's or the chapter's own: no line before the first link to one speaks of it."
+    if name.startswith(NOT_YET_CITED):
+        pytest.skip('its papers are not linked yet')
+    for source in cells(NBS / name, 'markdown'):
+        for line, words in prose(source):
+            if re.search(PAPERS_AT, line):
+                return
+            assert not re.search(r'\b[Tt]he paper\b', words), line[:100]
+
+
+def test_references_name_each_paper_once():
+    assert len(PAPERS) > 50
+    for field in 'title', 'url':
+        found = [paper[field] for paper in PAPERS if field in paper]
+        assert len(found) == len(set(found))
+    assert all(re.fullmatch(r'\d{4}', paper['year']) for paper in PAPERS)
+
+
+def test_names_in_the_notation_are_in_the_package():
+    "What the tables of notation.ipynb call the code's name for a symbol is a name in glsd/."
+    package = '\n'.join(path.read_text() for path in sorted((NBS.parent / 'glsd').rglob('*.py')))
+    rows = [
+        line for s in cells(NBS / 'notation.ipynb', 'markdown') for line in s.splitlines() if line[:1] == '|'
+    ]
+    names = {
+        name
+        for row in rows
+        for code in re.findall('`([^`]+)`', row)
+        for name in re.findall(r'\b[A-Za-z]\w{2,}', code)
+    }
+    assert len(names) > 30
+    assert not {name for name in names if not re.search(rf'\b{name}\b', package)}
