@@ -23,7 +23,7 @@ def execute(tmp_path, **parameters):
 @pytest.mark.parametrize(
     'parameters, message',
     [
-        ({'scale': 'huge'}, "no scale 'huge'; there are: ci, gpu, paper"),
+        ({'scale': 'huge'}, "no scale 'huge'; there are: ci, laptop, gpu, paper"),
         ({'scale': 'paper'}, 'scale=paper needs images: data=FOLDER with train/ and val/ in it'),
         ({'data': '/no/such'}, 'data=/no/such has no folder train/'),
     ],
@@ -56,7 +56,8 @@ def test_miniature(tmp_path):
     # the differences in the record are those of its runs
     knn = {r['name']: r['metrics']['knn'] for r in record['runs']}
     mean = sum(knn[f'geometric n2 s{s}'] - knn[f'vanilla n2 s{s}'] for s in range(2)) / 2
-    assert record['differences']['geometric n2'][0] == pytest.approx(mean, abs=1e-3)
+    assert record['differences']['geometric n2 knn'][0] == pytest.approx(mean, abs=1e-3)
+    assert {'knn', 'correspondence', 'distance', 'rank', 'distinct'} == set(record['runs'][0]['metrics'])
     table = (tmp_path / 'out/table.md').read_text()
     assert 'Geometric' in table and '±' in table and 'raw pixels' in table
     assert (tmp_path / 'out/figure.png').read_bytes()[:4] == b'\x89PNG'

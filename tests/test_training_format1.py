@@ -16,7 +16,8 @@ from glsd.training.weights import load_start
 
 GOLDEN = json.loads((Path(__file__).parent / 'golden/format1_checkpoint.json').read_text())
 DISTILLATION = dict(
-    data='toyworld-shared', n_images=48, image_size=32, global_size=32, local_size=16, n_local=1, local_scale=(0.1, 0.4),
+    data='toyworld-shared', n_images=48, image_size=32, global_size=32, local_size=16, n_local=1,
+    local_scale=(0.1, 0.4),
     drop_path=0.2, out_dim=32, head_hidden=32, head_bottleneck=16, head_batchnorm=True, batch_size=8,
     steps=12, lr=1e-2, momentum=0.9, checkpoint_every=4,
 )  # fmt: skip
@@ -29,8 +30,9 @@ RECIPES = dict(  # what the recipes of the files mean, in words of today
     drloc=Recipe('drloc', **SWIN),
     selfpatch=Recipe('selfpatch', **VIT),
     supervised=Recipe(
-        'supervised', data='toyworld-shared', backbone='swin_mini', n_images=48, n_test=16, image_size=32, global_size=32,
-        batch_size=8, steps=12, lr=1e-2, drloc_weight=0.5, drloc_m=16, drloc_hidden=16, checkpoint_every=4,
+        'supervised', data='toyworld-shared', backbone='swin_mini', n_images=48, n_test=16, image_size=32,
+        global_size=32, batch_size=8, steps=12, lr=1e-2, drloc_weight=0.5, drloc_m=16, drloc_hidden=16,
+        checkpoint_every=4,
     ),
 )  # fmt: skip
 

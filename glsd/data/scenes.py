@@ -51,8 +51,8 @@ def _cross(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _annulus(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    r = np.sqrt(x * x + y * y)  # between the radii 0.568 and 1.15
-    return np.maximum(r / 1.15, 2 - r / 0.568)
+    r = np.sqrt(x * x + y * y)  # between the radii 0.75 and 1.25
+    return np.maximum(r / 1.25, 2 - r / 0.75)
 
 
 SHAPES: dict[str, Function] = {  # (x, y) -> below 1 inside; all have the area of the unit disc
@@ -75,9 +75,11 @@ class Scene:
     grain: np.ndarray  # [n, 3] texture: periods per side, angle relative to the shape, phase
     tone: np.ndarray  # [n + 1, 2, 3] RGB of its two tones; the last are the background's
     waves: np.ndarray  # [3, 3] background: periods per side along x and y, phase
+    soft: bool = True  # edges: a pixel that an edge crosses is covered in part, or wholly or not at all
 
 # %% ../../nbs/2_data/1_scenes.ipynb #6127d70a
 Uniform = Callable[..., np.ndarray]  # (low, high, *shape) -> float32
+
 
 def _quadrants(low: float, high: float) -> np.ndarray:
     return np.array([[low, low], [high, low], [low, high], [high, high]], np.float32)
@@ -90,17 +92,12 @@ def _uniform_of(rng: np.random.Generator) -> Uniform:
     return uniform
 
 # %% ../../nbs/2_data/1_scenes.ipynb #50a6108a
-def _tones(
-    rng: np.random.Generator, u: Uniform, n: int, least: float, spread: float, background: float
-) -> np.ndarray:
-    """RGB [n, 2, 3] of two tones each; the last row is the background's, with that share of the contrast.
-
-    Contrasts lie between `least` and 0.4, middle tones at most `spread` from grey."""
-    contrast = u(least, 0.4, n, 1, 1)
+def _tones(rng: np.random.Generator, u: Uniform, n: int, background: float) -> np.ndarray:
+    "RGB [n, 2, 3] of two tones each; the last row is the background's, with that share of the contrast."
+    contrast = u(0.3, 0.4, n, 1, 1)
     contrast[-1] *= background
     contrast[rng.random(n) < 0.5] *= -1  # dark on light, or light on dark
-    middle, tint = u(0.5 - spread, 0.5 + spread, n, 1, 1), u(-0.02, 0.02, n, 1, 3)
-    return middle + contrast * np.array([[-1], [1]], np.float32) + tint
+    return u(0.46, 0.54, n, 1, 1) + contrast * np.array([[-1], [1]], np.float32) + u(-0.02, 0.02, n, 1, 3)
 
 
 def _waves(rng: np.random.Generator) -> np.ndarray:
@@ -114,11 +111,12 @@ def draw_scene(rng: np.random.Generator, label: int) -> Scene:
 
     Each object has a place, size, angle, pair of tones and phase of its own."""
     u = _uniform_of(rng)
-    centre = _quadrants(0.25, 0.75)[rng.permutation(4)] + u(-0.22, 0.22, 4, 2)
-    radius = -np.sort(-u(0.16, 0.24, 4))  # the smaller ones in front, so that none is hidden
-    angle = u(-0.45, 0.45, 4)
-    grain = np.stack([u(4, 5.5, 4), u(-0.15, 0.15, 4), u(0, 1, 4)], -1)
-    return Scene(label, centre, radius, angle, grain, _tones(rng, u, 5, 0.2, 0.15, 0.05), _waves(rng))
+    centre = _quadrants(0.25, 0.75)[rng.permutation(4)] + u(-0.25, 0.25, 4, 2)
+    radius = -np.sort(-u(0.14, 0.26, 4))  # the smaller ones in front, so that none is hidden
+    angle = u(-0.6, 0.6, 4)
+    grain = np.stack([u(3, 6, 4), u(-0.15, 0.15, 4), u(0, 1, 4)], -1)
+    tone = _tones(rng, u, 5, 0.05)
+    return Scene(label, centre, radius, angle, grain, tone, _waves(rng), soft=False)
 
 # %% ../../nbs/2_data/1_scenes.ipynb #e8e6e377
 def _turn(
@@ -144,6 +142,8 @@ def layers(scene: Scene, size: int, shape: str, texture: str) -> tuple[np.ndarra
     dx, dy = at - cx, at[:, None] - cy  # [n, 1, W] and [n, H, 1]: nothing large yet
     x, y = _turn(dx, dy, angle, 1 / radius)
     covered = np.clip(0.5 + radius * size - radius * size * SHAPES[shape](x, y), 0, 1)
+    if not scene.soft:
+        covered = np.rint(covered)
     u, v = _turn(dx, dy, angle + tilt, periods)
     return covered, _contrast(TEXTURES[texture](u + phase, v + phase))
 
@@ -178,5 +178,4 @@ def draw_scene_before_waves(rng: np.random.Generator, label: int) -> Scene:
     n = len(radius)
     grain = np.stack([u(4, 5, n), u(-0.15, 0.15, n), u(0, 1, n)], -1)
     waves, angle = _waves(rng), u(-0.4, 0.4, n)
-    tone = _tones(rng, u, n + 1, 0.3, 0.04, 0.25)
-    return Scene(label, centre, radius, angle, grain, tone, waves)
+    return Scene(label, centre, radius, angle, grain, _tones(rng, u, n + 1, 0.25), waves)

@@ -66,7 +66,14 @@ def _check(n: int, size: int, split: str, shapes: Sequence[str], textures: Seque
 # %% ../../nbs/2_data/1_toyworld.ipynb #82df3b9a
 class _Scenes:
     def __init__(
-        self, n: int, size: int, split: str, seed: int, shapes: Sequence[str], textures: Sequence[str], shared: bool
+        self,
+        n: int,
+        size: int,
+        split: str,
+        seed: int,
+        shapes: Sequence[str],
+        textures: Sequence[str],
+        shared: bool,
     ):
         _check(n, size, split, shapes, textures)
         self.n, self.size, self.split, self.seed = n, size, split, seed

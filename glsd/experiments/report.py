@@ -79,7 +79,7 @@ def band(ax: Any, xs: Sequence, values: np.ndarray, label: str, **style: Any) ->
         return
     mean = np.nanmean(values, 1)
     std = np.nanstd(values, 1, ddof=1) if values.shape[1] > 1 else 0.0
-    (line,) = ax.plot(xs, mean, marker='o', label=label, **style)
+    (line,) = ax.plot(xs, mean, label=label, **{'marker': 'o', **style})
     ax.fill_between(xs, mean - std, mean + std, alpha=0.15, lw=0, color=line.get_color())
 
 # %% ../../nbs/9_experiments/5_report.ipynb #f733105b
