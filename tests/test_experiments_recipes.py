@@ -39,6 +39,7 @@ def free_steps(monkeypatch):
     "What a step costs is no part of the plan."
     monkeypatch.setattr(trainer, 'Trainer', lambda *args, **kwargs: None)
     monkeypatch.setattr('glsd.training.Trainer', trainer.Trainer, raising=False)
+    monkeypatch.setattr('glsd.experiments.plan.step_seconds', lambda *args: (1.0, 'not tried'))
     for name, value in dict(first_views=None, step_memory=1, timed_step=1.0).items():
         monkeypatch.setattr(setup, name, lambda *args, value=value: value)
 

@@ -13,7 +13,10 @@ from glsd.training.loop import batches, build_dataset
 from glsd.training.trainer import Trainer
 
 GOLDEN = json.loads((Path(__file__).parent / 'golden/ten_steps.json').read_text())
-RUN = dict(n_images=32, image_size=32, global_size=32, batch_size=8, steps=10, lr=1e-2, drop_path=0.2)
+RUN = dict(
+    data='toyworld-shared', n_images=32, image_size=32, global_size=32, batch_size=8, steps=10, lr=1e-2,
+    drop_path=0.2,
+)  # fmt: skip
 VIEWS = dict(local_size=16, n_local=2, local_scale=(0.1, 0.4))
 HEAD = dict(out_dim=48, head_hidden=32, head_bottleneck=16, head_batchnorm=True)
 SCHEDULE = dict(momentum=0.9, freeze_last=0.2, clip=3.0)
