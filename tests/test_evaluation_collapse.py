@@ -39,6 +39,7 @@ class GeometricAlone(Geometric):
 SMALL = Recipe(
     'dino',
     backbone='vit_mini',
+    data='toyworld-shared',
     n_images=128,
     image_size=32,
     global_size=16,
