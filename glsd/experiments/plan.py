@@ -90,7 +90,7 @@ _SMALL = dict(
 )  # fmt: skip
 RECIPES: dict[str, dict[str, Any]] = {
     'ci': dict(  # the toy world, on two cores
-        _SMALL, backbone='vit_mini', image_size=32, global_size=32, local_size=16, n_local=4,
+        _SMALL, backbone='vit_mini', image_size=32, global_size=32, local_size=16, n_local=2,
         local_scale=(0.1, 0.4), out_dim=1024, head_hidden=256, head_bottleneck=64, batch_size=64, steps=300,
         lr=8e-3, momentum=0.96, checkpoint_every=100,
     ),
