@@ -1186,6 +1186,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/glsd', 'doc_host': '', 'gi
                                                                                    'glsd/evaluation/weights.py')},
             'glsd.experiments.cells': { 'glsd.experiments.cells.cell_folder': ( '9_experiments/cells.html#cell_folder',
                                                                                 'glsd/experiments/cells.py'),
+                                        'glsd.experiments.cells.data_identity': ( '9_experiments/cells.html#data_identity',
+                                                                                  'glsd/experiments/cells.py'),
                                         'glsd.experiments.cells.fingerprint': ( '9_experiments/cells.html#fingerprint',
                                                                                 'glsd/experiments/cells.py'),
                                         'glsd.experiments.cells.from_source': ( '9_experiments/cells.html#from_source',

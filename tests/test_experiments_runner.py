@@ -1,6 +1,7 @@
 "Faults of a grid: cells that are killed, a parent that is killed or interrupted, two grids in one folder."
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from PIL import Image
 
 from glsd.experiments import cells, run_grid, runner
 from glsd.training import Recipe
@@ -171,6 +173,23 @@ def test_a_folder_stands_for_what_changes_the_result():
     assert len({cells.cell_folder('out', 'a b', r) for r in [TINY, *others]}) == 4
     again = Recipe.from_dict(json.loads(json.dumps(TINY.to_dict())))
     assert again == TINY and cells.cell_folder('out', 'a b', again) == folder
+
+
+def test_half_of_a_grid_may_have_been_run_on_another_machine(tmp_path):
+    here, there = tmp_path / 'here', tmp_path / 'there'
+    for root in here, there:
+        (root / 'train/cats').mkdir(parents=True)
+        for k in range(4):
+            Image.new('RGB', (32, 32), (60 * k,) * 3).save(root / f'train/cats/{k}.png')
+    grids = {w: {'one': TINY.replace(data=str(w / 'train'), batch_size=4)} for w in (here, there)}
+    (ran,) = run_grid(grids[there], there / 'cells', count, jobs=1, progress=False)
+    small = Path(ran['folder']).relative_to(there) / 'result.json'
+    assert str(tmp_path) not in (there / small).read_text()
+    (here / small).parent.mkdir(parents=True)
+    shutil.copy(there / small, here / small)
+    (read,) = run_grid(grids[here], here / 'cells', count, jobs=1, progress=False)
+    assert read['metrics'] == ran['metrics']
+    assert not (here / small).with_name('metrics.jsonl').exists()  # nothing was trained again
 
 
 @pytest.mark.parametrize(

@@ -99,8 +99,8 @@ def training_data(data: str, n_images: int = 0) -> dict[str, Any]:
 
 # %% ../../nbs/9_experiments/4_setup.ipynb #37b19368
 def val_folder(data: str) -> str:
-    "Where the test images of a folder lie; '' for the toy world."
-    return '' if data in TOY_WORLDS else str(Path(data).resolve() / 'val')
+    "Where the test images of a folder lie, seen from its train/; '' for the toy world."
+    return '' if data in TOY_WORLDS else '../val'
 
 
 def _more_scenes(recipe: Recipe, split: str, n: int) -> ToyWorld:
@@ -109,9 +109,11 @@ def _more_scenes(recipe: Recipe, split: str, n: int) -> ToyWorld:
 
 
 def test_images(recipe: Recipe, folder: str = '', n: int = 1000) -> Any:
-    "Labelled images to test on: those of `folder`, or `n` scenes of the toy world's validation part."
+    """Labelled images to test on: those of `folder`, or `n` scenes of the toy world's validation part.
+
+    `folder`: seen from the recipe's own, or absolute."""
     if folder:
-        return open_images(folder)
+        return open_images(Path(recipe.data, folder))
     return _more_scenes(recipe, 'val', n)
 
 
