@@ -13,7 +13,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from glsd.experiments import cells, run_grid, runner
+from glsd.experiments import cells, run_grid, runner, workers
 from glsd.training import Recipe
 
 CROPS = dict(n_images=64, image_size=32, global_size=32, local_size=16, n_local=0)
@@ -64,7 +64,7 @@ def test_a_killed_cell_and_a_raising_one_do_not_stop_the_others(tmp_path):
     assert 'SIGKILL' in killed['error'] and Path(killed['log']).is_file()
     assert raises['error'] == "KeyError: 'no such thing'" and 'Traceback' in Path(raises['log']).read_text()
     assert fine['metrics'] == also['metrics'] == {'steps': 3}
-    assert not [p for p in psutil.Process().children() if 'runner' in ' '.join(p.cmdline())]
+    assert not [p for p in psutil.Process().children() if 'experiments.workers' in ' '.join(p.cmdline())]
     assert {p.parent.name.rsplit('-', 1)[0] for p in tmp_path.glob('*/result.json')} == {'fine', 'also_fine'}
 
 
@@ -123,7 +123,7 @@ def test_an_interrupt_ends_the_workers(tmp_path):
 
 
 def test_a_worker_that_cannot_start_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(runner.sys, 'executable', '/bin/false')
+    monkeypatch.setattr(workers.sys, 'executable', '/bin/false')
     with pytest.raises(RuntimeError, match='did not start.*exit code 1.*worker0.log'):
         run_grid({'one': TINY}, tmp_path, count, progress=False)
 
