@@ -17,7 +17,7 @@ run: install
 
 test: install
 	OMP_NUM_THREADS=1 $(PY) .ci/notebooks.py
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 
 lab: install
 	.venv/bin/jupyter lab nbs/tour.ipynb
@@ -27,7 +27,7 @@ bench: install
 
 check: install
 	@$(PY) .ci/check.py
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile -m "not slow" tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" tests
 
 # an executed notebook takes its place when it is whole, so what is there is done; -k: one that fails does not stop the others
 reproduce: install

@@ -9,8 +9,17 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 
+LONGEST = 'training_processes', 'experiments_runner', 'evaluation_combinations', 'experiments_tables'
+
+
 def pytest_configure(config):
     config.addinivalue_line('markers', 'slow: left out by `make check`, run by `make test`')
+
+
+def pytest_collection_modifyitems(items):
+    "The files that take minutes first: two processes share the files out, and should end together."
+    order = {f'test_{name}.py': i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from ..backbones.features import as_pair
 from .extraction import transform_of
 from .memory import Memory, resized, tokens_an_image, tokens_and_masks
 from .pairs import with_tokens
-from .pictures import show_image, show_mask
+from .pictures import chosen_indices, mask_legend, show_image, show_mask
 from .segmentation import Segmentation, class_iou, new_confusion, paint_shares, token_shares
 
 if TYPE_CHECKING:
@@ -109,25 +109,29 @@ def dense_picture(  # over 25 lines: every option has its own
     memory_ds: Segmentation,
     query_ds: Segmentation,
     size: int | tuple[int, int],
-    images: Sequence[int] = (0, 1, 2),
+    images: int | Sequence[int] = 3,
     k: int = 30,
     temperature: float = 0.02,
     **options,
 ) -> Figure:
     """A row for each of `images`: itself, its mask, and the prediction of each backbone {name: backbone}.
 
-    `options` go to `Memory`. ValueError for no backbone, no image or one that is not there."""
+    Colours are named below. `images`: so many, evenly spaced, or their numbers. `options` go to `Memory`.
+    ValueError for no backbone, no image or one that is not there."""
     from matplotlib.figure import Figure
 
-    _check_images(backbones, images, len(query_ds))
+    chosen = chosen_indices(len(query_ds), images)
+    _check_images(backbones, chosen, len(query_ds))
     memories = {name: Memory(net, memory_ds, size, **options) for name, net in backbones.items()}
     columns = 2 + len(memories)
-    fig = Figure((1.45 * columns, 1.4 * len(images)), dpi=80, layout='constrained')
-    for i, row in zip(images, fig.subplots(len(images), columns, squeeze=False)):
+    fig = Figure((max(6.6, 1.9 * columns), 1.9 * len(chosen) + 0.6), dpi=95, layout='constrained')
+    shown: set[int] = set()
+    for i, row in zip(chosen, fig.subplots(len(chosen), columns, squeeze=False)):
         image, mask = query_ds[i]
         show_image(row[0], image)
         maps = {'truth': mask, **_predictions(memories, image, mask, k, temperature)}
-        _draw_maps(row[1:], maps, mask == _void(query_ds), len(query_ds.classes), i == images[0])
+        shown |= _draw_maps(row[1:], maps, mask == _void(query_ds), len(query_ds.classes), i == chosen[0])
+    mask_legend(fig, shown, query_ds.classes)
     return fig
 
 # %% ../../nbs/8_evaluation/24_dense.ipynb #d9b3e756
@@ -153,5 +157,7 @@ def _predictions(memories, image, mask, k, temperature):
 # %% ../../nbs/8_evaluation/24_dense.ipynb #71180659
 #| code-fold: true
 def _draw_maps(axes, maps, hidden, n_classes, titles):
+    "Draws them, and says which classes are in them."
     for ax, (name, m) in zip(axes, maps.items()):
         show_mask(ax, np.ma.array(m.numpy(), mask=hidden.numpy()), n_classes, name if titles else '')
+    return {int(c) for m in maps.values() for c in m[~hidden].unique()}

@@ -175,7 +175,7 @@ def knn_picture(
     queries: int | Sequence[int] = 4,
     k: int = 6,
 ) -> Figure:
-    """Test images and their `k` nearest training images, framed: green = same class, red = another.
+    """Test images and their `k` nearest training images; frames: solid green same class, dashed orange not.
 
     A block of rows for each of `backbones` {name: backbone}. `queries`: so many, evenly spaced, or their
     numbers. ValueError as in `knn_accuracy`."""
@@ -183,7 +183,8 @@ def knn_picture(
         raise ValueError('knn_picture needs at least one backbone')
     check_sets(train_ds, test_ds, [k])
     asked = Subset(test_ds, chosen_indices(len(test_ds), queries))
-    fig, blocks = picture_rows(list(backbones), len(asked), k + 1)
+    key = 'first: the test image; solid green: the same class; dashed orange: another'
+    fig, blocks = picture_rows(list(backbones), len(asked), k + 1, key)
     for axes, net in zip(blocks, backbones.values()):
         found = _neighbours(net, train_ds, asked, size, k)
         for n, (row, near) in enumerate(zip(axes, found)):
@@ -199,6 +200,6 @@ def _neighbours(net, train_ds, asked, size, k):
 
 def _draw_neighbours(axes, query, neighbours, size):
     image, label = query
-    framed(axes[0], image, size, 'black')
+    framed(axes[0], image, size, 'query')
     for ax, (near, y) in zip(axes[1:], neighbours):
-        framed(ax, near, size, 'limegreen' if label == y else 'red')
+        framed(ax, near, size, 'right' if label == y else 'wrong')

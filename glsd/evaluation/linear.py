@@ -225,13 +225,17 @@ def linear_picture(results: dict[str, dict[str, Any]]) -> Figure:
     `results`: {name: what `linear_probe` returned}."""
     from matplotlib.figure import Figure
 
-    fig = Figure(figsize=(4.6, 2.8), dpi=80, layout='constrained')
+    fig = Figure(figsize=(7.2, 3.4), dpi=90, layout='constrained')
     ax = fig.subplots()
     for name, r in results.items():
         lrs, top1 = zip(*((row['lr'], row['top1']) for row in r['grid']))
-        (line,) = ax.plot(lrs, top1, '.-', label=f'{name}: {r["top1"]:.1f} %')
+        (line,) = ax.plot(lrs, top1, '.-', label=f'{name}: {r["top1"]:.1f} %{_edge(r)}')
         ax.plot(r['lr'], r['top1'], 'o', c=line.get_color(), ms=9, mfc='none')
     ax.axhline(100 / r['n_classes'], c='grey', ls=':', label='chance')
     ax.set(xscale='log', xlabel='learning rate (for a batch of 256)', ylabel='linear probe, top-1 %')
-    ax.legend(fontsize=7)
+    fig.legend(loc='outside right center', fontsize=9)
     return fig
+
+
+def _edge(r):
+    return ' (at the edge of the grid)' if r['at_edge'] else ''

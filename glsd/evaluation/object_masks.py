@@ -17,6 +17,7 @@ from ..data.toyworld import Dataset
 from .attention import attention_maps
 from .extraction import progress_bar, transform_of
 from .pairs import with_tokens
+from .pictures import chosen_indices
 from .similarity import image_rows, marked, pca_rgb, similar_patches
 from .token_matching import mean_ci
 
@@ -132,18 +133,21 @@ def attention_picture(
     backbones: dict[str, nn.Module],
     dataset: Dataset,
     size: int,
-    images: Sequence[int] = (0, 1, 2),
+    images: int | Sequence[int] = 3,
     block: int = -1,
 ) -> Figure:
-    "A row for each image of each of `backbones`: attention of a block, its masks, features."
-    _check_images(backbones, images, len(dataset))
+    """A row for each image of each of `backbones`: attention of a block, its masks, features.
+
+    `images`: so many, evenly spaced, or their numbers."""
+    chosen = chosen_indices(len(dataset), images)
+    _check_images(backbones, chosen, len(dataset))
     rows: list[Any] = []
     for net in backbones.values():
-        crops = torch.stack([transform_of(net).crop(dataset[i][0], size) for i in images])
+        crops = torch.stack([transform_of(net).crop(dataset[i][0], size) for i in chosen])
         panels = attention_panels(net, crops, block)
         rows += zip(*panels.values())
-    names = [name for name in backbones for _ in images]
-    return image_rows(rows, list(panels), names, width=1.1)
+    names = [name for name in backbones for _ in chosen]
+    return image_rows(rows, list(panels), names, width=1.1, dpi=90)
 
 # %% ../../nbs/8_evaluation/13_object_masks.ipynb #6fd58808
 def _check_images(backbones, images, n):

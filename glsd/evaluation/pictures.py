@@ -5,7 +5,7 @@
 # %% ../../nbs/8_evaluation/2_pictures.ipynb #0598a68d
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['evenly_spaced', 'chosen_indices', 'picture_rows', 'framed', 'show_image', 'show_mask']
+__all__ = ['FRAMES', 'evenly_spaced', 'chosen_indices', 'picture_rows', 'framed', 'show_image', 'show_mask', 'mask_legend']
 
 # %% ../../nbs/8_evaluation/2_pictures.ipynb #e2abf284
 def evenly_spaced(total: int, n: int | None) -> np.ndarray:
@@ -34,29 +34,46 @@ def chosen_indices(total: int, which: int | Sequence[int]) -> list[int]:
     return [int(i) for i in which]
 
 # %% ../../nbs/8_evaluation/2_pictures.ipynb #ea87b3ae
-def picture_rows(names: Sequence[str], rows: int, columns: int, dpi: int = 50) -> tuple[Figure, list]:
-    "A figure with a titled block for each name, and the axes of each block: array [rows, columns]."
+# what a frame says, also to those who see no colours (Okabe and Ito's, and a kind of line each)
+FRAMES = dict(
+    query=dict(color='black', linestyle='-'),
+    right=dict(color='#009E73', linestyle='-'),
+    wrong=dict(color='#D55E00', linestyle=(0, (3, 1.5))),
+    hard=dict(color='#0072B2', linestyle='-'),
+    junk=dict(color='grey', linestyle=(0, (1, 1))),
+)
+
+
+def picture_rows(
+    names: Sequence[str], rows: int, columns: int, key: str = '', dpi: int = 80
+) -> tuple[Figure, list]:
+    """A figure with a titled block for each name, and the axes of each block: array [rows, columns].
+
+    `key`: a line below all that says what frames mean."""
     from matplotlib.figure import Figure
 
-    fig = Figure((0.8 * (columns + 0.3), 0.8 * rows * len(names) + 0.3), dpi=dpi, layout='constrained')
+    height = (1.12 * rows + 0.35) * len(names) + 0.35 * bool(key)
+    fig = Figure((max(7.6, 1.1 * columns), height), dpi=dpi, layout='constrained')
     blocks = fig.subfigures(len(names), squeeze=False)[:, 0]
     for block, name in zip(blocks, names):
-        block.suptitle(name, fontsize=9)
+        block.suptitle(name, fontsize=11)
+    if key:
+        blocks[-1].supxlabel(key, fontsize=10)
     return fig, [block.subplots(rows, columns, squeeze=False) for block in blocks]
 
 
-def framed(ax: Axes, image: Tensor, size: int, colour: str) -> None:
-    "Draws the middle `size` x `size` pixels of an image, as `eval_crop` cuts them, in a frame."
-    ax.imshow(IMAGENET.crop(image, size).permute(1, 2, 0).numpy())
+def framed(ax: Axes, image: Tensor, size: int, kind: str) -> None:
+    "Draws the middle `size` x `size` pixels of an image, as `eval_crop` cuts them, in one of FRAMES."
+    ax.imshow(IMAGENET.crop(image, size).permute(1, 2, 0).numpy(), interpolation='nearest')
     ax.set(xticks=[], yticks=[])
     for edge in ax.spines.values():
-        edge.set(color=colour, linewidth=3)
+        edge.set(linewidth=3.5, **FRAMES[kind])
 
 # %% ../../nbs/8_evaluation/2_pictures.ipynb #19331ba0
 def show_image(ax: Axes, image: Tensor, title: str = '') -> None:
     "Draws an image uint8 [3, h, w] as it is, without axes."
     ax.imshow(image.permute(1, 2, 0).numpy())
-    ax.set_title(title, fontsize=8)
+    ax.set_title(title, fontsize=10)
     ax.axis('off')
 
 
@@ -64,5 +81,16 @@ def show_mask(ax: Axes, mask: ArrayLike, n_classes: int, title: str = '') -> Non
     "Draws a class for each pixel [h, w], without axes; what a masked array hides stays white."
     top = max(n_classes, 20) - 1  # few classes or many: a class keeps its colour up to the 20th
     ax.imshow(mask, cmap='tab20', vmin=0, vmax=top, interpolation='nearest')
-    ax.set_title(title, fontsize=8)
+    ax.set_title(title, fontsize=10)
     ax.axis('off')
+
+
+def mask_legend(fig: Figure, shown: Iterable[int], classes: Sequence[str]) -> None:
+    "Names the colours of the classes `shown` (numbers) in a line below a figure of masks."
+    from matplotlib import colormaps
+    from matplotlib.patches import Patch
+
+    top = max(len(classes), 20) - 1
+    patches = [Patch(color=colormaps['tab20'](c / top), label=classes[c]) for c in sorted(shown)]
+    patches.append(Patch(facecolor='white', edgecolor='grey', label='white: not counted'))
+    fig.legend(handles=patches, loc='outside lower center', ncols=6, fontsize=9)

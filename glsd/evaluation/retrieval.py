@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['KINDS', 'retrieval_figures', 'retrieval_map', 'kind_of', 'retrieval_picture']
+__all__ = ['retrieval_figures', 'retrieval_map', 'kind_of', 'retrieval_picture']
 
 # %% ../../nbs/8_evaluation/20_retrieval.ipynb #c1a1b620
 def retrieval_figures(
@@ -67,9 +67,6 @@ def retrieval_map(
     return {**figures(backbone), **controls, **settings}
 
 # %% ../../nbs/8_evaluation/20_retrieval.ipynb #c50294a1
-KINDS = {'easy': 'limegreen', 'hard': 'dodgerblue', 'junk': 'grey', 'wrong': 'red'}
-
-
 def kind_of(lists: Mapping[str, Sequence[int]], i: int) -> str:
     "'easy', 'hard' or 'junk' as the `lists` of a query have image i; 'wrong' if none has."
     return next((name for name in ('easy', 'hard', 'junk') if i in lists.get(name, ())), 'wrong')
@@ -82,19 +79,21 @@ def retrieval_picture(
     queries: int | Sequence[int] = 4,
     k: int = 6,
 ) -> Figure:
-    """Queries and their first `k` hits of the database; frames: green easy, blue hard, grey junk, red wrong.
+    """Queries and their first `k` hits of the database; in frames that say how good a hit is.
 
     A block of rows for each of `backbones` {name: backbone}. `queries`: so many, evenly spaced, or their
     numbers. ValueError for no backbone, or a `k` above the database's size."""
     if not backbones:
         raise ValueError('retrieval_picture needs at least one backbone')
     chosen = chosen_indices(len(data.queries), queries)
-    fig, blocks = picture_rows(list(backbones), len(chosen), k + 1, dpi=45)
+    key = 'first: the query; green: easy; blue: hard; dotted grey: junk; dashed orange: wrong'
+    fig, blocks = picture_rows(list(backbones), len(chosen), k + 1, key)
     for axes, net in zip(blocks, backbones.values()):
         for row, q, hits in zip(axes, chosen, _hits(net, data, size, chosen, k)):
-            framed(row[0], data.queries[q][0], size, 'black')
+            framed(row[0], data.queries[q][0], size, 'query')
             for ax, i in zip(row[1:], hits):
-                framed(ax, data.database[i][0], size, KINDS[kind_of(data.lists[q], i)])
+                kind = kind_of(data.lists[q], i)
+                framed(ax, data.database[i][0], size, 'right' if kind == 'easy' else kind)
     return fig
 
 # %% ../../nbs/8_evaluation/20_retrieval.ipynb #2f910f86

@@ -18,6 +18,7 @@ from ..data.loading import Loader
 from ..data.toyworld import Dataset
 from .extraction import evaluating, progress_bar, transform_of
 from .pairs import Pairs, exact_map, renormalized, shift_reach, token_grid, with_tokens
+from .pictures import chosen_indices
 from ..views.multicrop import GLOBAL_1, GLOBAL_2, Views
 from ..views.photometric import Photometric, denormalize
 
@@ -185,7 +186,7 @@ def draw_matches(
     lines = torch.stack([_middles(found[k], grid, side, 0), _middles(k, grid, side, offset)], 1)
     ax.add_collection(_lines(lines.numpy(), right, (k / (grid[0] * grid[1])).numpy()))
     ax.set(xlim=(0, offset + side), ylim=(side, 0), xticks=[], yticks=[], frame_on=False)
-    ax.set_title(f'{int(right.sum())} of {len(right)}', fontsize=8, pad=2)
+    ax.set_title(f'{int(right.sum())} of {len(right)}', fontsize=10, pad=2)
 
 
 def _middles(k, grid, side, x):
@@ -205,23 +206,25 @@ def _lines(lines, right, hue):
 # %% ../../nbs/8_evaluation/10_token_matching.ipynb #53fd87ef
 @torch.no_grad()
 def correspondence_picture(
-    backbones: dict[str, nn.Module], dataset: Dataset, size: int, images: Sequence[int] = (0, 1, 2), **options
+    backbones: dict[str, nn.Module], dataset: Dataset, size: int, images: int | Sequence[int] = 3, **options
 ) -> Figure:
     """Figure 5 of the GLSD paper: a row for each of `backbones` {name: backbone}, a column for each image.
 
     Tokens of the right crop that have a counterpart are joined to the most similar token of the left one;
-    thin: wrong. First row: the truth. `options` go to `Pairs`."""
+    thin: wrong. First row: the truth. `images`: so many, evenly spaced, or their numbers. `options` go to
+    `Pairs`."""
     from matplotlib.figure import Figure
 
-    if not backbones or not len(images):
+    chosen = chosen_indices(len(dataset), images)
+    if not backbones or not chosen:
         raise ValueError('correspondence_picture needs at least one backbone and one image')
-    fig = Figure((2.3 * len(images) + 0.3, 1.2 * (1 + len(backbones))), dpi=65, layout='constrained')
-    axes = fig.subplots(1 + len(backbones), len(images), squeeze=False)
+    fig = Figure((2.4 * len(chosen) + 0.3, 1.25 * (1 + len(backbones))), dpi=90, layout='constrained')
+    axes = fig.subplots(1 + len(backbones), len(chosen), squeeze=False)
     first = next(iter(backbones.values()))
     for row, (name, net) in zip(axes, [('exact map', None), *backbones.items()]):
         pairs = Pairs(dataset, size, token_grid(net or first, size), **options)
-        _draw_row(row, net, pairs[images], pairs.grid)
-        row[0].set_ylabel(name, fontsize=8)
+        _draw_row(row, net, pairs[chosen], pairs.grid)
+        row[0].set_ylabel(name, fontsize=10)
     return fig
 
 # %% ../../nbs/8_evaluation/10_token_matching.ipynb #0d65c040

@@ -48,11 +48,11 @@ def check_correspondence(net: Net, images: Any, size: int, **options) -> None:
 
 # %% ../../nbs/8_evaluation/27_token_measurements.ipynb #d12e6878
 def draw_correspondence(nets: dict, results: dict, images: Any, size: int, **options) -> Any:
-    "Figure 5 of the GLSD paper, for the first images."
+    "Figure 5 of the GLSD paper, for three images."
     from glsd.evaluation.token_matching import correspondence_picture
 
     pairs = {k: v for k, v in options.items() if k in ('shift', 'flip', 'seed')}
-    return correspondence_picture(backbones_of(nets), images, size, range(min(3, len(images))), **pairs)
+    return correspondence_picture(backbones_of(nets), images, size, **pairs)
 
 
 def line_of_correspondence(r: dict) -> str:
@@ -153,10 +153,10 @@ def check_attention(net: Net, images: Any, size: int, **options) -> None:
 
 # %% ../../nbs/8_evaluation/27_token_measurements.ipynb #53b7813f
 def draw_attention(nets: dict, results: dict, images: Any, size: int, block: int = -1, **options) -> Any:
-    "Attention, masks and colours of the first images."
+    "Attention, masks and colours of three images."
     from glsd.evaluation.object_masks import attention_picture
 
-    return attention_picture(backbones_of(nets), images, size, range(min(3, len(images))), block)
+    return attention_picture(backbones_of(nets), images, size, block=block)
 
 
 def line_of_attention(r: dict) -> str:
@@ -209,11 +209,10 @@ def check_dense(net: Net, memory: Any, queries: Any, size: int, **options) -> No
 
 # %% ../../nbs/8_evaluation/27_token_measurements.ipynb #b811c34a
 def draw_dense(nets: dict, results: dict, memory: Any, queries: Any, size: int, **options) -> Any:
-    "The first query images, their masks, and the prediction of each network."
+    "Three query images, their masks, and the prediction of each network."
     from glsd.evaluation.dense import dense_picture
 
-    shown = range(min(3, len(queries)))
-    return dense_picture(backbones_of(nets), memory, queries, size, shown, **options)
+    return dense_picture(backbones_of(nets), memory, queries, size, **options)
 
 
 def line_of_dense(r: dict) -> str:

@@ -107,7 +107,7 @@ def _histories(runs):
                 "monitors={'collapse': collapse_monitor()}"
             )
     panels = _panels(looks)
-    figure = Figure((9, 1.9 * len(panels) / 4), dpi=70, layout='constrained')
+    figure = Figure((9, 1.9 * len(panels) / 4 + 0.4), dpi=80, layout='constrained')
     for axis, (key, title) in zip(figure.subplots(len(panels) // 4, 4, sharex=True).flat, panels.items()):
         for name, lines in looks.items():
             seen = [line for line in lines if f'collapse/{key}' in line]
@@ -115,8 +115,9 @@ def _histories(runs):
             axis.plot(steps, values, '.-', ms=4, label=name)
         axis.set_title(title, fontsize=9)
         axis.set_ylim(bottom=0, top=None if key.endswith('/kl') else 1.05)
-    figure.axes[0].legend(fontsize=7)
-    figure.supxlabel('step', fontsize=9)
+    figure.supxlabel('step', fontsize=10)
+    named = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*named, loc='outside upper center', ncols=len(looks), fontsize=10)
     return figure
 
 # %% ../../nbs/8_evaluation/15_watching.ipynb #19603e68
@@ -134,7 +135,7 @@ def _spectra(figures):
     from matplotlib.figure import Figure
 
     parts = [part for part in ('pooled', 'tokens') if any(part in f for f in figures.values())]
-    figure = Figure((4 * len(parts), 2.8), dpi=70, layout='constrained')
+    figure = Figure((max(7, 4.2 * len(parts)), 3.6), dpi=90, layout='constrained')
     for axis, part in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts):
         for name, f in figures.items():
             if part not in f:
@@ -150,7 +151,13 @@ def _spectra(figures):
             yscale='log',
             ylim=(1e-3, 1.5),
         )
-        axis.legend(fontsize=7, title='effective rank', title_fontsize=7)
+        axis.legend(
+            fontsize=9,
+            title='effective rank',
+            title_fontsize=9,
+            loc='upper center',
+            bbox_to_anchor=(0.5, -0.2),
+        )
     return figure
 
 # %% ../../nbs/8_evaluation/15_watching.ipynb #931f2e1f
