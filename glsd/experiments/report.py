@@ -9,6 +9,7 @@ __all__ = ['SETTINGS', 'COLOURS', 'STYLES', 'Results', 'row_of', 'summarize', 'r
 # %% ../../nbs/9_experiments/6_report.ipynb #bf956129
 import io
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -172,5 +173,5 @@ def save_report(
                 f.write(content)
             else:
                 content.savefig(f, format='png', dpi=150)
-    print(f'written to {out}: {", ".join([*files, *(figures or {})])}')
+    print(f'written to {os.path.relpath(out)}: {", ".join([*files, *(figures or {})])}')
     return text
