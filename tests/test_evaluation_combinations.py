@@ -130,7 +130,7 @@ def test_every_evaluation_draws_its_picture_and_takes_a_block(what, networks, so
     named = {k: networks[k] for k in ('run', 'timm model')}
     given = options_for(what, sources['toy world'])
     evaluate(what, named, out=tmp_path / 'x.json', **given)
-    assert Image.open(tmp_path / 'x.png').size[0] > 100
+    assert Image.open(tmp_path / 'x.png').size[0] >= 600
     first = evaluate(what, named, block=0, **given)['backbones']
     last = evaluate(what, named, block=-1, **given)['backbones']
     own = evaluate(what, named, **given)['backbones']

@@ -147,7 +147,7 @@ def attention_picture(
         panels = attention_panels(net, crops, block)
         rows += zip(*panels.values())
     names = [name for name in backbones for _ in chosen]
-    return image_rows(rows, list(panels), names, width=1.1, dpi=90)
+    return image_rows(rows, list(panels), names, width=1.4)
 
 # %% ../../nbs/8_evaluation/13_object_masks.ipynb #6fd58808
 def _check_images(backbones, images, n):

@@ -33,22 +33,23 @@ def image_rows(
     titles: Sequence[str] = (),
     names: Sequence[str] = (),
     width: float = 1.0,
-    dpi: int = 70,
+    dpi: int = 90,
 ) -> Figure:
     """Rows of pictures [H, W], [3, H, W] or [H, W, 3]; every map has its own scale.
 
     `titles` stand above the columns, `names` beside the rows."""
     from matplotlib.figure import Figure
 
+    width = max(width, 7 / len(rows[0]))  # of one picture; all together at least 7 inches
     fig = Figure((width * len(rows[0]), width * len(rows) + 0.2), dpi=dpi, layout='constrained')
     axes = fig.subplots(len(rows), len(rows[0]), squeeze=False)
     for row, pictures in zip(axes, rows):
         for ax, x in zip(row, pictures):
             _draw(ax, torch.as_tensor(x).detach())
     for ax, title in zip(axes[0], titles):
-        ax.set_title(title, fontsize=8)
+        ax.set_title(title, fontsize=10)
     for row, name in zip(axes, names):
-        row[0].set_ylabel(name, fontsize=8)
+        row[0].set_ylabel(name, fontsize=10)
     return fig
 
 # %% ../../nbs/8_evaluation/11_similarity.ipynb #03a7fca7
