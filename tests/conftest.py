@@ -8,7 +8,6 @@ from IPython.core.interactiveshell import InteractiveShell
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
-
 LONGEST = 'training_processes', 'experiments_runner', 'evaluation_combinations', 'experiments_tables'
 
 

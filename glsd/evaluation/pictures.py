@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -35,7 +35,7 @@ def chosen_indices(total: int, which: int | Sequence[int]) -> list[int]:
 
 # %% ../../nbs/8_evaluation/2_pictures.ipynb #ea87b3ae
 # what a frame says, also to those who see no colours (Okabe and Ito's, and a kind of line each)
-FRAMES = dict(
+FRAMES: dict[str, dict[str, Any]] = dict(
     query=dict(color='black', linestyle='-'),
     right=dict(color='#009E73', linestyle='-'),
     wrong=dict(color='#D55E00', linestyle=(0, (3, 1.5))),
