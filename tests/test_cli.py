@@ -203,10 +203,12 @@ def test_wrong_input_is_one_line(argv, word, capsys, tmp_path, monkeypatch):
     assert word in wrong(capsys, *(str(tmp_path / a) if a == 'x' else a for a in argv))
 
 
-def in_a_process_of_its_own(*argv):
+def in_a_process_of_its_own(*argv, cwd=None):
     "As the installed command: nothing is imported before it."
     code = 'import sys; from glsd.cli import main; sys.exit(main())'
-    return subprocess.run([sys.executable, '-c', code, *map(str, argv)], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, '-c', code, *map(str, argv)], cwd=cwd, capture_output=True, text=True
+    )
 
 
 def test_the_installed_command_has_no_traceback():
@@ -228,7 +230,7 @@ def test_commands_do_not_lean_on_what_others_have_imported(tmp_path):
         + ['--batch-size', 8, '--backbone', 'swin_mini', '--n-test', 24],
         ['plan', '--recipe', a / 'recipe.yaml'],
     ):
-        done = in_a_process_of_its_own(*argv)
+        done = in_a_process_of_its_own(*argv, cwd=tmp_path)  # figures of a file are written where one stands
         assert done.returncode == 0, (argv, done.stderr[-800:])
 
 
