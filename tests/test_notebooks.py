@@ -249,3 +249,12 @@ def test_names_in_the_notation_are_in_the_package():
     }
     assert len(names) > 30
     assert not {name for name in names if not re.search(rf'\b{name}\b', package)}
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_no_figure_is_only_named(name):
+    "A figure that pyplot does not know is shown as '<Figure size ...>' and no more: then nobody has seen it."
+    notebook = json.loads((NBS / name).read_text())
+    shown = [o.get('data', {}) for c in notebook['cells'] for o in c.get('outputs', [])]
+    named = [d for d in shown if ''.join(d.get('text/plain', '')).startswith('<Figure size')]
+    assert all({'image/png', 'image/jpeg'} & set(d) for d in named)

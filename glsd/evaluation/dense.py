@@ -16,7 +16,7 @@ from ..backbones.features import as_pair
 from .extraction import transform_of
 from .memory import Memory, resized, tokens_an_image, tokens_and_masks
 from .pairs import with_tokens
-from .pictures import chosen_indices, mask_legend, show_image, show_mask
+from .pictures import chosen_indices, mask_legend, new_figure, show_image, show_mask
 from .segmentation import Segmentation, class_iou, new_confusion, paint_shares, token_shares
 
 if TYPE_CHECKING:
@@ -118,13 +118,11 @@ def dense_picture(  # over 25 lines: every option has its own
 
     Colours are named below. `images`: so many, evenly spaced, or their numbers. `options` go to `Memory`.
     ValueError for no backbone, no image or one that is not there."""
-    from matplotlib.figure import Figure
-
     chosen = chosen_indices(len(query_ds), images)
     _check_images(backbones, chosen, len(query_ds))
     memories = {name: Memory(net, memory_ds, size, **options) for name, net in backbones.items()}
     columns = 2 + len(memories)
-    fig = Figure((max(6.6, 1.9 * columns), 1.9 * len(chosen) + 0.6), dpi=95, layout='constrained')
+    fig = new_figure(max(7, 1.9 * columns), 1.9 * len(chosen) + 0.6)
     shown: set[int] = set()
     for i, row in zip(chosen, fig.subplots(len(chosen), columns, squeeze=False)):
         image, mask = query_ds[i]

@@ -21,6 +21,7 @@ from .blocks import LastBlocks
 from .extraction import evaluating, extract, fingerprint_weights, transform_of
 from .labels import check_probe_sets
 from .linear_grid import LRS, GridAccuracy, Heads, heads_step
+from .pictures import new_figure
 from ..objectives.schedules import cosine_schedule
 from ..views.multicrop import crop, draw_box
 
@@ -223,9 +224,7 @@ def linear_picture(results: dict[str, dict[str, Any]]) -> Figure:
     """Top-1 over the learning rate, one line for each result; the best is marked.
 
     `results`: {name: what `linear_probe` returned}."""
-    from matplotlib.figure import Figure
-
-    fig = Figure(figsize=(7.2, 3.4), dpi=90, layout='constrained')
+    fig = new_figure(7.2, 3.4)
     ax = fig.subplots()
     for name, r in results.items():
         lrs, top1 = zip(*((row['lr'], row['top1']) for row in r['grid']))

@@ -5,6 +5,8 @@
 # %% ../../nbs/8_evaluation/2_pictures.ipynb #0598a68d
 from __future__ import annotations
 
+import functools
+import io
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['FRAMES', 'evenly_spaced', 'chosen_indices', 'picture_rows', 'framed', 'show_image', 'show_mask', 'mask_legend']
+__all__ = ['FRAMES', 'evenly_spaced', 'chosen_indices', 'new_figure', 'picture_rows', 'framed', 'show_image', 'show_mask',
+           'mask_legend']
 
 # %% ../../nbs/8_evaluation/2_pictures.ipynb #e2abf284
 def evenly_spaced(total: int, n: int | None) -> np.ndarray:
@@ -32,6 +35,24 @@ def chosen_indices(total: int, which: int | Sequence[int]) -> list[int]:
     if isinstance(which, int):
         return evenly_spaced(total, which).tolist()
     return [int(i) for i in which]
+
+# %% ../../nbs/8_evaluation/2_pictures.ipynb #f1c70001
+@functools.cache
+def _picture_class() -> type:
+    from matplotlib.figure import Figure
+
+    class Picture(Figure):
+        def _repr_png_(self) -> bytes:
+            file = io.BytesIO()
+            self.savefig(file, format='png')
+            return file.getvalue()
+
+    return Picture
+
+
+def new_figure(width: float, height: float, dpi: int = 90) -> Figure:
+    "A figure of so many inches, which a notebook shows whether or not pyplot is there to do it."
+    return _picture_class()((width, height), dpi=dpi, layout='constrained')
 
 # %% ../../nbs/8_evaluation/2_pictures.ipynb #ea87b3ae
 # what a frame says, also to those who see no colours (Okabe and Ito's, and a kind of line each)
@@ -50,10 +71,8 @@ def picture_rows(
     """A figure with a titled block for each name, and the axes of each block: array [rows, columns].
 
     `key`: a line below all that says what frames mean."""
-    from matplotlib.figure import Figure
-
     height = (1.12 * rows + 0.35) * len(names) + 0.35 * bool(key)
-    fig = Figure((max(7.6, 1.1 * columns), height), dpi=dpi, layout='constrained')
+    fig = new_figure(max(7.6, 1.1 * columns), height, dpi)
     blocks = fig.subfigures(len(names), squeeze=False)[:, 0]
     for block, name in zip(blocks, names):
         block.suptitle(name, fontsize=11)
@@ -79,10 +98,13 @@ def show_image(ax: Axes, image: Tensor, title: str = '') -> None:
 
 def show_mask(ax: Axes, mask: ArrayLike, n_classes: int, title: str = '') -> None:
     "Draws a class for each pixel [h, w], without axes; what a masked array hides stays white."
-    top = max(n_classes, 20) - 1  # few classes or many: a class keeps its colour up to the 20th
-    ax.imshow(mask, cmap='tab20', vmin=0, vmax=top, interpolation='nearest')
+    ax.imshow(mask, cmap='tab20', vmin=0, vmax=_last_colour(n_classes), interpolation='nearest')
     ax.set_title(title, fontsize=10)
     ax.axis('off')
+
+
+def _last_colour(n_classes: int) -> int:
+    return max(n_classes, 20) - 1  # few classes or many: a class keeps its colour up to the 20th
 
 
 def mask_legend(fig: Figure, shown: Iterable[int], classes: Sequence[str]) -> None:
@@ -90,7 +112,7 @@ def mask_legend(fig: Figure, shown: Iterable[int], classes: Sequence[str]) -> No
     from matplotlib import colormaps
     from matplotlib.patches import Patch
 
-    top = max(len(classes), 20) - 1
-    patches = [Patch(color=colormaps['tab20'](c / top), label=classes[c]) for c in sorted(shown)]
+    last = _last_colour(len(classes))
+    patches = [Patch(color=colormaps['tab20'](c / last), label=classes[c]) for c in sorted(shown)]
     patches.append(Patch(facecolor='white', edgecolor='grey', label='white: not counted'))
     fig.legend(handles=patches, loc='outside lower center', ncols=6, fontsize=9)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .extraction import IMAGENET, EvalTransform, transform_of
 from .pairs import with_tokens
+from .pictures import new_figure
 from ..views.photometric import denormalize
 
 if TYPE_CHECKING:
@@ -38,10 +39,8 @@ def image_rows(
     """Rows of pictures [H, W], [3, H, W] or [H, W, 3]; every map has its own scale.
 
     `titles` stand above the columns, `names` beside the rows."""
-    from matplotlib.figure import Figure
-
     width = max(width, 7 / len(rows[0]))  # of one picture; all together at least 7 inches
-    fig = Figure((width * len(rows[0]), width * len(rows) + 0.2), dpi=dpi, layout='constrained')
+    fig = new_figure(width * len(rows[0]), width * len(rows) + 0.2, dpi)
     axes = fig.subplots(len(rows), len(rows[0]), squeeze=False)
     for row, pictures in zip(axes, rows):
         for ax, x in zip(row, pictures):

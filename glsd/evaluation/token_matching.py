@@ -18,7 +18,7 @@ from ..data.loading import Loader
 from ..data.toyworld import Dataset
 from .extraction import evaluating, progress_bar, transform_of
 from .pairs import Pairs, exact_map, renormalized, shift_reach, token_grid, with_tokens
-from .pictures import chosen_indices
+from .pictures import chosen_indices, new_figure
 from ..views.multicrop import GLOBAL_1, GLOBAL_2, Views
 from ..views.photometric import Photometric, denormalize
 
@@ -213,12 +213,10 @@ def correspondence_picture(
     Tokens of the right crop that have a counterpart are joined to the most similar token of the left one;
     thin: wrong. First row: the truth. `images`: so many, evenly spaced, or their numbers. `options` go to
     `Pairs`."""
-    from matplotlib.figure import Figure
-
     chosen = chosen_indices(len(dataset), images)
     if not backbones or not chosen:
         raise ValueError('correspondence_picture needs at least one backbone and one image')
-    fig = Figure((2.4 * len(chosen) + 0.3, 1.25 * (1 + len(backbones))), dpi=90, layout='constrained')
+    fig = new_figure(max(7, 2.4 * len(chosen) + 0.3), 1.25 * (1 + len(backbones)))
     axes = fig.subplots(1 + len(backbones), len(chosen), squeeze=False)
     first = next(iter(backbones.values()))
     for row, (name, net) in zip(axes, [('exact map', None), *backbones.items()]):

@@ -18,7 +18,7 @@ from ..data.loading import eval_loader
 from ..data.toyworld import Dataset
 from .collapse import collapse_figures, feature_figures, shares
 from .extraction import evaluating, transform_of
-from .pictures import evenly_spaced
+from .pictures import evenly_spaced, new_figure
 from .report import CollapseReport, collapse_report
 from ..objectives.self_distillation import SelfDistillation
 
@@ -97,8 +97,6 @@ FEATURE_PANELS = {
 
 # %% ../../nbs/8_evaluation/15_watching.ipynb #e3b2091f
 def _histories(runs):
-    from matplotlib.figure import Figure
-
     looks = {name: [line for line in lines if 'collapse/pooled/rank' in line] for name, lines in runs.items()}
     for name, lines in looks.items():
         if not lines:
@@ -107,7 +105,7 @@ def _histories(runs):
                 "monitors={'collapse': collapse_monitor()}"
             )
     panels = _panels(looks)
-    figure = Figure((9, 1.9 * len(panels) / 4 + 0.4), dpi=80, layout='constrained')
+    figure = new_figure(9, 1.9 * len(panels) / 4 + 0.4, dpi=80)
     for axis, (key, title) in zip(figure.subplots(len(panels) // 4, 4, sharex=True).flat, panels.items()):
         for name, lines in looks.items():
             seen = [line for line in lines if f'collapse/{key}' in line]
@@ -132,10 +130,8 @@ def _panels(looks):
 
 # %% ../../nbs/8_evaluation/15_watching.ipynb #83688a90
 def _spectra(figures):
-    from matplotlib.figure import Figure
-
     parts = [part for part in ('pooled', 'tokens') if any(part in f for f in figures.values())]
-    figure = Figure((max(7, 4.2 * len(parts)), 3.6), dpi=90, layout='constrained')
+    figure = new_figure(max(7, 4.2 * len(parts)), 3.6)
     for axis, part in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts):
         for name, f in figures.items():
             if part not in f:

@@ -23,6 +23,7 @@ import numpy as np
 from ..data.files import atomic_write
 from ..data.shards import open_images
 from ..data.toyworld import TOY_WORLDS, fingerprint_of
+from ..evaluation.pictures import evenly_spaced
 from ..training.launching import launch
 from ..training.loop import Run, pretrain
 from ..training.recipe import FORMAT, FREE, Recipe
@@ -31,14 +32,16 @@ from ..training.trainer import build_dataset
 # %% ../../nbs/9_experiments/1_cells.ipynb #917d9c80
 @functools.cache
 def data_identity(data: str) -> str:
-    """What the images of a recipe are, wherever they lie: from the classes and how many images each has.
+    """What the images of a recipe are, wherever they lie: their classes, how many each has, and some sizes.
 
-    The name itself for a toy world, and for a folder that is not here."""
+    The name itself for a toy world, and for a folder that is not here. Looked up once in a process."""
     if data in TOY_WORLDS or not Path(data).exists():
         return data
     images = open_images(data)
     counts = np.bincount(images.labels[images.labels >= 0], minlength=len(images.classes))
-    return fingerprint_of(len(images), list(images.classes), counts.tolist())
+    some = evenly_spaced(len(images), 32)  # the same photographs at another size are other images
+    shapes = [list(images[int(i)][0].shape) for i in some]
+    return fingerprint_of(len(images), list(images.classes), counts.tolist(), shapes)
 
 
 def cell_folder(out: str | Path, name: str, recipe: Recipe) -> Path:
