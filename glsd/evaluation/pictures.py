@@ -61,7 +61,7 @@ FRAMES: dict[str, dict[str, Any]] = dict(
     right=dict(color='#009E73', linestyle='-'),
     wrong=dict(color='#D55E00', linestyle=(0, (3, 1.5))),
     hard=dict(color='#0072B2', linestyle='-'),
-    junk=dict(color='grey', linestyle=(0, (1, 1))),
+    junk=dict(color='#CC79A7', linestyle=(0, (1, 1))),
 )
 
 

@@ -86,7 +86,7 @@ def retrieval_picture(
     if not backbones:
         raise ValueError('retrieval_picture needs at least one backbone')
     chosen = chosen_indices(len(data.queries), queries)
-    key = 'first: the query; green: easy; blue: hard; dotted grey: junk; dashed orange: wrong'
+    key = 'first: the query; green: easy; blue: hard; dotted pink: junk; dashed orange: wrong'
     fig, blocks = picture_rows(list(backbones), len(chosen), k + 1, key)
     for axes, net in zip(blocks, backbones.values()):
         for row, q, hits in zip(axes, chosen, _hits(net, data, size, chosen, k)):
