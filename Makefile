@@ -1,15 +1,16 @@
 # make run    the low-data comparison on the toy world, from nothing to table and figure
 # make test   every chapter and every test
-# make check  format, lint, types, notebooks and package in step, and the quick tests
+# make lint   format, style, types, and notebooks and package in step
+# make check  lint, and the quick tests
 # make reproduce  every experiment at scale ci, into runs/ci, and compared with results/; goes on where it was cut
 # All install into .venv first. Also: lab, bench, lock, readme, clean.
 PY = .venv/bin/python
 STAMP = .venv/.installed
 
 EXPERIMENTS = $(filter-out index,$(basename $(notdir $(wildcard nbs/9_experiments/[a-z]*.ipynb))))
-ASK_LOW_DATA = correspondence scoreboard
+ASK_LOW_DATA = figure_5 scoreboard
 
-.PHONY: run test lab bench check reproduce lock readme clean install
+.PHONY: run test lab bench lint check reproduce lock readme clean install
 .DELETE_ON_ERROR:
 
 run: install
@@ -25,8 +26,10 @@ lab: install
 bench: install
 	$(PY) benchmarks/run.py
 
-check: install
+lint: install
 	@$(PY) .ci/check.py
+
+check: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" tests
 
 # an executed notebook takes its place when it is whole, so what is there is done; -k: one that fails does not stop the others

@@ -23,7 +23,7 @@ setup(
     else '',
     long_description_content_type='text/markdown',
     packages=find_packages(include=['glsd', 'glsd.*']),
-    package_data={'glsd': ['py.typed']},
+    package_data={'glsd': ['py.typed'], 'glsd.backbones': ['weights/*']},
     install_requires=cfg['requirements'].split(),
     extras_require={name: cfg[f'{name}_requirements'].split() for name in ('course', 'dev')},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': ['glsd=glsd._modidx:d']},

@@ -181,7 +181,7 @@ def add_evaluate(p: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         Option('test', '', 'labelled images that are classified'),
         Option('data', '', "a folder of images or shards, a list of images, or 'toyworld'"),
         Option('device', 'auto', 'auto, cpu or cuda'),
-        Option('size', '', 'pixels of a side that backbones see'),
+        Option('size', '', 'pixels of a side that backbones see; for dense-nn also height,width'),
         Option('images', '', 'at most so many of each set'),
         Option('block', '', 'as if the network ended there: from 0, or from the end, -1'),
         Option('mean', '', "of images, three numbers; default: each network's own"),

@@ -173,6 +173,8 @@ WRONG = [
     ('dense-nn', dict(memory_size=1), 'cannot hold one of each'),
     *((what, dict(size=30), '30') for what in TINY),
     *((what, dict(size=0), 'size = 0 must be a whole number of at least 1') for what in TINY),
+    *((what, dict(size=[32, 0]), 'must be a whole number of at least 1, or two') for what in TINY),
+    *((what, dict(size=[32, 48]), 'one number: .* dense-nn') for what in TINY if what != 'dense-nn'),
     *((what, dict(size='large'), "size = 'large' must be a whole number") for what in TINY),
     *((what, dict(images=0.5), 'images = 0.5 must be a whole number') for what in TINY),
     *((what, dict(block=40), 'no block 40') for what in TINY),

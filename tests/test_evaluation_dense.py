@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from glsd.backbones import Features, create_backbone
+from glsd.cli import main
 from glsd.data import ToyWorld
 from glsd.evaluation.dense import dense_nn, dense_picture
 from glsd.evaluation.memory import Memory
@@ -164,6 +165,23 @@ def test_a_folder_is_what_was_saved(tmp_path):
     assert torch.equal(ds[0][1], pairs[0][1])
     fig = dense_picture({'pixels': PixelPatches(8)}, ds, ds, (32, 48), images=(0, 2), k=2, progress=False)
     assert len(fig.axes) == 2 * 3
+
+
+def test_names_in_a_file_and_sizes_that_are_no_square(tmp_path):
+    for split in 'train', 'val':
+        save(tmp_path / split, flags(3, 32, 48))
+    (tmp_path / 'classes.txt').write_text('red\ngreen\nblue\n')
+    out = tmp_path / 'dense.json'
+    main(
+        ['evaluate', 'dense-nn', 'random:vit_mini', '--data', str(tmp_path), '--size', '32,48', '--k', '2']
+        + ['--out', str(out)]
+    )
+    (found,) = json.loads(out.read_text())['backbones'].values()
+    assert set(found['iou']) == {'red', 'green', 'blue'} and found['grid'] == [4, 6]
+    assert out.with_suffix('.png').stat().st_size > 1000
+    (tmp_path / 'classes.txt').write_text('red\n\nblue')
+    with pytest.raises(ValueError, match='classes.txt must name a class a line'):
+        MaskFolder(tmp_path, 'train')
 
 
 def test_a_broken_mask_is_named(tmp_path):

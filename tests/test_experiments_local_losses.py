@@ -6,15 +6,13 @@ from pathlib import Path
 import pytest
 
 NOTEBOOK = Path(__file__).parents[1] / 'nbs/9_experiments/local_losses.ipynb'
-SMALL = dict(
-    steps=2, n_images=96, n_local=1, n_query=2, batch_size=16, out_dim=32, head_hidden=32, head_bottleneck=16
-)
+SMALL = dict(steps=2, n_local=1, n_query=2, batch_size=16, out_dim=32, head_hidden=32, head_bottleneck=16)
 
 
 @pytest.mark.parametrize(
     'parameters, message',
     [
-        ({'scale': 'huge'}, "no scale 'huge'; there are: ci, gpu, paper"),
+        ({'scale': 'huge'}, "no scale 'huge'; there are: ci, laptop, gpu, paper"),
         ({'scale': 'gpu'}, 'scale=gpu needs images: data=FOLDER with train/ and val/ in it'),
         ({'data': '/no/such'}, 'data=/no/such has no folder train/'),
     ],
@@ -35,6 +33,8 @@ def test_miniature(tmp_path, run_notebook, capsys):
         seeds=1,
         recipe=SMALL,
         jobs=1,
+        images=96,
+        queries=40,
     )
     run_notebook(NOTEBOOK, given)
     assert 'left out: ADCLR on swin_mini' in capsys.readouterr().out
@@ -57,7 +57,7 @@ def test_miniature(tmp_path, run_notebook, capsys):
     )
     table = (out / 'table.md').read_text()
     assert (
-        table.count('| before training |') == 2
+        table.count('| before training |') == table.count('| raw pixels |') == 2
         and table.count('| ADCLR |') == 2
         and '| swin_mini | ADCLR |' not in table
         and (out / 'figure.png').stat().st_size > 5000

@@ -185,7 +185,7 @@ def test_an_unknown_name_is_one_line(names, said):
 @pytest.fixture
 def clone(tmp_path):
     "As much of a clone as `make reproduce` looks at, with a stand-in for glsd that writes down its calls."
-    for name in 'low_data', 'correspondence', 'adclr', 'index', '1_cells':
+    for name in 'low_data', 'figure_5', 'adclr', 'index', '1_cells':
         (tmp_path / 'nbs/9_experiments').mkdir(parents=True, exist_ok=True)
         (tmp_path / f'nbs/9_experiments/{name}.ipynb').touch()
     shutil.copy(ROOT / 'Makefile', tmp_path)
@@ -209,7 +209,7 @@ def test_make_reproduce_goes_on_where_it_was_cut(clone):
         return code, (clone / 'calls').read_text().splitlines()
 
     low_data, adclr = (f'reproduce {name} --out runs/ci/{name}' for name in ('low_data', 'adclr'))
-    asked = f'reproduce correspondence --out runs/ci/correspondence -p runs={clone}/runs/ci/low_data'
+    asked = f'reproduce figure_5 --out runs/ci/figure_5 -p runs={clone}/runs/ci/low_data'
     compared = 'reproduce --compare runs/ci'
     assert made('low_data') == (2, [adclr, low_data, compared])  # the others ran, and are compared
     assert made('nothing') == (0, [low_data, asked, compared])

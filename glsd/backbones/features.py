@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRAINED_HERE', 'Features', 'as_pair', 'data_config', 'Backbone', 'to_map', 'last_blocks', 'register_backbone',
-           'list_backbones', 'create_backbone', 'build_timm_model']
+           'list_backbones', 'create_backbone', 'weights_file', 'build_timm_model']
 
 # %% ../../nbs/3_backbones/1_features.ipynb #1052e98a
 import difflib
@@ -12,6 +12,8 @@ import importlib
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from fastcore.basics import patch
@@ -85,12 +87,13 @@ class Backbone(nn.Module):
     interpolation: str
     intermediates: Callable[..., list]  # grows below, as do `forward` and others
 
-    def __init__(self, timm_name: str, drop_path: float = 0.0, **timm_kwargs):
+    def __init__(self, timm_name: str, drop_path: float = 0.0, pretrained: bool = False, **timm_kwargs):
         super().__init__()
         import timm  # here, as importing it takes seconds
 
         self.timm_name, self.timm_kwargs = timm_name, timm_kwargs
-        self.model = timm.create_model(timm_name, num_classes=0, drop_path_rate=drop_path, **timm_kwargs)
+        how = dict(num_classes=0, drop_path_rate=drop_path, pretrained=pretrained)
+        self.model = timm.create_model(timm_name, **how, **timm_kwargs)
         self.dim, self.stride = self.model.num_features, self.model.feature_info[-1]['reduction']
         embed = getattr(self.model, 'patch_embed', None)
         self.patch = embed.patch_size[0] if embed else 1
@@ -230,10 +233,11 @@ def list_backbones() -> list[str]:
 
 
 def create_backbone(name: str, drop_path: float = 0.0, **kwargs) -> Backbone:
-    """Build the backbone `name` with random weights.
+    """Build the backbone `name`, with random weights unless `pretrained=True`.
 
-    drop_path: largest rate of stochastic depth (the student's; the teacher gets 0). Other keywords go to
-    the class, and from there to timm's constructor. ValueError for an unknown name, with the nearest ones.
+    drop_path: largest rate of stochastic depth (the student's; the teacher gets 0). pretrained: weights that
+    come with this package (of the small ones) or that timm downloads. Other keywords go to the class, and
+    from there to timm's constructor. ValueError for an unknown name, with the nearest ones.
     """
     if name not in _backbones and name in _modules:
         importlib.import_module(f'glsd.backbones.{_modules[name]}')  # registers it
@@ -244,15 +248,27 @@ def create_backbone(name: str, drop_path: float = 0.0, **kwargs) -> Backbone:
     return cls(**{**arguments, 'drop_path': drop_path, **kwargs})
 
 # %% ../../nbs/3_backbones/1_features.ipynb #3af59aae
+def weights_file(name: str) -> Path:
+    "Where the trained weights of a small network would lie in this package, with a card (`.md`) beside them."
+    return Path(str(files('glsd.backbones'))) / 'weights' / f'{name}.safetensors'
+
+
 def build_timm_model(model_cls: type, name: str, size: int, pretrained: bool = False, **kwargs) -> nn.Module:
     """A timm model of our own: `model_cls(**kwargs)`, with images of `size` pixels in its `pretrained_cfg`.
 
-    RuntimeError if published weights are asked for: there are none.
+    pretrained: with the weights that come with this package. RuntimeError if there are none of this name, or
+    if they do not fit.
     """
     from timm.models import build_model_with_cfg
 
-    if pretrained:
-        raise RuntimeError(f'timm has no published weights of {name}: build it with pretrained=False')
-    config = dict(input_size=(3, size, size), architecture=name)
+    file = weights_file(name)
+    if pretrained and not file.is_file():
+        raise RuntimeError(f'no weights of {name} come with this package: build it with pretrained=False')
+    config = dict(input_size=(3, size, size), architecture=name, file=str(file))
     kwargs['pretrained_cfg'] = kwargs.get('pretrained_cfg') or config
-    return build_model_with_cfg(model_cls, name, pretrained=False, **kwargs)
+    try:
+        return build_model_with_cfg(model_cls, name, pretrained=pretrained, **kwargs)
+    except RuntimeError as e:
+        if not pretrained:
+            raise
+        raise RuntimeError(f'the weights of {name} do not fit: {str(e).splitlines()[-1].strip()}') from None

@@ -14,6 +14,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 
+from ..backbones.features import as_pair
 from ..data.files import atomic_write
 from . import specs
 from .extraction import transform_of
@@ -22,7 +23,7 @@ from .specs import Net, Where
 from .token_measurements import EVALUATIONS  # complete: those of the table and its own
 
 # %% auto #0
-__all__ = ['is_of', 'checked', 'check_ranges', 'check_takes', 'evaluate', 'evaluation_of', 'check_all']
+__all__ = ['is_of', 'checked', 'check_ranges', 'check_size', 'check_takes', 'evaluate', 'evaluation_of', 'check_all']
 
 # %% ../../nbs/8_evaluation/28_evaluations.ipynb #ccfac8f0
 def is_of(value: Any, kind: Any) -> bool:
@@ -66,7 +67,7 @@ def checked(options: dict[str, Any], measure: Callable) -> dict[str, Any]:
     return options
 
 # %% ../../nbs/8_evaluation/28_evaluations.ipynb #f157b70a
-_AT_LEAST = dict(size=1, images=1, epochs=1, batch_size=1, memory_size=1, workers=0, seed=0, n=2)
+_AT_LEAST = dict(images=1, epochs=1, batch_size=1, memory_size=1, workers=0, seed=0, n=2)
 
 
 def check_ranges(**options: Any) -> None:
@@ -81,12 +82,22 @@ def check_ranges(**options: Any) -> None:
         raise ValueError(f'flip = {options["flip"]} must be a probability, from 0 to 1')
 
 
-def check_takes(net: Net, size: int) -> None:
+def check_size(size: Any, what: str) -> None:
+    "ValueError unless `size` is a number of pixels, or (h, w) for measurements whose `size` may be that."
+    pairs = [name for name, e in EVALUATIONS.items() if get_type_hints(e.measure)['size'] is not int]
+    numbers = [size] if is_of(size, int) else size
+    if not is_of(numbers, list[int]) or len(numbers) > 2 or min(numbers, default=0) < 1:
+        raise ValueError(f'size = {size!r} must be a whole number of at least 1, or two: height, width')
+    if len(numbers) == 2 and what not in pairs:
+        raise ValueError(f'size = {size!r} must be one number: height and width are for {", ".join(pairs)}')
+
+
+def check_takes(net: Net, size: int | Sequence[int]) -> None:
     "ValueError, in one line, if a network takes no images of this size: it is shown an empty one."
     from glsd.evaluation.extraction import evaluating
 
     with torch.no_grad(), evaluating(net.backbone) as device:
-        net.backbone(torch.zeros(1, 3, size, size, device=device))
+        net.backbone(torch.zeros(1, 3, *as_pair(size), device=device))
 
 # %% ../../nbs/8_evaluation/28_evaluations.ipynb #c892e92d
 def evaluate(  # over 25 lines: every option has its own
@@ -95,7 +106,7 @@ def evaluate(  # over 25 lines: every option has its own
     anchors: str | None = None,
     test: str | None = None,
     data: str | None = None,
-    size: int | None = None,
+    size: int | Sequence[int] | None = None,
     images: int | None = None,
     block: int | None = None,
     device: str = 'auto',
@@ -110,14 +121,16 @@ def evaluate(  # over 25 lines: every option has its own
 
     backbones: a list of 'spec' or 'name=spec', or {name: spec or module}; see `load_frozen`. anchors,
     test, data: folders of images or shards, lists of images, or 'toyworld'; by default the first run's
-    own. images: at most so many of each set (lists are taken whole). block: as if each network ended
-    there. mean, std, crop_pct: in place of each network's own. out: a JSON file, written whole, with a
-    picture of the same name beside it. ValueError or OSError, in one line, before any long work where
-    possible."""
+    own. size: what the networks see, one number or (for dense-nn) height and width. images: at most so
+    many of each set (lists are taken whole). block: as if each network ended there. mean, std, crop_pct:
+    in place of each network's own. out: a JSON file, written whole, with a picture of the same name
+    beside it. ValueError or OSError, in one line, before any long work where possible."""
     e = evaluation_of(what)
     if block is not None and 'block' in e.options():
         options, block = {**options, 'block': block}, None
-    check_ranges(size=size, images=images, **checked(options, e.measure))
+    check_ranges(images=images, **checked(options, e.measure))
+    if size is not None:
+        check_size(size, what)
     given = dict(mean=mean, std=std, crop_pct=crop_pct)
     nets = specs.open_nets(backbones, **{k: v for k, v in given.items() if v is not None})
     size, recipe = specs.common_size(nets, size), next(iter(nets.values())).recipe
@@ -141,7 +154,7 @@ def evaluation_of(what: str) -> Evaluation:
     return EVALUATIONS[what]
 
 
-def check_all(e: Evaluation, nets: Mapping[str, Net], sets: Sequence[Any], size: int, options: dict) -> None:
+def check_all(e: Evaluation, nets: Mapping[str, Net], sets: Sequence[Any], size: Any, options: dict) -> None:
     "What can be known to be wrong with any of the networks, before the first of them is measured."
     for net in nets.values():
         check_takes(net, size)

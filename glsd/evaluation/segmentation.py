@@ -56,14 +56,15 @@ CAMVID = tuple('sky building pole road pavement tree sign fence car pedestrian b
 class MaskFolder:
     """`root/split/images/*` with `root/split/masks/*.png` of the same names: `ds[i]` -> (image, mask).
 
-    `void`: the number of unlabelled pixels, by default the one after the last of `classes` (CamVid: 11).
+    `classes`: names of the numbers from 0; by default the lines of `root/classes.txt`, or CamVid's.
+    `void`: the number of unlabelled pixels, by default the one after the last class (CamVid: 11).
     FileNotFoundError or ValueError naming what is missing; ImageError for a file that is no such image."""
 
     def __init__(
-        self, root: Path | str, split: str, classes: Sequence[str] = CAMVID, void: int | None = None
+        self, root: Path | str, split: str, classes: Sequence[str] | None = None, void: int | None = None
     ):
-        self.root, self.classes = Path(root) / split, list(classes)
-        self.void: int | None = len(classes) if void is None else void
+        self.root, self.classes = Path(root) / split, list(classes or _class_names(Path(root)))
+        self.void: int | None = len(self.classes) if void is None else void
         self.files = _files_with_masks(self.root)
 
     def __len__(self) -> int:
@@ -79,6 +80,14 @@ class MaskFolder:
 # %% ../../nbs/8_evaluation/22_segmentation.ipynb #6eebfaa6
 def _mask_of(root, file):
     return root / 'masks' / Path(file).with_suffix('.png')
+
+
+def _class_names(root):
+    file = root / 'classes.txt'
+    names = [line.strip() for line in file.read_text().splitlines()] if file.is_file() else CAMVID
+    if not names or not all(names):
+        raise ValueError(f'{file} must name a class a line, without empty lines')
+    return names
 
 
 def _files_with_masks(root):

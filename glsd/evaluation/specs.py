@@ -77,7 +77,7 @@ def _named(spec):
     return Path(text).name, text
 
 # %% ../../nbs/8_evaluation/25_specs.ipynb #0bf919b4
-def common_size(nets: Mapping[str, Net], size: int | None = None) -> int:
+def common_size(nets: Mapping[str, Net], size: Any = None) -> Any:
     "`size`, or the one that all of `nets` were made for; ValueError if they were made for different ones."
     sizes = {net.size for net in nets.values()}
     if not size and len(sizes) > 1:

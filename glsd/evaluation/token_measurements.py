@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..backbones.features import as_pair
 from . import specs
 from .extraction import transform_of
 from .measurements import EVALUATIONS, Evaluation, backbones_of
@@ -183,7 +184,7 @@ def measure_dense(
     net: Net,
     memory: Any,
     queries: Any,
-    size: int,
+    size: int | tuple[int, int],
     k: int = 30,
     temperature: float = 0.02,
     memory_size: int = 102_400,
@@ -198,17 +199,17 @@ def measure_dense(
     return dense_nn(net.backbone, memory, queries, size, k, temperature, **options)
 
 # %% ../../nbs/8_evaluation/27_token_measurements.ipynb #ab584c93
-def check_dense(net: Net, memory: Any, queries: Any, size: int, **options) -> None:
+def check_dense(net: Net, memory: Any, queries: Any, size: int | tuple[int, int], **options) -> None:
     "Classes, and a `k` that the memory can hold."
     from glsd.evaluation import dense
     from glsd.evaluation.pairs import with_tokens
 
-    grid = with_tokens(net.backbone, torch.zeros(1, 3, size, size)).grid
+    grid = with_tokens(net.backbone, torch.zeros(1, 3, *as_pair(size))).grid
     k, room = options.get('k', 30), options.get('memory_size', 102_400)
     dense.check_dense(memory, queries, k, room, grid[0] * grid[1])
 
 # %% ../../nbs/8_evaluation/27_token_measurements.ipynb #b811c34a
-def draw_dense(nets: dict, results: dict, memory: Any, queries: Any, size: int, **options) -> Any:
+def draw_dense(nets: dict, results: dict, memory: Any, queries: Any, size: Any, **options) -> Any:
     "Three query images, their masks, and the prediction of each network."
     from glsd.evaluation.dense import dense_picture
 
