@@ -223,6 +223,7 @@ def layer_maps(self: TimmBackbone, x: Tensor, layers: set[int], norm: bool, bloc
 # %% ../../nbs/3_backbones/8_timm_models.ipynb #87704902
 _timm_models = dict(
     vit_mini_patch8_32='vit',
+    vit_mini_patch4_32='vit',
     swin_mini_patch4_window4_32='swin',
     resnet_mini_32='convnets',
     cvt_13='cvt',

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VIT_VARIANTS', 'resize_positions', 'with_positions', 'apply_mask', 'keep_patches', 'ViTBackbone', 'ConvStem',
-           'vit_mini_patch8_32']
+           'vit_mini_patch8_32', 'vit_mini_patch4_32']
 
 # %% ../../nbs/3_backbones/2_vit.ipynb #1b428c30
 import torch
@@ -121,6 +121,7 @@ VIT_VARIANTS = dict(
     vit_small_p16_mean=dict(timm_name='vit_small_patch16_224', **_mean),
     vit_small_p8_mean=dict(timm_name='vit_small_patch8_224', **_mean),
     vit_mini=dict(timm_name='vit_mini_patch8_32', **_any),
+    vit_mini_p4=dict(timm_name='vit_mini_patch4_32', **_any),
 )
 
 # %% ../../nbs/3_backbones/2_vit.ipynb #cb24ef6a
@@ -205,21 +206,26 @@ class ConvStem(PatchEmbed):
         )
 
 # %% ../../nbs/3_backbones/2_vit.ipynb #e309f7c8
+_mini = dict(img_size=32, mlp_ratio=2, class_token=False, global_pool='avg', fc_norm=False)
+
+
 def vit_mini_patch8_32(pretrained: bool = False, **kwargs) -> VisionTransformer:
     """A ViT for crops of 16 to 96 pixels: convolutional stem, two blocks, d = 96, mean of the tokens.
 
-    kwargs: further arguments of `VisionTransformer`. RuntimeError for pretrained=True.
+    kwargs: further arguments of `VisionTransformer`. RuntimeError for pretrained=True without weights.
     """
-    small = dict(
-        img_size=32,
-        patch_size=8,
-        embed_dim=96,
-        depth=2,
-        num_heads=3,
-        mlp_ratio=2,
-        class_token=False,
-        global_pool='avg',
-        fc_norm=False,
-        embed_layer=ConvStem,
+    own = dict(patch_size=8, embed_dim=96, depth=2, num_heads=3, embed_layer=ConvStem)
+    return build_timm_model(
+        VisionTransformer, 'vit_mini_patch8_32', 32, pretrained, **{**_mini, **own, **kwargs}
     )
-    return build_timm_model(VisionTransformer, 'vit_mini_patch8_32', 32, pretrained, **{**small, **kwargs})
+
+
+def vit_mini_patch4_32(pretrained: bool = False, **kwargs) -> VisionTransformer:
+    """A ViT for crops of 16 to 64 pixels: plain patches of 4, four blocks, d = 128, mean of the tokens.
+
+    kwargs: further arguments of `VisionTransformer`. RuntimeError for pretrained=True without weights.
+    """
+    own = dict(patch_size=4, embed_dim=128, depth=4, num_heads=4)
+    return build_timm_model(
+        VisionTransformer, 'vit_mini_patch4_32', 32, pretrained, **{**_mini, **own, **kwargs}
+    )

@@ -31,12 +31,16 @@ def draw_block(missing: float, low: int, rng: np.random.Generator, aspect: float
     return round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
 
 # %% ../../nbs/4_distillation/13_ibot.ipynb #df3723c7
-def block_mask(grid: tuple[int, int], n: float, rng: np.random.Generator, aspect: float = 0.3) -> np.ndarray:
+def block_mask(
+    grid: tuple[int, int], n: float, rng: np.random.Generator, aspect: float = 0.3, low: int | None = None
+) -> np.ndarray:
     """Masks at most n patches of a grid (H, W) in blocks: bool [H, W], True = masked.
 
-    aspect: height over width of a block lies between it and 1/aspect. A block is smaller than the grid both
-    ways. BEiT (Bao et al. 2021), Algorithm 1, in the form of iBOT's code."""
-    (H, W), mask, low = grid, np.zeros(grid, bool), (min(grid) // 3) ** 2
+    aspect: height over width of a block lies between it and 1/aspect. low: the smallest area that is asked
+    for (None: a ninth of the grid). A block is smaller than the grid both ways. BEiT (Bao et al. 2021),
+    Algorithm 1, in the form of its and iBOT's code."""
+    (H, W), mask = grid, np.zeros(grid, bool)
+    low = (min(grid) // 3) ** 2 if low is None else low
     missing, tries = n, 0
     while missing > 0 and tries < 10:
         tries += 1
