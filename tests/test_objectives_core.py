@@ -293,8 +293,10 @@ def small_method(name):
     cls = find_method(name)
     known = {*cls.Options.__dataclass_fields__, *cls.Views.__dataclass_fields__}
     values = {k: v for k, v in (SMALL | CROPS).items() if k in known}
-    if cls.needs_labels:
+    if cls.defaults.get('n_global') == 1:
         del values['n_local']  # one crop of an image
+    if name == 'mae':
+        values |= dict(backbone='vit_mini_p4', decoder_dim=32, decoder_depth=1, decoder_heads=2)
     classes = ToyWorld(1, size=32).classes
     return create_method(name, classes=classes, **values)
 

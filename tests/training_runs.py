@@ -16,6 +16,10 @@ SUPERVISED = dict(
     n_images=48, n_test=12, image_size=32, global_size=32, backbone='swin_mini', batch_size=8, steps=6,
     lr=0.1, drloc_weight=0.5, drloc_m=16, drloc_hidden=16, checkpoint_every=2,
 )  # fmt: skip
+MASKED = dict(
+    n_images=48, image_size=32, global_size=32, backbone='vit_mini_p4', decoder_dim=32, decoder_depth=1,
+    decoder_heads=2, batch_size=8, steps=6, lr=1e-2, lr_batch=8, warmup=0.1, checkpoint_every=2,
+)  # fmt: skip
 
 # every method, `vanilla` being another name of `dino`; the quick tests take three that differ most
 METHODS = [
@@ -27,8 +31,9 @@ METHODS = [
 
 def small_recipe(method: str, **changes) -> Recipe:
     "A recipe of any method that takes a few steps in a second."
-    if method == 'supervised':
-        return Recipe(method, **{**SUPERVISED, **changes})
+    others = dict(supervised=SUPERVISED, mae=MASKED)  # those that are not student and teacher
+    if method in others:
+        return Recipe(method, **{**others[method], **changes})
     backbone = (
         'swin_mini' if method in ('dino', 'vanilla', 'geometric', 'similarity', 'shuffled') else 'vit_mini'
     )

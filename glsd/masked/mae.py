@@ -143,7 +143,7 @@ def check_patches(backbone: Any) -> None:
     name = backbone.timm_name
     if 'index' not in backbone.accepts:
         raise ValueError(
-            f'mae leaves hidden patches out, and {name} needs all of them: choose a ViT, or SimMIM'
+            f'mae leaves hidden patches out, and {name} needs all of them: choose a ViT'
         )
     proj = backbone.model.patch_embed.proj
     if not isinstance(proj, nn.Conv2d) or proj.kernel_size != proj.stride:
@@ -206,7 +206,7 @@ def targets(self: MAE, x: Tensor) -> Tensor:
 def training_step(self: MAE, views: Views, values: dict) -> dict[str, Tensor]:
     "The error over hidden patches, by the name of what they are asked for."
     x = views.crops[0][0]
-    if self.pca is not None and not self.pca.fitted:
+    if self.pca is not None and self.training and not self.pca.fitted:
         fit_pca(self.pca, patchify(all_gather_keys(x), self.patch))  # of all processes, so that they agree
     hidden, visible = (
         t.to(x.device) for t in draw_masks(self.options.mask, len(x), self.grid, self.options.mask_ratio)
