@@ -142,9 +142,7 @@ def check_patches(backbone: Any) -> None:
     "ValueError, in one line, unless a backbone takes some patches alone and embeds each from its own pixels."
     name = backbone.timm_name
     if 'index' not in backbone.accepts:
-        raise ValueError(
-            f'mae leaves hidden patches out, and {name} needs all of them: choose a ViT'
-        )
+        raise ValueError(f'mae leaves hidden patches out, and {name} needs all of them: choose a ViT')
     proj = backbone.model.patch_embed.proj
     if not isinstance(proj, nn.Conv2d) or proj.kernel_size != proj.stride:
         raise ValueError(
