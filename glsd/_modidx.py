@@ -1466,6 +1466,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/glsd', 'doc_host': '', 'gi
                                  'glsd.masked.mae.MAE': ('5_masked/mae.html#mae', 'glsd/masked/mae.py'),
                                  'glsd.masked.mae.MAE.__init__': ('5_masked/mae.html#mae.__init__', 'glsd/masked/mae.py'),
                                  'glsd.masked.mae.MAE.check': ('5_masked/mae.html#mae.check', 'glsd/masked/mae.py'),
+                                 'glsd.masked.mae.MAE.dry_step': ('5_masked/mae.html#mae.dry_step', 'glsd/masked/mae.py'),
                                  'glsd.masked.mae.MAE.predict': ('5_masked/mae.html#mae.predict', 'glsd/masked/mae.py'),
                                  'glsd.masked.mae.MAE.targets': ('5_masked/mae.html#mae.targets', 'glsd/masked/mae.py'),
                                  'glsd.masked.mae.MAE.training_step': ('5_masked/mae.html#mae.training_step', 'glsd/masked/mae.py'),

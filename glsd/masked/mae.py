@@ -19,7 +19,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from ..backbones import create_backbone
-from .masks import MASKS, draw_masks, visible_places
+from .masks import MASKS, draw_masks, n_kept, visible_places
 from .patches import PatchPCA, fit_pca, masked_mse, normalize_patches, patchify, unpatchify
 from ..objectives.method import Method, ViewOptions, register_method
 from ..objectives.moby import all_gather_keys
@@ -122,6 +122,7 @@ class MAE(Method):
         self.backbone = create_backbone(o.backbone, drop_path=o.drop_path)
         check_patches(self.backbone)
         self.patch, self.grid = self.backbone.patch, grid_of(self.view_options, self.backbone.patch)
+        n_kept(self.grid[0] * self.grid[1], o.mask_ratio)  # refuses a ratio that hides all or nothing
         numbers = 3 * self.patch**2
         self.pca = PatchPCA(numbers, o.pca_components) if o.target == 'pca' else None
         out = o.pca_components if o.target == 'pca' else numbers
@@ -211,6 +212,15 @@ def training_step(self: MAE, views: Views, values: dict) -> dict[str, Tensor]:
     )
     predicted = self.predict(x, hidden, visible).float()
     return {self.options.target: masked_mse(predicted, self.targets(x), hidden)}
+
+# %% ../../nbs/5_masked/3_mae.ipynb #8cffd11c
+@patch
+def dry_step(self: MAE, views: Views, values: dict) -> Tensor:
+    "A scalar that depends on all that a step computes, whatever is hidden."
+    x, N = views.crops[0][0], self.grid[0] * self.grid[1]
+    hidden = torch.ones(len(x), N, dtype=torch.bool, device=x.device)
+    visible = torch.arange(n_kept(N, self.options.mask_ratio), device=x.device).expand(len(x), -1)
+    return self.predict(x, hidden, visible).mean()
 
 # %% ../../nbs/5_masked/3_mae.ipynb #bc5231e8
 @patch(cls_method=True)
