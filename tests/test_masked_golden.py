@@ -12,8 +12,9 @@ import torch
 from glsd.backbones import create_backbone
 from glsd.backbones.features import register_backbone
 from glsd.backbones.vit import ViTBackbone
+from glsd.masked.hog import hog, hog_targets
 from glsd.masked.mae import MAE, MAEOptions, sincos_positions
-from glsd.masked.masks import random_masks
+from glsd.masked.masks import MASKS, block_mask, draw_masks, random_masks
 from glsd.masked.patches import masked_mse, normalize_patches, patchify, unpatchify
 from glsd.objectives.method import ViewOptions
 
@@ -123,3 +124,69 @@ def test_order_of_visible_places_is_no_matter(mae, tiny):
     by_noise, in_order = (method.predict(z['model_images'], hidden, v).detach() for v in orders)
     close(in_order, by_noise)
     assert create_backbone('golden_mae').patch == meta['model']['patch_size']
+
+
+@pytest.fixture(scope='module')
+def hogs():
+    return golden('maskfeat_hog')
+
+
+def nearly_all_close(ours, theirs, tolerance=1e-4):
+    "A direction on the border of two bins may fall into the other one: judged by the share of numbers."
+    assert ours.shape == theirs.shape
+    assert ((ours - theirs).abs() < tolerance).float().mean() > 0.999
+
+
+@pytest.mark.parametrize('cell', [4, 8])
+def test_hog(hogs, cell):
+    z, _ = hogs
+    nearly_all_close(hog(z['images'], cell), z[f'hog_cell{cell}'])
+    nearly_all_close(hog_targets(z['images'], 16, cell), z[f'targets_cell{cell}'])
+
+
+def test_hog_of_exact_edges_and_the_loss(hogs):
+    z, _ = hogs
+    close(hog(z['axis_images']), z['axis_hog_cell8'])
+    predicted = z['pred'].clone().requires_grad_()
+    loss = masked_mse(predicted, hog_targets(z['images'], 16), z['patch_mask'])
+    loss.backward()
+    close(loss.detach(), z['loss'], 1e-4)
+    close(predicted.grad, z['loss_grad'], 1e-3)
+
+
+def test_blocks_have_the_statistics_of_the_released_code():
+    z, meta = golden('beit')
+    m, rng = meta['masks'], np.random.default_rng(0)
+    grid = m['grid'], m['grid']
+    masks = np.stack([block_mask(grid, m['wanted'], rng, low=m['min_block']) for _ in range(3000)])
+    counts, draws = masks.sum((1, 2)), z['mask_counts'].sum()
+    assert abs(counts.mean() - m['mean_count']) < 0.1 and counts.max() == m['wanted']
+    full = float(z['mask_counts'][m['wanted']] / draws)
+    assert abs((counts == m['wanted']).mean() - full) < 0.03
+    assert abs(masks.mean(0) - z['mask_frequency'].numpy()).max() < 0.04
+
+
+@pytest.mark.parametrize('kind', MASKS)
+@pytest.mark.parametrize('grid', [(2, 2), (4, 4), (3, 5), (14, 14)])
+def test_every_mask_hides_the_same_number_on_any_grid(kind, grid):
+    n = grid[0] * grid[1]
+    hidden, visible = draw_masks(kind, 20, grid, 0.75)
+    assert hidden.shape == (20, n) and (hidden.sum(1) == n - visible.shape[1]).all()
+    assert kind == 'grid' or visible.shape[1] == int(n * 0.25)
+    assert not hidden.gather(1, visible).any()
+
+
+@pytest.mark.parametrize(
+    'kind, grid, ratio, message',
+    [
+        ('stripes', (4, 4), 0.5, "no mask 'stripes'; there are: random, block, grid"),
+        ('random', (4, 4), 0.0, 'a mask ratio of 0 hides nothing of 16 patches'),
+        ('block', (4, 4), 0.99, 'a mask ratio of 0.99 hides all of 16 patches'),
+        ('random', (1, 1), 0.5, 'a mask ratio of 0.5 hides all of 1 patches'),
+        ('grid', (4, 4), 0.5, 'a grid mask hides 0.75'),
+    ],
+)
+def test_masks_that_cannot_be_drawn_are_one_line(kind, grid, ratio, message):
+    with pytest.raises(ValueError) as e:
+        draw_masks(kind, 2, grid, ratio)
+    assert str(e.value).startswith(message) and '\n' not in str(e.value)
