@@ -7,7 +7,7 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from glsd.backbones import create_backbone
+from glsd.backbones import create_backbone, features
 from glsd.evaluation.attention import attention_maps, block_attention
 from glsd.evaluation.frozen import load_frozen
 from glsd.objectives.branches import Branch
@@ -179,3 +179,20 @@ def test_no_random_weights_in_place_of_published_ones(name):
         timm.create_model(name, pretrained=True)
     with pytest.raises(OSError, match=f'random:{name} needs none'):
         load_frozen(name)
+
+
+def test_weights_that_come_with_the_package(tmp_path, monkeypatch):
+    "In half precision, as they are kept; of another shape, one line."
+    trained = create_backbone('vit_mini')
+    half = {k: v.half() if v.is_floating_point() else v for k, v in trained.model.state_dict().items()}
+    save_file(half, tmp_path / 'vit_mini_patch8_32.safetensors')
+    monkeypatch.setattr(features, 'weights_file', lambda name: tmp_path / f'{name}.safetensors')
+    ours = create_backbone('vit_mini', pretrained=True)
+    assert 'pretrained' not in ours.timm_kwargs
+    for name, value in ours.model.state_dict().items():
+        torch.testing.assert_close(value.float(), half[name].float())
+    with pytest.raises(RuntimeError, match='the weights of vit_mini_patch8_32 do not fit') as e:
+        create_backbone('vit_mini', pretrained=True, embed_dim=48)
+    assert '\n' not in str(e.value)
+    with pytest.raises(RuntimeError, match='no weights of vit_mini_patch4_32 come with this package'):
+        create_backbone('vit_mini_p4', pretrained=True)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from glsd.data import folders
 from glsd.data.folders import (
     ImageError,
     ImageFolder,
@@ -228,3 +229,15 @@ def test_fingerprints_follow_what_a_folder_would_deliver(tree):
     assert after[1] == before[1] and not {after[k] for k in (0, 2, 3, 4)} & set(before)
     (tree / 'set/b/2.png').rename(tree / 'set/a/9.png')
     assert ImageFolder(tree / 'set').fingerprint() not in before + after
+
+
+def test_small_images_are_decoded_once_and_large_folders_are_not_kept(tmp_path, monkeypatch):
+    Image.new('RGB', (8, 8), (10, 20, 30)).save(tmp_path / 'a.png')
+    small, large = ImageFolder(tmp_path), ImageFolder(tmp_path)
+    first = small[0][0]
+    monkeypatch.setattr(folders, 'KEPT', 8 * 8 * 3 - 1)
+    large[0]
+    (tmp_path / 'a.png').unlink()
+    assert torch.equal(small[0][0], first)
+    with pytest.raises(FileNotFoundError):
+        large[0]

@@ -214,14 +214,8 @@ def register_backbone(**variants: dict) -> Callable:
 _names = dict(
     queries=(
         *('vit_tiny_p16', 'vit_tiny_p8', 'vit_small_p16', 'vit_small_p8', 'vit_base_p16', 'vit_base_p8'),
-        *(
-            'vit_tiny_p16_mean',
-            'vit_tiny_p8_mean',
-            'vit_small_p16_mean',
-            'vit_small_p8_mean',
-            'vit_mini',
-            'vit_mini_p4',
-        ),
+        *('vit_tiny_p16_mean', 'vit_tiny_p8_mean', 'vit_small_p16_mean', 'vit_small_p8_mean'),
+        *('vit_mini', 'vit_mini_p4'),
     ),
     swin=(
         *('swin_tiny_w7', 'swin_tiny_w14', 'swin_small_w7', 'swin_base_w7'),
