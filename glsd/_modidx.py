@@ -1645,6 +1645,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/glsd', 'doc_host': '', 'gi
                                                                                    'glsd/objectives/dino.py'),
                                       'glsd.objectives.dino.Term.uniform_loss': ( '4_distillation/dino.html#term.uniform_loss',
                                                                                   'glsd/objectives/dino.py'),
+                                      'glsd.objectives.dino.log_sum': ('4_distillation/dino.html#log_sum', 'glsd/objectives/dino.py'),
+                                      'glsd.objectives.dino.sinkhorn': ('4_distillation/dino.html#sinkhorn', 'glsd/objectives/dino.py'),
                                       'glsd.objectives.dino.update_center': ( '4_distillation/dino.html#update_center',
                                                                               'glsd/objectives/dino.py'),
                                       'glsd.objectives.dino.view_pairs': ( '4_distillation/dino.html#view_pairs',
