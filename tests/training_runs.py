@@ -20,6 +20,11 @@ MASKED = dict(
     n_images=48, image_size=32, global_size=32, backbone='vit_mini_p4', decoder_dim=32, decoder_depth=1,
     decoder_heads=2, batch_size=8, steps=6, lr=1e-2, lr_batch=8, warmup=0.1, checkpoint_every=2,
 )  # fmt: skip
+CONTRASTIVE = dict(
+    n_images=48, image_size=32, global_size=32, backbone='vit_mini', batch_size=8, steps=6, lr=1e-2,
+    lr_batch=8, warmup=0.1, checkpoint_every=2,
+)  # fmt: skip
+SMALL_PROJECTOR = dict(projector_hidden=32, projector_dim=16)
 
 # every method, `vanilla` being another name of `dino`; the quick tests take three that differ most
 METHODS = [
@@ -31,7 +36,11 @@ METHODS = [
 
 def small_recipe(method: str, **changes) -> Recipe:
     "A recipe of any method that takes a few steps in a second."
-    others = dict(supervised=SUPERVISED, mae=MASKED)  # those that are not student and teacher
+    others = dict(  # those that are not student and teacher
+        supervised=SUPERVISED,
+        mae=MASKED,
+        simclr=CONTRASTIVE | SMALL_PROJECTOR,
+    )
     if method in others:
         return Recipe(method, **{**others[method], **changes})
     backbone = (

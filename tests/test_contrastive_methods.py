@@ -1,0 +1,103 @@
+"""Every method of floor 6: it learns on each backbone, goes on to the same bits, N processes do as one does.
+
+A new one: its name here, its small options in `training_runs`."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from training_runs import apart, same, small_recipe
+
+from glsd.training import Trainer
+from glsd.training.loop import batches
+from glsd.training.trainer import build_dataset
+
+METHODS = ['simclr']
+AS_ONE = ['simclr']  # those that N processes compute as one does, to 1e-6
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(scope='module', autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def trained(recipe, steps, trainer=None):
+    "A trainer that has done so many steps, and their losses."
+    data = build_dataset(recipe)
+    trainer = trainer or Trainer(recipe, recipe.steps)
+    found = batches(recipe, data, trainer.done, steps, trainer.method.views)
+    return trainer, [trainer.step(views)['loss'] for views in found]
+
+
+@pytest.mark.parametrize('backbone', ['vit_mini', 'swin_mini', 'resnet_mini'])
+@pytest.mark.parametrize('method', METHODS)
+def test_the_loss_falls(method, backbone):
+    "In a world whose crops share much, which is learned quickly; the first steps fill queues."
+    recipe = small_recipe(method, backbone=backbone, data='toyworld-shared', batch_size=16, steps=20, lr=4e-3)
+    _, losses = trained(recipe, 20)
+    assert np.isfinite(losses).all()
+    assert np.mean(losses[-4:]) < np.mean(losses[3:7])
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_it_goes_on_to_the_same_bits(method):
+    recipe = small_recipe(method, drop_path=0.1)
+    straight, losses = trained(recipe, 6)
+    first, _ = trained(recipe, 3)
+    second = Trainer(recipe, 6)
+    second.load_state_dict(first.state_dict())
+    second, rest = trained(recipe, 6, second)
+    assert rest == losses[3:]
+    assert same(straight.state_dict(), second.state_dict())
+
+
+SCRIPT = """
+import os, sys, torch
+from glsd.training import Trainer
+from glsd.training.loop import batches
+from glsd.training.processes import DistributedWorld, process_group
+from glsd.training.trainer import build_dataset
+from training_runs import small_recipe
+out, *methods = sys.argv[1:]
+torch.set_default_dtype(torch.float64)
+torch.set_num_threads(1)
+with process_group('cpu'):
+    world = DistributedWorld()
+    for method in methods:
+        recipe = small_recipe(method, drop_path=0.0)
+        trainer, losses = Trainer(recipe, 4, world), []
+        for views in batches(recipe, build_dataset(recipe), 0, 4, trainer.method.views, world):
+            views.crops = [c.double() for c in views.crops]
+            losses.append(trainer.step(views)['loss'])
+        if world.rank == 0:
+            torch.save((losses, trainer.state_dict()['method']), f'{out}/{method}_{world.size}.pt')
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_do_as_one_does(tmp_path):
+    "In double precision, so that what is left of a difference is no rounding."
+    script = tmp_path / 'run.py'
+    script.write_text(SCRIPT)
+    paths = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get('PYTHONPATH', '')])
+    env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=paths)
+    for n in 1, 2:
+        command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(n)]
+        done = subprocess.run(
+            [*command, str(script), str(tmp_path), *AS_ONE], env=env, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    for method in AS_ONE:
+        (one, one_state), (two, two_state) = (torch.load(tmp_path / f'{method}_{n}.pt') for n in (1, 2))
+        assert apart(one, two) < 1e-6 and apart(one_state, two_state) < 1e-6, method
+        assert abs(one[-1] - one[0]) > 1e-3, method  # or the comparison would prove nothing
