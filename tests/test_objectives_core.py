@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from meters import Meter
+from training_runs import MASKED, plain_backbone
 
 import glsd.objectives
 from glsd.data.toyworld import ToyWorld
@@ -295,8 +296,8 @@ def small_method(name):
     values = {k: v for k, v in (SMALL | CROPS).items() if k in known}
     if cls.defaults.get('n_global') == 1:
         del values['n_local']  # one crop of an image
-    if name == 'mae':
-        values |= dict(backbone='vit_mini_p4', decoder_dim=32, decoder_depth=1, decoder_heads=2)
+    if cls.__module__.startswith('glsd.masked.'):
+        values |= {k: v for k, v in MASKED.items() if k in known} | dict(backbone=plain_backbone(name))
     classes = ToyWorld(1, size=32).classes
     return create_method(name, classes=classes, **values)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import distributed as dist
-from training_runs import METHODS, apart, small_recipe
+from training_runs import METHODS, apart, plain_backbone, small_recipe
 
 from glsd.objectives.method import find_method
 from glsd.training import Recipe, Trainer
@@ -29,8 +29,9 @@ RECIPE = Recipe(
     batch_size=16, steps=20, lr=0.016, momentum=0.9, teacher_temp=0.04, freeze_last=0.1, checkpoint_every=4,
     device='cpu',
 )  # fmt: skip
+MASKED = ['mae', 'maskfeat']  # with a mask that is not drawn: each process would draw others
 COMPARED = dict(  # the losses know nothing of how weights are kept
-    copies=['vanilla', 'similarity', 'geometric', 'supervised'], fsdp=['geometric', 'supervised']
+    copies=['vanilla', 'similarity', 'geometric', 'supervised', *MASKED], fsdp=['geometric', 'supervised']
 )
 TESTS = Path(__file__).parent
 GLSD = [sys.executable, '-c', 'import sys; from glsd.cli import main; sys.exit(main())']
@@ -43,6 +44,10 @@ def compared_recipe(method: str, how: str) -> Recipe:
             method, backbone='vit_mini', drop_path=0.0, batch_size=16, steps=20, lr=0.05, mixup=0, cutmix=0,
             erase=0, drloc_weight=0, device='cpu', fsdp=how == 'fsdp',
         )  # fmt: skip
+    if method in MASKED:
+        return small_recipe(
+            method, mask='grid', mask_ratio=0.75, batch_size=16, steps=20, device='cpu', fsdp=how == 'fsdp'
+        )
     return RECIPE.replace(method=method, fsdp=how == 'fsdp')
 
 
@@ -395,10 +400,7 @@ BACKBONES = [
     pytest.param('dino', name, marks=pytest.mark.slow)
     for name in ('swin_mini', 'resnet_mini', 'cvt_mini', 't2t_mini')
 ]
-ON_VIT = [
-    pytest.param(*m.values, 'vit_mini_p4' if m.values == ('mae',) else 'vit_mini', marks=m.marks)
-    for m in METHODS
-]
+ON_VIT = [pytest.param(*m.values, plain_backbone(m.values[0]), marks=m.marks) for m in METHODS]
 
 
 @pytest.mark.parametrize('method, backbone', ON_VIT + BACKBONES)

@@ -1,10 +1,13 @@
 "What several test files of training share: small recipes, and how two states are compared."
 
+import dataclasses
+
 import pytest
 import torch
 
-from glsd.objectives.method import list_methods
+from glsd.objectives.method import find_method, list_methods
 from glsd.training import Recipe
+from glsd.training.options import RunOptions
 
 SMALL = dict(
     n_images=48, image_size=32, global_size=32, local_size=16, n_local=1, local_scale=(0.1, 0.4),
@@ -17,8 +20,9 @@ SUPERVISED = dict(
     lr=0.1, drloc_weight=0.5, drloc_m=16, drloc_hidden=16, checkpoint_every=2,
 )  # fmt: skip
 MASKED = dict(
-    n_images=48, image_size=32, global_size=32, backbone='vit_mini_p4', decoder_dim=32, decoder_depth=1,
-    decoder_heads=2, batch_size=8, steps=6, lr=1e-2, lr_batch=8, warmup=0.1, checkpoint_every=2,
+    n_images=48, image_size=32, global_size=32, decoder_dim=32, decoder_depth=1, decoder_heads=2, hog_cell=4,
+    mask_unit=0, frames=4, frame_stride=1, batch_size=8, steps=6, lr=1e-2, lr_batch=8, warmup=0.1,
+    checkpoint_every=2,
 )  # fmt: skip
 CONTRASTIVE = dict(
     n_images=48, image_size=32, global_size=32, backbone='vit_mini', batch_size=8, steps=6, lr=1e-2,
@@ -34,11 +38,27 @@ METHODS = [
 ]
 
 
+def known_fields(method: str, values: dict) -> dict:
+    "Those of the values that are fields of a recipe of this method."
+    cls = find_method(method)
+    own = {f.name for kind in (cls.Options, cls.Views, RunOptions) for f in dataclasses.fields(kind)}
+    return {k: v for k, v in values.items() if k in own}
+
+
+def plain_backbone(method: str) -> str:
+    "A small network that a method can train: not every one takes masks, or leaves patches out."
+    if method == 'maskfeat_video':
+        return 'mvit_mini'
+    return 'vit_mini_p4' if find_method(method).__module__.startswith('glsd.masked.') else 'vit_mini'
+
+
 def small_recipe(method: str, **changes) -> Recipe:
     "A recipe of any method that takes a few steps in a second."
+    if find_method(method).__module__.startswith('glsd.masked.'):
+        own = dict(backbone=plain_backbone(method))
+        return Recipe(method, **{**known_fields(method, MASKED), **own, **changes})
     others = dict(  # those that are not student and teacher
         supervised=SUPERVISED,
-        mae=MASKED,
         simclr=CONTRASTIVE | SMALL_PROJECTOR,
     )
     if method in others:

@@ -125,6 +125,11 @@ class Method(nn.Module):  # in one cell, longer than others: it is the contract,
         "ValueError, in one line, for fields of a recipe that do not go together."
 
     @classmethod
+    def open_data(cls, recipe: Any) -> Any:
+        "Its own data set, for a method that does not learn from images; None: the recipe's images."
+        return None
+
+    @classmethod
     def monitors(cls, recipe: Any) -> dict[str, Callable]:
         "What a run is measured by while it trains, unless other monitors are given: name -> monitor."
         return {}

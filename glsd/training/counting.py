@@ -38,7 +38,8 @@ def empty_views(multicrop: MultiCrop, batch: int) -> Views:
     "Views of a method's sizes without pixels."
     m = multicrop
     groups = [(m.n_global, m.global_size)] + [(m.n_local, m.local_size)] * bool(m.n_local)
-    crops = [torch.empty(v, batch, 3, s, s) for v, s in groups]
+    time = [m.frames] if hasattr(m, 'frames') else []  # clips
+    crops = [torch.empty(v, batch, 3, *time, s, s) for v, s in groups]
     w_geo = [torch.empty(v, batch, 7) for v, _ in groups]
     views = Views(crops, w_geo, torch.empty(batch), torch.zeros(batch, dtype=torch.long))
     if m.n_query:

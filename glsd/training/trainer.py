@@ -24,6 +24,7 @@ from ..backbones import Backbone
 from ..data.folders import balanced_subset
 from ..data.shards import open_images
 from ..data.toyworld import TOY_WORLDS, open_toyworld
+from ..objectives.method import find_method
 from ..objectives.schedules import cosine_schedule
 from .monitoring import NotFinite, check_finite
 from .recipe import Recipe
@@ -38,8 +39,11 @@ _toyworld = lru_cache(2)(open_toyworld)
 
 def build_dataset(recipe: Recipe) -> Any:
     """The toy world, a folder of images or one of tar shards (of a folder with train/ in it, that), or a
-    subset."""
+    subset; or what the method opens itself."""
     r = recipe.run
+    own = find_method(recipe.method).open_data(recipe)
+    if own is not None:
+        return own
     if r.data in TOY_WORLDS:
         data = _toyworld(r.data, r.n_images, r.image_size, seed=r.data_seed)
     else:
