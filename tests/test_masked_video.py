@@ -8,15 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from glsd.masked.video import (
-    CUBES,
-    ClipFolder,
-    ClipOptions,
-    ToyClips,
-    cube_mask,
-    middle_frames,
-    sample_frames,
-)
 from PIL import Image
 from test_masked_maskfeat import falls as falls_on_images
 from training_runs import interrupt_at, same, small_recipe
@@ -26,6 +17,15 @@ from glsd.data.loading import sample_rng
 from glsd.data.toyworld import ToyWorld
 from glsd.masked import video
 from glsd.masked.maskfeat import HOGTarget
+from glsd.masked.video import (
+    CUBES,
+    ClipFolder,
+    ClipOptions,
+    ToyClips,
+    cube_mask,
+    middle_frames,
+    sample_frames,
+)
 from glsd.objectives.method import create_method
 from glsd.training import pretrain
 from glsd.training.checkpoint import last_checkpoint
