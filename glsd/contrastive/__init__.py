@@ -7,11 +7,20 @@ __all__ = ['MLP', 'MemoryBank', 'SimCLR', 'all_gather_with_gradient', 'check_que
            'superpixels']
 
 # %% ../../nbs/6_contrastive/index.ipynb #56868db5
+# in one cell: lists of names
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
-from .infonce import MLP, SimCLR, all_gather_with_gradient, info_nce, nt_xent
-from .memory_bank import MemoryBank, check_queue
-from .saliency import f_beta, gs, rbd, superpixels
+
+if TYPE_CHECKING:  # what editors and type checkers see; the names themselves come at their first use
+    from glsd.contrastive.infonce import MLP, SimCLR, all_gather_with_gradient, info_nce, nt_xent
+    from glsd.contrastive.memory_bank import MemoryBank, check_queue
+    from glsd.contrastive.saliency import f_beta, gs, rbd, superpixels
+
+_PLACES = {
+    'infonce': 'MLP SimCLR all_gather_with_gradient info_nce nt_xent',
+    'memory_bank': 'MemoryBank check_queue',
+    'saliency': 'f_beta gs rbd superpixels',
+}
 
 _all_ = [
     'MLP',
@@ -26,3 +35,11 @@ _all_ = [
     'rbd',
     'superpixels',
 ]
+
+
+def __getattr__(name: str) -> Any:
+    "A name of this floor, imported from its chapter at its first use: a loss imports no more than it needs."
+    for module, names in _PLACES.items():
+        if name in names.split():
+            return getattr(import_module(f'glsd.contrastive.{module}'), name)
+    raise AttributeError(f'module glsd.contrastive has no attribute {name!r}')
