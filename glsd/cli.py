@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ELSEWHERE', 'HELP', 'nearest', 'refuse_unknown', 'flag_of', 'StoreField', 'add_fields', 'method_of', 'add_recipe',
-           'recipe_parts', 'add_pretrain', 'add_finetune', 'add_plan', 'add_evaluate', 'add_reproduce', 'add_export',
-           'add_replay', 'add_data', 'add_doctor', 'make_parser', 'main']
+           'recipe_parts', 'add_processes', 'add_pretrain', 'add_finetune', 'add_plan', 'add_evaluate', 'add_reproduce',
+           'add_export', 'add_replay', 'add_data', 'add_doctor', 'make_parser', 'main']
 
 # %% ../nbs/cli.ipynb #21a91686
 import argparse
@@ -91,13 +91,16 @@ def method_of(argv: Sequence[str], default: str) -> str:
     return found.get('method', default)
 
 # %% ../nbs/cli.ipynb #700ce0db
-def add_recipe(parser: argparse.ArgumentParser, argv: Sequence[str], default: str = 'geometric') -> None:
+def add_recipe(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str],
+    default: str = 'geometric',
+    data: str = 'a folder of images or of tar shards, or toyworld (the default)',
+) -> None:
     """What every command about a recipe takes: data, a file, and a flag for every field of the method's
     recipe."""
     parser.set_defaults(fields={})
-    parser.add_argument(
-        'data', nargs='?', help='a folder of images or of tar shards, or toyworld (the default)'
-    )
+    parser.add_argument('data', nargs='?', help=data)
     parser.add_argument('--recipe', help='a YAML file of recipe fields; flags override it')
     method = method_of(argv, default)
     parser.add_argument(
@@ -122,7 +125,7 @@ def recipe_parts(method: str) -> dict[str, list[Option]]:
 # %% ../nbs/cli.ipynb #40c7c981
 HELP = dict(
     pretrain='train a backbone, by any method, on a folder of images or on the toy world',
-    finetune='train a classifier from weights, with DrLoc as a regulariser if asked',
+    finetune='fine-tune weights on labelled images, and train from scratch beside it',
     evaluate='measure backbones: knn, linear, retrieval, correspondence, collapse, attention, dense-nn',
     reproduce='execute an experiment notebook with papermill',
     export='write the backbone of a run as safetensors for timm',
@@ -133,13 +136,11 @@ HELP = dict(
 )
 
 # %% ../nbs/cli.ipynb #ba7656c7
-def add_pretrain(p: argparse.ArgumentParser, argv: Sequence[str], default: str = 'geometric') -> None:
-    "Arguments of pretrain and finetune."
+def add_processes(p: argparse.ArgumentParser) -> None:
+    "Where a run goes, and in how many processes it happens."
     p.add_argument(
         '--out', required=True, help='the run folder; a second call goes on where the first stopped'
     )
-    p.add_argument('--anchors', help='labelled images whose neighbours vote in k-NN')
-    p.add_argument('--test', help='labelled images to classify by k-NN')
     p.add_argument(
         '--nproc', type=int, default=1, metavar='N', help='processes here, one for each GPU; default: 1'
     )
@@ -147,12 +148,28 @@ def add_pretrain(p: argparse.ArgumentParser, argv: Sequence[str], default: str =
     p.add_argument('--restarts', type=int, default=3, metavar='N', help='when a process exits; default: 3')
     where = 'where several machines meet: the first of them, with a free port'
     p.add_argument('--rdzv', default='', metavar='HOST:PORT', help=where)
-    add_recipe(p, argv, default)
+
+
+def add_pretrain(p: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    "Arguments of pretrain."
+    add_processes(p)
+    p.add_argument('--anchors', help='labelled images whose neighbours vote in k-NN')
+    p.add_argument('--test', help='labelled images to classify by k-NN')
+    add_recipe(p, argv)
 
 
 def add_finetune(p: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    "Arguments of finetune: those of pretrain, with the fields of supervised training."
-    add_pretrain(p, argv, 'supervised')
+    "Arguments of finetune: what it starts from, labelled images, a grid of learning rates."
+    add_processes(p)
+    p.add_argument(
+        '--anchors', help='labelled images to train on; or a folder with train/ and val/, after --weights'
+    )
+    p.add_argument('--test', help='labelled images to test on')
+    grid = 'a grid of learning rates, both for fine-tuning and from scratch'
+    p.add_argument('--lrs', type=commands.read_value, metavar='A,B', help=grid)
+    p.add_argument('--no-scratch', action='store_true', help='leave out the training from scratch')
+    start = 'the run or the file to start from; after --weights, labelled images with train/ and val/'
+    add_recipe(p, argv, 'finetune', start)
 
 # %% ../nbs/cli.ipynb #e1b945eb
 def add_plan(p: argparse.ArgumentParser, argv: Sequence[str]) -> None:

@@ -59,6 +59,7 @@ def small_recipe(method: str, **changes) -> Recipe:
         return Recipe(method, **{**known_fields(method, MASKED), **own, **changes})
     others = dict(  # those that are not student and teacher
         supervised=SUPERVISED,
+        finetune=dict(SUPERVISED, ema=0.9),
         simclr=CONTRASTIVE | SMALL_PROJECTOR,
     )
     if method in others:
