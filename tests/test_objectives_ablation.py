@@ -4,12 +4,18 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace as NS
 
 import numpy as np
 import pytest
 import torch
 
+from glsd.objectives import create_method, list_methods, soft_cross_entropy
+from glsd.objectives.ablation import ROWS, AblationLoss, distillation_targets
 from glsd.objectives.dino import sinkhorn
+from glsd.training import Recipe, Trainer
+from glsd.training.loop import batches
+from glsd.training.trainer import build_dataset
 
 HERE = Path(__file__).parent / 'golden'
 
@@ -82,3 +88,128 @@ def test_sinkhorn_of_two_processes_is_that_of_one(tmp_path):
     found = torch.cat([torch.load(f'{store}_{rank}.pt') for rank in (0, 1)])
     rows = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).double()
     torch.testing.assert_close(found, sinkhorn(rows, 0.1))
+
+
+def batch_first(rows):
+    "View by view to image by image: [V*B, K] -> [B, V, K]."
+    return rows.unflatten(0, (-1, META['images'])).transpose(0, 1).contiguous()
+
+
+def sides():
+    "Student and teacher outputs with the stored logits, the student's with a gradient."
+    student, teacher = DINO['student'].clone().requires_grad_(), DINO['teacher']
+    return student, *(NS(logits={'view': batch_first(rows)}) for rows in (student, teacher))
+
+
+@pytest.mark.parametrize(
+    'key, options',
+    [
+        ('center', {}),
+        ('sinkhorn', dict(targets='sinkhorn')),
+        ('unofficial_mse_probabilities', dict(compare='mse')),
+        ('unofficial_mse_normalised', dict(compare='mse_unit')),
+    ],
+)
+def test_losses_and_gradients_equal_the_stored_ones(key, options):
+    rows, student, teacher = sides()
+    K, temperature = META['prototypes'], META['teacher_temp']
+    term = AblationLoss(K, student_temp=META['student_temp'], center_momentum=META['momentum'], **options)
+    term = term.double()
+    term.center.copy_(DINO['center'][0])
+    loss = term(student, teacher, temperature)
+    loss.backward()
+    torch.testing.assert_close(loss, DINO[f'{key}_loss'], rtol=1e-6, atol=0.0)
+    grad = DINO[f'{key}_grad']
+    torch.testing.assert_close(rows.grad, grad, rtol=0.0, atol=1e-6 * float(grad.abs().max()))
+    if key == 'center':
+        torch.testing.assert_close(term.center, DINO['center_after'][0], **CLOSE)
+
+
+@pytest.mark.parametrize(
+    'targets, key',
+    [
+        ('center', 'center_targets'),
+        ('center', 'dinov2_center_targets'),
+        ('sinkhorn_each', 'sinkhorn_targets_each_view'),
+    ],
+)
+def test_targets_equal_the_stored_ones(targets, key):
+    logits, center = batch_first(DINO['teacher']), DINO['center'][0]
+    found = distillation_targets(logits, META['teacher_temp'], targets, center)
+    torch.testing.assert_close(found, batch_first(DINO[key]), **CLOSE)
+
+
+def test_dinov2s_sums_are_the_same_core_with_other_weights():
+    "It adds up what DINO averages; both global views stand against the swapped targets as one long batch."
+    student, teacher = batch_first(DINO['student']), batch_first(DINO['teacher'])
+    V, T, temps = META['student_views'], META['teacher_views'], (META['student_temp'], META['teacher_temp'])
+    targets = distillation_targets(teacher, temps[1], 'sinkhorn').log() * temps[1]
+
+    def total(W):
+        return soft_cross_entropy(student, targets, W.expand(len(student), -1, -1).double(), *temps)
+
+    local, swapped = torch.ones(V, T), torch.zeros(V, T)
+    local[:T] = 0
+    swapped[:T] = torch.eye(T).flip(0)
+    torch.testing.assert_close(total(local), DINO['dinov2_local_sum'], rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(total(swapped) / T, DINO['dinov2_global_sum'], rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize(
+    'options, words',
+    [
+        (dict(targets='centre'), "targets='centre'; did you mean 'center'"),
+        (dict(compare='l1'), "compare='l1'; there are: ce, mse, mse_unit"),
+    ],
+)
+def test_unknown_options_are_refused(options, words):
+    with pytest.raises(ValueError, match=words) as error:
+        create_method('dino_ablation', backbone='vit_mini', **options)
+    assert '\n' not in str(error.value)
+
+
+SMALL = dict(
+    n_images=32, image_size=32, global_size=32, local_size=16, out_dim=32, head_hidden=32, head_bottleneck=16,
+    batch_size=8, steps=4, lr=1e-2, checkpoint_every=2, device='cpu', drop_path=0.0,
+)  # fmt: skip
+ROW_NAMES = [name for name, row in ROWS.items() if row['method'] in list_methods()]
+
+
+def recipe_of(name, **changes):
+    row = ROWS[name] | dict(n_local=0 if 'n_local' in ROWS[name] else 1)
+    return Recipe(**(dict(backbone='vit_mini', **SMALL) | row | dict(out_dim=32) | changes))
+
+
+def steps_of(recipe, n):
+    trainer = Trainer(recipe, recipe.steps)
+    for views in batches(recipe, build_dataset(recipe), 0, n, trainer.method.views):
+        log = trainer.step(views)
+    return trainer, log
+
+
+def test_there_are_nine_rows():
+    assert len(ROWS) == 9 and len(ROW_NAMES) >= 8
+
+
+@pytest.mark.parametrize('name', [name for name in ROW_NAMES if ROWS[name]['method'] == 'dino_ablation'])
+def test_each_row_trains(name):
+    recipe = recipe_of(name)
+    trainer, log = steps_of(recipe, 2)
+    assert np.isfinite(log['loss'])
+    if recipe.momentum == 0:  # the teacher is the student
+        pairs = zip(trainer.method.teacher.parameters(), trainer.method.student.parameters())
+        assert all(torch.equal(t, s) for t, s in pairs)
+
+
+@pytest.mark.parametrize('backbone', ['swin_mini', 'resnet_mini'])
+def test_other_backbones_train(backbone):
+    recipe = recipe_of('BYOL', backbone=backbone)
+    assert np.isfinite(steps_of(recipe, 1)[1]['loss'])
+
+
+def test_the_predictor_is_trained_and_saved():
+    trainer, _ = steps_of(recipe_of('predictor'), 1)
+    groups = [p for group in trainer.method.parameter_groups() for p in group['params']]
+    predictor = list(trainer.method.objective.terms['view'].predictor.parameters())
+    assert all(any(p is q for q in groups) for p in predictor)
+    assert any('predictor' in key for key in trainer.method.state_dict())
