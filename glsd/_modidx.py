@@ -1722,6 +1722,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/glsd', 'doc_host': '', 'gi
                                    'glsd.masked.video._grid_of': ('5_masked/video.html#_grid_of', 'glsd/masked/video.py'),
                                    'glsd.masked.video._torchcodec': ('5_masked/video.html#_torchcodec', 'glsd/masked/video.py'),
                                    'glsd.masked.video.build_mvit': ('5_masked/video.html#build_mvit', 'glsd/masked/video.py'),
+                                   'glsd.masked.video.clip_positions': ('5_masked/video.html#clip_positions', 'glsd/masked/video.py'),
                                    'glsd.masked.video.cube_mask': ('5_masked/video.html#cube_mask', 'glsd/masked/video.py'),
                                    'glsd.masked.video.find_decoder': ('5_masked/video.html#find_decoder', 'glsd/masked/video.py'),
                                    'glsd.masked.video.frame_mask': ('5_masked/video.html#frame_mask', 'glsd/masked/video.py'),

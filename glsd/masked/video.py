@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['VIDEOS', 'MVIT', 'CUBES', 'sample_frames', 'ToyClips', 'Frames', 'VideoFile', 'find_decoder', 'ClipFolder',
-           'ClipCrop', 'ClipOptions', 'mvit_blocks', 'build_mvit', 'MViTBackbone', 'cube_mask', 'tube_mask',
-           'frame_mask', 'middle_frames', 'VideoOptions', 'MaskFeatVideo']
+           'ClipCrop', 'ClipOptions', 'mvit_blocks', 'build_mvit', 'MViTBackbone', 'clip_positions', 'cube_mask',
+           'tube_mask', 'frame_mask', 'middle_frames', 'VideoOptions', 'MaskFeatVideo']
 
-# %% ../../nbs/5_masked/9_video.ipynb #6a226048
+# %% ../../nbs/5_masked/9_video.ipynb #0ee3ff37
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from ..backbones.features import TRAINED_HERE, Backbone, Features, register_back
 from ..backbones.vit import apply_mask
 from ..data.folders import list_images, read_image
 from ..data.toyworld import TOY_WORLDS, ToyWorld, fingerprint_of, open_toyworld
-from .mae import PLAIN
+from .mae import PLAIN, sincos_positions
 from .maskfeat import RUN, MaskedOptions, MaskedPrediction, repeat_mask
 from .masks import fill_up, n_kept
 from ..objectives.ibot import block_mask
@@ -229,20 +229,23 @@ def build_mvit(size: int, frames: int, drop_path: float = 0.0, embed: Any = None
     model.head = nn.Identity()
     return model
 
-# %% ../../nbs/5_masked/9_video.ipynb #bc7bb1d9
+# %% ../../nbs/5_masked/9_video.ipynb #ead244d9
 class MViTBackbone(Backbone):
     """MViT v2, or without pooling a ViViT: clips [N, 3, T, h, w] -> Features with a grid (T', H, W).
 
     pooled: the mean of the tokens. tubelet: frames from one token to the next; centre: which of them the
     embedding's kernel has in its middle. Images [N, 3, h, w] are clips that stand still. `mask` is on the
-    grid that comes out. ValueError for clips that tubelets do not fill."""
+    grid that comes out. absolute: adds `clip_positions`. ValueError for clips that tubelets do not fill."""
 
     accepts = 'mask', 'mask_token'
     set_data_config: Any  # grows on its own floor
 
-    def __init__(self, name: str, drop_path: float = 0.0, size: int = 224, frames: int = 16, **settings: Any):
+    def __init__(
+        self, name: str, drop_path: float = 0.0, size: int = 224, frames: int = 16, absolute: bool = False,
+        **settings: Any,
+    ):  # fmt: skip
         nn.Module.__init__(self)  # timm knows no such model
-        self.timm_name, self.timm_kwargs = name, {}
+        self.timm_name, self.timm_kwargs, self.absolute = name, {}, absolute
         self.model = build_mvit(size, frames, drop_path, **settings)
         model: Any = self.model
         stem, first, last = model.conv_proj, model.blocks[0], model.norm
@@ -256,7 +259,13 @@ class MViTBackbone(Backbone):
         "ValueError: there are no maps of a clip's layers."
         raise ValueError(f'{self.timm_name} gives no maps of its layers: they have a time axis')
 
-# %% ../../nbs/5_masked/9_video.ipynb #ae90c4f7
+# %% ../../nbs/5_masked/9_video.ipynb #25d38162
+def clip_positions(grid: tuple[int, ...], dim: int) -> Tensor:
+    "Fixed positions [T*H*W, dim] of a grid (T, H, W): `sincos_positions` of the place, and of the moment."
+    space, time = sincos_positions((grid[1], grid[2]), dim), sincos_positions((1, grid[0]), dim).flip(-1)
+    return (time[:, None] + space).flatten(0, 1)
+
+# %% ../../nbs/5_masked/9_video.ipynb #a16a50c9
 def _grid_of(clip: tuple[int, ...], backbone: Any) -> tuple[int, int, int]:
     T, h, w = clip
     t, s = backbone.tubelet, backbone.stride
@@ -282,6 +291,8 @@ def features(
     tokens = x.flatten(2).mT
     if mask is not None:
         tokens = apply_mask(tokens, repeat_mask(mask, grid, size), mask_token)
+    if self.absolute:
+        tokens = tokens + clip_positions(size, self.embed_dim).to(tokens)
     cls = self.model.pos_encoding.class_token.expand(len(x), 1, -1)
     tokens = torch.cat([cls, tokens], 1)
     for block in self.model.blocks:
@@ -289,31 +300,16 @@ def features(
     tokens = self.model.norm(tokens)[:, 1:]
     return Features(tokens.mean(1), tokens, grid)
 
-# %% ../../nbs/5_masked/9_video.ipynb #b498adbe
+# %% ../../nbs/5_masked/9_video.ipynb #e7eca127
 _stages = dict(dim=96, depths=(1, 2, 11, 2), kv=8)
 _tiny = dict(size=32, frames=8)
+_vivit = dict(dim=64, depths=(2,), heads=2, kernel=0, absolute=True, **_tiny)
 register_backbone(
     mvit_v2_s=dict(name='mvit_v2_s', pool=(False, True, True, True), **_stages),
     mvit_v2_s_14=dict(name='mvit_v2_s_14', pool=(False, True, True, False), **_stages),
     mvit_mini=dict(name='mvit_mini', dim=32, depths=(1, 2), pool=(False, True), kv=2, **_tiny),
-    vivit_mini=dict(
-        name='vivit_mini',
-        dim=64,
-        depths=(2,),
-        heads=2,
-        kernel=0,
-        embed=((2, 8, 8), (2, 8, 8), (0, 0, 0)),
-        **_tiny,
-    ),
-    vivit_frames_mini=dict(
-        name='vivit_frames_mini',
-        dim=64,
-        depths=(2,),
-        heads=2,
-        kernel=0,
-        embed=((1, 8, 8), (1, 8, 8), (0, 0, 0)),
-        **_tiny,
-    ),
+    vivit_mini=dict(name='vivit_mini', embed=((2, 8, 8), (2, 8, 8), (0, 0, 0)), **_vivit),
+    vivit_frames_mini=dict(name='vivit_frames_mini', embed=((1, 8, 8), (1, 8, 8), (0, 0, 0)), **_vivit),
 )(MViTBackbone)
 
 # %% ../../nbs/5_masked/9_video.ipynb #043ca11a
