@@ -294,8 +294,8 @@ def small_method(name):
     cls = find_method(name)
     known = {*cls.Options.__dataclass_fields__, *cls.Views.__dataclass_fields__}
     values = {k: v for k, v in (SMALL | CROPS).items() if k in known}
-    if cls.defaults.get('n_global') == 1:
-        del values['n_local']  # one crop of an image
+    if cls.defaults.get('n_local') == 0:
+        del values['n_local']  # it takes none
     if cls.__module__.startswith('glsd.masked.'):
         values |= {k: v for k, v in MASKED.items() if k in known} | dict(backbone=plain_backbone(name))
     classes = ToyWorld(1, size=32).classes

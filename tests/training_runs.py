@@ -61,6 +61,8 @@ def small_recipe(method: str, **changes) -> Recipe:
         supervised=SUPERVISED,
         finetune=dict(SUPERVISED, ema=0.9),
         simclr=CONTRASTIVE | SMALL_PROJECTOR,
+        byol=CONTRASTIVE | SMALL_PROJECTOR,
+        swav=CONTRASTIVE | SMALL_PROJECTOR | dict(prototypes=12, n_local=2, local_size=16),
     )
     if method in others:
         return Recipe(method, **{**others[method], **changes})
