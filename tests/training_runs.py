@@ -1,11 +1,18 @@
 "What several test files of training share: small recipes, and how two states are compared."
 
 import dataclasses
+import json
+import os
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from glsd.objectives.method import find_method, list_methods
+from glsd.backbones import create_backbone
+from glsd.masked.dvae import save_tokenizer
+from glsd.objectives.method import create_method, find_method, list_methods
 from glsd.training import Recipe
 from glsd.training.options import RunOptions
 
@@ -21,8 +28,8 @@ SUPERVISED = dict(
 )  # fmt: skip
 MASKED = dict(
     n_images=48, image_size=32, global_size=32, decoder_dim=32, decoder_depth=1, decoder_heads=2, hog_cell=4,
-    mask_unit=0, frames=4, frame_stride=1, batch_size=8, steps=6, lr=1e-2, lr_batch=8, warmup=0.1,
-    checkpoint_every=2,
+    mask_unit=0, frames=4, frame_stride=1, n_codes=16, code_dim=8, decoder_width=8, batch_size=8, steps=6,
+    lr=1e-2, lr_batch=8, warmup=0.1, checkpoint_every=2,
 )  # fmt: skip
 CONTRASTIVE = dict(
     n_images=48, image_size=32, global_size=32, backbone='vit_mini', batch_size=8, steps=6, lr=1e-2,
@@ -52,10 +59,29 @@ def plain_backbone(method: str) -> str:
     return 'vit_mini_p4' if find_method(method).__module__.startswith('glsd.masked.') else 'vit_mini'
 
 
+def files_of_masked() -> dict:
+    "A tokenizer and a teacher for the methods that name one; subprocesses find the same files."
+    folder = Path(os.environ.setdefault('GLSD_TEST_FILES', tempfile.mkdtemp(prefix='glsd_tests_')))
+    files = dict(tokenizer=folder / 'words.safetensors', teacher=folder / 'teacher.safetensors')
+    if not files['teacher'].exists():
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            sizes = dict(n_codes=16, code_dim=8, decoder_width=8, global_size=32)
+            tokenizer = create_method('dvae', backbone='dvae_mini', **sizes)
+            tokenizer.counts.fill_(1.0)
+            save_tokenizer(tokenizer, files['tokenizer'])
+            weights = create_backbone('vit_mini_p4').model.state_dict()
+            about = dict(backbone='vit_mini_p4', timm_kwargs=json.dumps({}))
+            save_file(weights, files['teacher'], about)
+    return {name: str(path) for name, path in files.items()}
+
+
 def small_recipe(method: str, **changes) -> Recipe:
     "A recipe of any method that takes a few steps in a second."
     if find_method(method).__module__.startswith('glsd.masked.'):
         own = dict(backbone=plain_backbone(method))
+        named = dict(beit='tokenizer', vqkd='teacher').get(method)
+        own |= {named: files_of_masked()[named]} if named else {}
         return Recipe(method, **{**known_fields(method, MASKED), **own, **changes})
     others = dict(  # those that are not student and teacher
         supervised=SUPERVISED,

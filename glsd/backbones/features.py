@@ -224,6 +224,7 @@ _names = dict(
     convnets=('resnet50', 'resnet_mini'),
     cvt=('cvt_13', 'cvt_mini'),
     t2t=('t2t_vit_14', 't2t_mini'),
+    beit=('beit_base_p16', 'beit_mini', 'dvae_p8', 'dvae_mini'),
 )
 _modules = {name: module for module, names in _names.items() for name in names}
 

@@ -230,6 +230,9 @@ _timm_models = dict(
     cvt_mini_32='cvt',
     t2t_vit_14='t2t',
     t2t_mini_32='t2t',
+    beit_mini_patch4_32='beit',
+    dvae_encoder_patch8_224='beit',
+    dvae_encoder_patch4_32='beit',
 )
 
 # %% ../../nbs/3_backbones/8_timm_models.ipynb #c92393ca

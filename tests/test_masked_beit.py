@@ -1,0 +1,280 @@
+"""BEiT: against the authors' values (tests/golden/beit.npz), bad input, from a tokenizer's run to a file."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from training_runs import apart, files_of_masked, interrupt_at, same, small_recipe
+
+from glsd.backbones.beit import BEiTBackbone
+from glsd.backbones.features import _backbones, register_backbone
+from glsd.masked.beit import BEiT, BEiTOptions, code_monitor, masked_accuracy, masked_cross_entropy
+from glsd.masked.dvae import load_tokenizer, save_tokenizer
+from glsd.masked.masks import block_mask
+from glsd.objectives.ibot import draw_block
+from glsd.objectives.method import create_method
+from glsd.training import export_backbone, load_method, load_run, pretrain
+from glsd.training.checkpoint import last_checkpoint
+from glsd.views.multicrop import Views
+
+GOLDEN = Path(__file__).parent / 'golden'
+RUN = dict(backbone='beit_mini', drop_path=0.1, steps=6, checkpoint_every=2, device='cpu')
+
+
+@pytest.fixture(scope='module')
+def beit():
+    with np.load(GOLDEN / 'beit.npz') as z:
+        arrays = {k: torch.from_numpy(z[k]) for k in z.files if k != 'meta'}
+        return arrays, json.loads(str(z['meta']))
+
+
+def test_loss_gradient_and_accuracy(beit):
+    z, _ = beit
+    logits, hidden, codes = (
+        z['mim_logits'].clone().requires_grad_(),
+        z['mim_mask'].bool(),
+        z['mim_ids'].long(),
+    )
+    loss = masked_cross_entropy(logits, codes, hidden)
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), z['mim_loss'], rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        logits.grad, z['mim_grad'], rtol=0, atol=1e-4 * float(z['mim_grad'].abs().max())
+    )
+    torch.testing.assert_close(masked_accuracy(logits, codes, hidden), z['mim_accuracy'])
+
+
+def test_double_precision_is_kept(beit):
+    z, _ = beit
+    hidden, codes = z['mim_mask'].bool(), z['mim_ids'].long()
+    loss = masked_cross_entropy(z['mim_logits'].double(), codes, hidden)
+    assert loss.dtype == torch.float64
+    torch.testing.assert_close(loss.float(), z['mim_loss'], rtol=1e-6, atol=0)
+
+
+def test_blocks_have_the_shapes_of_the_released_code(beit):
+    "Area and shape of the first blocks, and the number of patches hidden, beside the stored statistics."
+    m, rng = beit[1]['masks'], np.random.default_rng(1)
+    shapes = np.array([draw_block(m['wanted'], m['min_block'], rng, 0.3) for _ in range(20_000)])
+    log_shape = np.log(shapes[:, 0] / shapes[:, 1])
+    assert abs(log_shape.mean()) < 0.02 and abs(log_shape.std() - m['std_log_aspect']) < 0.05
+    counts = [block_mask((14, 14), m['wanted'], rng, low=m['min_block']).sum() for _ in range(2000)]
+    assert abs(np.mean(counts) - m['mean_count']) < 0.1 and abs(np.std(counts) - m['std_count']) < 0.15
+
+
+# What is refused
+
+
+def build(tokenizer=None, size=32, **options):
+    return BEiT(
+        BEiTOptions(**dict(backbone='beit_mini') | options), BEiT.default(BEiT.Views, global_size=size),
+        tokenizer=tokenizer,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def words():
+    return load_tokenizer(files_of_masked()['tokenizer'])
+
+
+def one_line(call, error, message):
+    with pytest.raises(error) as e:
+        call()
+    assert message in str(e.value) and '\n' not in str(e.value)
+
+
+def test_networks_and_tokenizers_that_do_not_fit_are_one_line(words):
+    one_line(lambda: build(words, backbone='resnet_mini'), ValueError, 'cannot hide patches')
+    one_line(lambda: build(words, backbone='vit_mini'), ValueError, 'looks over the border of a patch')
+    one_line(lambda: build(words, size=34), ValueError, 'a crop of 34 pixels is no grid')
+    one_line(lambda: build(), ValueError, 'beit: no tokenizer: train one with method=dvae')
+    coarse = create_method('dvae', backbone='resnet_mini', n_codes=8, code_dim=4, decoder_width=4)
+    one_line(lambda: build(coarse), ValueError, 'stands for 8 pixels, a patch of the student for 4')
+    words.counts.fill_(0.0)[3] = 7.0
+    one_line(lambda: build(words), ValueError, 'the tokenizer uses 1 of 16 codes')
+    words.counts.fill_(0.0)
+    one_line(lambda: build(words), ValueError, 'the tokenizer uses 0 of 16 codes')
+
+
+def test_many_dead_codes_are_warned_of():
+    many = create_method('dvae', backbone='dvae_mini', n_codes=100, code_dim=4, decoder_width=4)
+    many.counts[:3] = 1.0
+    with pytest.warns(UserWarning, match='uses 3 of 100 codes, the others are dead'):
+        build(many)
+
+
+@pytest.mark.parametrize(
+    'changes, error, message',
+    [
+        (dict(tokenizer=''), ValueError, 'recipe: beit asks for codes: set tokenizer'),
+        (dict(tokenizer='not/there'), FileNotFoundError, 'recipe: tokenizer=not/there is not there'),
+        (dict(mask='stripes'), ValueError, "recipe: no mask 'stripes'; there are: random, block, grid"),
+        (dict(target='sound'), ValueError, "recipe: no target 'sound'; there are: codes, pixels"),
+        (dict(recover='some'), ValueError, "recipe: no recover 'some'; there are: hidden, all"),
+        (dict(mask_ratio=0.0), ValueError, 'recipe: mask_ratio=0 must lie between 0 and 1'),
+        (dict(mask_ratio=1.0, recover='all'), ValueError, 'recipe: mask_ratio=1 must lie between 0 and 1'),
+        (dict(n_local=2), ValueError, 'recipe: beit sees one crop'),
+    ],
+)
+def test_recipes_that_make_no_sense_are_one_line(changes, error, message):
+    one_line(lambda: small_recipe('beit', **changes), error, message)
+
+
+def test_nothing_hidden_and_nan(words):
+    with pytest.raises(ValueError, match='nothing is hidden'):
+        masked_cross_entropy(
+            torch.zeros(1, 2, 3), torch.zeros(1, 2).long(), torch.zeros(1, 2, dtype=torch.bool)
+        )
+    x = torch.full((1, 2, 3, 32, 32), float('nan'))
+    terms = build(words).training_step(Views([x], [torch.zeros(1, 2, 7)], torch.arange(2)), {})
+    assert not terms['codes'].isfinite()  # the trainer names it
+
+
+# What it does
+
+
+@pytest.mark.parametrize('changes', [{}, dict(mask='random'), dict(target='pixels'), dict(recover='all')])
+@pytest.mark.parametrize('backbone', ['beit_mini', 'vit_mini_p4', 'test_swin'])
+def test_every_row_of_table_4_learns_on_each_backbone(words, backbone, changes):
+    from glsd.backbones.swin import SwinBackbone
+
+    name = 'swin_tiny_patch4_window7_224'
+    sizes = dict(embed_dim=16, depths=(1, 1), num_heads=(2, 2), window_size=4, img_size=32)
+    register_backbone(test_swin=dict(timm_name=name, strict_img_size=False, **sizes))(SwinBackbone)
+    torch.manual_seed(0)
+    method = build(words, backbone=backbone, drop_path=0.0, **changes)
+    views = Views([torch.randn(1, 8, 3, 32, 32)], [torch.zeros(1, 8, 7)], torch.arange(8))
+    optimizer, losses = torch.optim.AdamW(method.parameter_groups(), lr=3e-3), []
+    for _ in range(12):
+        loss = sum(method.training_step(views, {}).values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert np.isfinite(losses).all() and losses[-1] < losses[0]
+    del _backbones['test_swin']
+
+
+def test_the_tokenizer_sees_a_smaller_crop_and_stays_as_it_is():
+    fine = create_method('dvae', backbone='dvae_mini', n_codes=16, code_dim=4, decoder_width=4)
+    fine.counts.fill_(1.0)
+    register_backbone(test_beit_p8=dict(timm_name='beit_mini_patch4_32', patch_size=8, img_size=64))(
+        BEiTBackbone
+    )
+    method = build(fine, backbone='test_beit_p8', size=64).train()
+    x = torch.randn(2, 3, 64, 64)
+    half = torch.nn.functional.interpolate(x, (32, 32), mode='bicubic', antialias=True)
+    assert torch.equal(method.targets(x), fine.codes(half).flatten(1))
+    assert not method.tokenizer.training and not any(p.requires_grad for p in method.tokenizer.parameters())
+    del _backbones['test_beit_p8']
+
+
+def test_hidden_pixels_do_not_reach_the_student(words):
+    method = build(words).eval()
+    x, hidden = torch.randn(2, 3, 32, 32), torch.zeros(2, 64, dtype=torch.bool)
+    hidden[:, 27] = True
+    other = x.clone()
+    other[:, :, 12:16, 12:16] = torch.randn(2, 3, 4, 4)  # patch 27: row 3, column 3
+    with torch.no_grad():
+        assert torch.equal(method.predict(x, hidden), method.predict(other, hidden))
+
+
+# Runs
+
+
+def test_from_a_tokenizers_run_to_an_exported_file(tmp_path):
+    "dvae trains, beit names its run, goes on bit-equal after a cut, and timm loads the backbone."
+    pretrain(
+        small_recipe('dvae', backbone='dvae_mini', steps=4, device='cpu'), tmp_path / 'words', progress=False
+    )
+    assert load_tokenizer(tmp_path / 'words').counts.sum() > 0
+    recipe = small_recipe('beit', tokenizer=str(tmp_path / 'words'), **RUN)
+    run = pretrain(recipe, tmp_path / 'straight', progress=False)
+    assert {'codes/accuracy', 'codes/most_frequent', 'codes'} <= set(run.metrics[-1])
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(recipe.replace(monitor_every=1), tmp_path / 'cut', {'m': interrupt_at(5)}, progress=False)
+    pretrain(recipe, tmp_path / 'cut', progress=False)
+    a, b = (last_checkpoint(tmp_path / name) for name in ('straight', 'cut'))
+    assert {k: same(a[k], b[k]) for k in a} == dict.fromkeys(a, True)
+    line = export_backbone(tmp_path / 'cut', tmp_path / 'beit.safetensors')
+    assert 'beit_mini_patch4_32' in line
+    model = timm.create_model('beit_mini_patch4_32', num_classes=0)
+    model.load_state_dict(load_file(tmp_path / 'beit.safetensors'))
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(model.eval()(x), load_run(tmp_path / 'cut').backbone(x).pooled)
+
+
+def test_a_changed_tokenizer_does_not_change_a_run(tmp_path, words):
+    "Its words are part of the run's state."
+    path = tmp_path / 'words.safetensors'
+    save_tokenizer(words, path)
+    recipe = small_recipe('beit', **RUN | dict(steps=2), tokenizer=str(path))
+    pretrain(recipe, tmp_path / 'run', {}, progress=False)
+    x = torch.randn(2, 3, 32, 32)
+    before = load_method(tmp_path / 'run').targets(x)
+    torch.nn.init.normal_(words.to_logits.weight)
+    save_tokenizer(words, path)
+    assert torch.equal(load_method(tmp_path / 'run').targets(x), before)
+    assert not torch.equal(load_tokenizer(path).codes(x).flatten(1), before)
+
+
+def test_a_run_of_another_method_is_no_tokenizer(tmp_path):
+    recipe = small_recipe('mae', steps=1, device='cpu')
+    pretrain(recipe, tmp_path / 'mae', {}, progress=False)
+    with pytest.raises(ValueError, match='is a run of mae, no tokenizer'):
+        load_tokenizer(tmp_path / 'mae')
+
+
+def test_the_monitor_beside_a_blind_guess_and_stuck(words):
+    method = build(words).eval()
+    views = Views([torch.randn(1, 8, 3, 32, 32)], [torch.zeros(1, 8, 7)], torch.arange(8))
+    with torch.no_grad():
+        method.head.weight.zero_()
+        codes = method.targets(views.crops[0][0])
+        method.head.bias.copy_(torch.bincount(codes.flatten(), minlength=16).float())
+    found = code_monitor(method, 0, views)
+    assert 0 < found['accuracy'] <= found['most_frequent'] + 0.05
+    line = method.stuck(views, {}).get('codes', '')
+    assert not line or ('stuck at a blind guess' in line and '\n' not in line)
+
+
+BOTH = """
+import sys
+from pathlib import Path
+import torch
+from glsd.training.loop import batches
+from glsd.training.sharding import join_world
+from glsd.training.trainer import Trainer, build_dataset
+from training_runs import small_recipe
+
+torch.set_num_threads(1)
+recipe = small_recipe(sys.argv[2], batch_size=8, steps=3, device='cpu')
+with join_world(recipe) as world:
+    trainer = Trainer(recipe, 3, world)
+    for views in batches(recipe, build_dataset(recipe), 0, 3, trainer.method.views, world):
+        trainer.step(views)
+        if trainer.done == 1:
+            counts = {k: v.clone() for k, v in trainer.method.named_buffers() if k.endswith('counts')}
+    state = {k: v for k, v in trainer.method.state_dict().items()} | counts
+    torch.save(state, Path(sys.argv[1]) / f'{world.rank}.pt')
+    sys.stdout.flush()
+    import os
+    os._exit(0)
+"""
+
+
+@pytest.mark.parametrize('method', ['dvae', 'vqkd'])
+def test_counts_and_codebook_are_those_of_all_processes(tmp_path, method):
+    "Two processes with half a batch each end with the same buffers, which have counted the whole batch."
+    from test_training_processes import torchrun
+
+    script = tmp_path / 'two.py'
+    script.write_text(BOTH)
+    torchrun(2, script, tmp_path, method)
+    a, b = (torch.load(tmp_path / f'{rank}.pt') for rank in (0, 1))
+    assert a.keys() == b.keys() and apart(a, b) == 0
+    assert sum(float(v.sum()) for k, v in a.items() if k.endswith('counts')) == 8 * 64
