@@ -6,7 +6,7 @@
 __all__ = ['nearest_codes', 'quantise', 'sums_of', 'move_codebook', 'cosine_kmeans', 'Quantizer', 'cosine_loss', 'VQKDOptions',
            'load_teacher', 'TokenDecoder', 'VQKD', 'check_strides', 'see']
 
-# %% ../../nbs/5_masked/8_vq.ipynb #6359a7ca
+# %% ../../nbs/5_masked/8_vq.ipynb #c12f2aa8
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from ..backbones import create_backbone
-from ..backbones.features import Features, to_map
+from ..backbones.features import to_map
 from .dvae import count_codes, renormalize
 from .mae import LAYER_NORM, PLAIN, sincos_positions
 from ..objectives.method import Method, register_method
@@ -69,7 +69,7 @@ def cosine_kmeans(x: Tensor, start: Tensor, rounds: int = 10) -> tuple[Tensor, T
         means = torch.where(counts[:, None] > 0, F.normalize(sums, dim=1), means)
     return means, counts
 
-# %% ../../nbs/5_masked/8_vq.ipynb #f7099509
+# %% ../../nbs/5_masked/8_vq.ipynb #1681bfed
 class Quantizer(nn.Module):
     """A codebook on the sphere, moved by averages; state: codebook [K, d], counts [K] (a moving average).
 
@@ -78,6 +78,8 @@ class Quantizer(nn.Module):
     codebook: Tensor
     counts: Tensor
     started: Tensor
+    start: Callable[[Tensor], None]  # grow below
+    follow: Callable[[Tensor, Tensor], None]
 
     def __init__(self, n_codes: int, dim: int, beta: float = 1.0, decay: float = 0.99, kmeans: bool = True):
         super().__init__()
@@ -168,7 +170,7 @@ def load_teacher(path: str | Path) -> Any:
     teacher.load_state_dict(weights)
     return teacher.eval()
 
-# %% ../../nbs/5_masked/8_vq.ipynb #385585dc
+# %% ../../nbs/5_masked/8_vq.ipynb #6102b827
 class TokenDecoder(nn.Module):
     "Vectors of codes [B, dim, H, W] -> a prediction for each place [B, H*W, out], by transformer blocks."
 
@@ -187,7 +189,7 @@ class TokenDecoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         "[B, dim, H, W] -> [B, H*W, out]; positions are those of MAE, for any grid."
-        positions = sincos_positions(x.shape[2:], self.embed.out_features).to(x)
+        positions = sincos_positions((x.shape[2], x.shape[3]), self.embed.out_features).to(x)
         return self.predict(self.norm(self.blocks(self.embed(x.flatten(2).mT) + positions)))
 
 # %% ../../nbs/5_masked/8_vq.ipynb #95d03de7
@@ -226,7 +228,7 @@ class VQKD(Method):
         "A moving average of how many places of a batch chose each code [n_codes]."
         return self.quantizer.counts
 
-# %% ../../nbs/5_masked/8_vq.ipynb #c9d45f99
+# %% ../../nbs/5_masked/8_vq.ipynb #21e4dbcf
 def check_strides(teacher: Any, encoder: Any) -> None:
     "ValueError, in one line, unless both have a token for the same square."
     if teacher.stride != encoder.stride:
@@ -236,8 +238,8 @@ def check_strides(teacher: Any, encoder: Any) -> None:
         )
 
 
-def see(backbone: Any, images: Tensor) -> Features:
-    "A backbone's features of images that are normalised as views are: with the mean and deviation it wants."
+def see(backbone: Any, images: Tensor) -> Any:
+    "A backbone's `Features` of images that are normalised as views are: with the mean and deviation it wants."
     return backbone(renormalize(images, MEAN, STD, backbone.mean, backbone.std))
 
 
