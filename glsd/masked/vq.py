@@ -228,7 +228,7 @@ class VQKD(Method):
         "A moving average of how many places of a batch chose each code [n_codes]."
         return self.quantizer.counts
 
-# %% ../../nbs/5_masked/8_vq.ipynb #21e4dbcf
+# %% ../../nbs/5_masked/8_vq.ipynb #d5298ef9
 def check_strides(teacher: Any, encoder: Any) -> None:
     "ValueError, in one line, unless both have a token for the same square."
     if teacher.stride != encoder.stride:
@@ -239,7 +239,7 @@ def check_strides(teacher: Any, encoder: Any) -> None:
 
 
 def see(backbone: Any, images: Tensor) -> Any:
-    "A backbone's `Features` of images that are normalised as views are: with the mean and deviation it wants."
+    "A backbone's `Features` of images normalised as views are: it gets the mean and deviation it wants."
     return backbone(renormalize(images, MEAN, STD, backbone.mean, backbone.std))
 
 
