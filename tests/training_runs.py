@@ -89,6 +89,7 @@ def small_recipe(method: str, **changes) -> Recipe:
         simclr=CONTRASTIVE | SMALL_PROJECTOR,
         byol=CONTRASTIVE | SMALL_PROJECTOR,
         swav=CONTRASTIVE | SMALL_PROJECTOR | dict(prototypes=12, n_local=2, local_size=16),
+        dilo=CONTRASTIVE | SMALL_PROJECTOR | dict(superpixels=40, p_paste=0.5),
     )
     if method in others:
         return Recipe(method, **{**others[method], **changes})

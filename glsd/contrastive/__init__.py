@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BYOL', 'MLP', 'MemoryBank', 'SimCLR', 'SwAV', 'all_gather_with_gradient', 'byol_loss', 'check_queue', 'f_beta', 'gs',
-           'info_nce', 'make_codes', 'nt_xent', 'rbd', 'superpixels', 'swav_loss']
+           'info_nce', 'make_codes', 'nt_xent', 'paste', 'rbd', 'superpixels', 'swav_loss']
 
 # %% ../../nbs/6_contrastive/index.ipynb #56868db5
 # in one cell: lists of names
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what editors and type checkers see; the names themselves come at their first use
     from glsd.contrastive.byol import BYOL, byol_loss
+    from glsd.contrastive.dilo import paste
     from glsd.contrastive.infonce import MLP, SimCLR, all_gather_with_gradient, info_nce, nt_xent
     from glsd.contrastive.memory_bank import MemoryBank, check_queue
     from glsd.contrastive.saliency import f_beta, gs, rbd, superpixels
@@ -20,6 +21,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; the names themselves co
 
 _PLACES = {
     'byol': 'BYOL byol_loss',
+    'dilo': 'paste',
     'infonce': 'MLP SimCLR all_gather_with_gradient info_nce nt_xent',
     'memory_bank': 'MemoryBank check_queue',
     'saliency': 'f_beta gs rbd superpixels',
@@ -40,6 +42,7 @@ _all_ = [
     'info_nce',
     'make_codes',
     'nt_xent',
+    'paste',
     'rbd',
     'superpixels',
     'swav_loss',
