@@ -75,14 +75,15 @@ def draw_background(kind: str, size: tuple[int, int], rng: np.random.Generator, 
     box = torch.tensor([[0, 0, other.shape[2], other.shape[1], *size, rng.random() < 0.5]]).float()
     return crop(other, box)[0]
 
-# %% ../../nbs/6_contrastive/9_dilo.ipynb #a42ee026
+# %% ../../nbs/6_contrastive/9_dilo.ipynb #c9a85179
 def image_key(image: Tensor) -> str:
     "The name of an image uint8 [3, H, W]: 24 hexadecimal digits of its shape and pixels."
     content = hashlib.blake2b(repr(tuple(image.shape)).encode(), digest_size=12)
     content.update(image.contiguous().numpy().tobytes())
     return content.hexdigest()
 
-
+# %% ../../nbs/6_contrastive/9_dilo.ipynb #a42ee026
+# a few lines too many for one cell: type checkers know only the methods that stand in the class
 class Foregrounds:
     """Where the object of an image is; source: a method of SALIENCY, or a folder that `save_masks` wrote.
 
@@ -95,28 +96,24 @@ class Foregrounds:
         self.source, self.n, self.room = source, n, keep
         self.known: dict[str, np.ndarray] = {}
 
-# %% ../../nbs/6_contrastive/9_dilo.ipynb #f2ee0524
-@patch
-def remember(self: Foregrounds, image: Tensor, mask: Tensor) -> None:
-    "The mask [H, W] of this image is known from now on, as long as there is room."
-    bits = np.packbits(mask.numpy())
-    if bits.nbytes <= self.room:
-        self.room -= bits.nbytes
-        self.known[image_key(image)] = bits
+    def remember(self, image: Tensor, mask: Tensor) -> None:
+        "The mask [H, W] of this image is known from now on, as long as there is room."
+        bits = np.packbits(mask.numpy())
+        if bits.nbytes <= self.room:
+            self.room -= bits.nbytes
+            self.known[image_key(image)] = bits
 
-
-@patch
-def __call__(self: Foregrounds, image: Tensor) -> Tensor:
-    "The object of an image uint8 [3, H, W]: bool [H, W]. ValueError where a folder has no mask for it."
-    bits, (H, W) = self.known.get(image_key(image)), image.shape[1:]
-    if bits is not None:
-        return torch.from_numpy(np.unpackbits(bits, count=H * W).astype(bool)).view(H, W)
-    if self.source in SALIENCY:
-        mask = object_of(saliency(image, self.source, self.n))
-    else:
-        mask = _read_mask(Path(self.source), image)
-    self.remember(image, mask)
-    return mask
+    def __call__(self, image: Tensor) -> Tensor:
+        "The object of an image uint8 [3, H, W]: bool [H, W]. ValueError where a folder has no mask for it."
+        bits, (H, W) = self.known.get(image_key(image)), image.shape[1:]
+        if bits is not None:
+            return torch.from_numpy(np.unpackbits(bits, count=H * W).astype(bool)).view(H, W)
+        if self.source in SALIENCY:
+            mask = object_of(saliency(image, self.source, self.n))
+        else:
+            mask = _read_mask(Path(self.source), image)
+        self.remember(image, mask)
+        return mask
 
 # %% ../../nbs/6_contrastive/9_dilo.ipynb #ad9a199f
 def _read_mask(folder: Path, image: Tensor) -> Tensor:
@@ -224,17 +221,16 @@ def sample(self: PastingMultiCrop, image: Tensor, rng: np.random.Generator) -> S
         return views
     for crops, w_geo, some in zip(views.crops, views.w_geo, chosen):
         for v in np.flatnonzero(some).tolist():
-            crops[v] = crop(self.pasted(image, mask, rng), w_geo[v : v + 1])[0]
+            crops[v] = crop(_pasted(self, image, mask, rng), w_geo[v : v + 1])[0]
     return views
 
 
-@patch
-def pasted(self: PastingMultiCrop, image: Tensor, mask: Tensor, rng: np.random.Generator) -> Tensor:
+def _pasted(o: PastingMultiCrop, image: Tensor, mask: Tensor, rng: np.random.Generator) -> Tensor:
     "The image before a background that is drawn here: uint8 [3, H, W]."
-    soft = dict(none=False, gaussian=True).get(self.blend, bool(rng.random() < 0.5))
+    soft = dict(none=False, gaussian=True).get(o.blend, bool(rng.random() < 0.5))
     size = image.shape[1], image.shape[2]
-    background = draw_background(self.background, size, rng, self.pool)
-    return paste(image, mask, background, 'gaussian' if soft else 'none', self.blend_sigma)
+    background = draw_background(o.background, size, rng, o.pool)
+    return paste(image, mask, background, 'gaussian' if soft else 'none', o.blend_sigma)
 
 # %% ../../nbs/6_contrastive/9_dilo.ipynb #20a0fa01
 @register_method('dilo')
