@@ -88,6 +88,7 @@ def small_recipe(method: str, **changes) -> Recipe:
         finetune=dict(SUPERVISED, ema=0.9),
         simclr=CONTRASTIVE | SMALL_PROJECTOR,
         byol=CONTRASTIVE | SMALL_PROJECTOR,
+        lejepa=CONTRASTIVE | SMALL_PROJECTOR | dict(directions=16),
         swav=CONTRASTIVE | SMALL_PROJECTOR | dict(prototypes=12, n_local=2, local_size=16),
         dilo=CONTRASTIVE | SMALL_PROJECTOR | dict(superpixels=40, p_paste=0.5),
     )
@@ -98,6 +99,7 @@ def small_recipe(method: str, **changes) -> Recipe:
     )
     own = dict(n_query=3) if method.startswith('adclr') else {}
     own |= dict(view_queue=64, view_hidden=32, view_width=16) if method == 'moby' else {}
+    own |= dict(view_hidden=32, view_width=16) if method == 'simdino' else {}
     return Recipe(
         method, **{**SMALL, 'backbone': backbone, 'steps': 6, 'checkpoint_every': 2, **own, **changes}
     )
