@@ -9,10 +9,11 @@ import math
 from collections import namedtuple
 from dataclasses import dataclass
 
-from .collapse import shares
+from .collapse import MASKED_FIGURES, shares
 
 # %% auto #0
-__all__ = ['LIMITS', 'STUCK', 'UNTRAINED', 'Finding', 'CollapseReport', 'collapse_report']
+__all__ = ['LIMITS', 'STUCK', 'MASKED_KINDS', 'DEAD', 'CONSTANT', 'MEAN_PATCH', 'UNTRAINED', 'Finding', 'CollapseReport',
+           'collapse_report']
 
 # %% ../../nbs/8_evaluation/14_report.ipynb #094ab686
 LIMITS = dict(
@@ -22,6 +23,11 @@ LIMITS = dict(
     partners=1 / 3,  # of the share that random matches have
     pooled_rank=0.05,
     tokens_rank=0.1,
+    in_use=0.05,  # of the codes
+    top=0.95,  # share of the most frequent code
+    gain=0.02,  # of the mean patch's error
+    spread=0.1,  # of the targets'
+    varies=0.05,  # deviation of targets, of their length
 )  # of what is possible
 
 
@@ -139,28 +145,66 @@ def _few_directions(name, f):
         )
     ]
 
+# %% ../../nbs/8_evaluation/14_report.ipynb #7021cd89
+MASKED_KINDS = 'dead codes', 'constant targets', 'mean patch'
+
+
+def _masked(figures):
+    "Findings of `code_figures`, `target_figures` and `reconstruction_figures` of floor 5."
+    c, t, r = (figures.get(name) for name in ('codes', 'targets', 'reconstruction'))
+    found = []
+    if c and (c['in_use'] < max(2, LIMITS['in_use'] * c['n_codes']) or c['top'] > LIMITS['top']):
+        seen = f'{c["in_use"]} of {c["n_codes"]} codes are in use, the most frequent one for {c["top"]:.0%}'
+        found.append(Finding('dead codes', seen, *DEAD))
+    if t and t['varies'] < LIMITS['varies']:
+        seen = f'targets differ by {t["varies"]:.1%} of their length: any network reaches a low loss'
+        found.append(Finding('constant targets', seen, *CONSTANT))
+    elif r and r['gain'] < LIMITS['gain'] and r['spread'] < LIMITS['spread']:
+        seen = f'predictions are the mean patch everywhere (gain {r["gain"]:.3f}, spread {r["spread"]:.3f})'
+        found.append(Finding('mean patch', seen, *MEAN_PATCH))
+    return found
+
+# %% ../../nbs/8_evaluation/14_report.ipynb #ab34eef7
+DEAD = (
+    'codes that are never chosen learn nothing and are chosen less and less',
+    'a start by k-means (vqkd), a higher kl_weight or tau (dvae), or fewer codes',
+)
+CONSTANT = (
+    'images are nearly flat, or the teacher has collapsed',
+    'other images or crops, another target, or a look at the teacher',
+)
+MEAN_PATCH = (
+    'the mean is the first answer that lowers the error, and a short or slow run never leaves it',
+    'more steps, a higher lr, or a lower mask_ratio',
+)
+
 # %% ../../nbs/8_evaluation/14_report.ipynb #3beaeead
 def collapse_report(figures: dict, trained: bool = True) -> CollapseReport:
     """What the figures of `collapse_figures`, or of `feature_figures` alone, mean.
 
-    Its `kind` is 'healthy', 'full collapse', 'stuck', 'local collapse' or 'dimensional collapse'; as text it
-    says why and what to try. `trained=False`: of weights that nobody has trained, which need no advice on
-    training. ValueError if a figure is not finite."""
+    Its `kind` is 'healthy', 'full collapse', 'stuck', 'local collapse' or 'dimensional collapse', of masked
+    methods also 'dead codes', 'constant targets' or 'mean patch'; as text it says why and what to try.
+    `trained=False`: of weights that nobody has trained, which need no advice on training. ValueError if a
+    figure is not finite."""
     for k, v in shares(figures).items():
         if not math.isfinite(v):
             raise ValueError(
                 f"collapse_report: '{k}' is {v}: look for nan or inf in what the network gives out"
             )
     heads, features = figures.get('heads', {}), {k: figures[k] for k in ('pooled', 'tokens') if k in figures}
+    masked = {k: figures[k] for k in MASKED_FIGURES if k in figures}
     looked_at = [f"outputs of '{name}'" for name in heads]
-    looked_at += [f'{name.rstrip("s")} features' for name in features]
+    looked_at += [f'{name.rstrip("s")} features' for name in features] + list(masked)
     found = [f for name, h in heads.items() for f in _head(name, h)]
     for look in (_alike, _few_matches, _few_directions):
         found += [f for name, x in features.items() for f in look(name, x)]
+    found += _masked(masked)
     if not looked_at:
         raise ValueError("collapse_report: no 'heads', 'pooled' or 'tokens' among the figures")
     full = any(f.kind == 'full collapse' for f in found)
-    order = ['full collapse', 'stuck'] + ['local collapse', 'dimensional collapse'] * (not full)
+    order = ['full collapse', 'stuck', *MASKED_KINDS] + ['local collapse', 'dimensional collapse'] * (
+        not full
+    )
     listed = sorted((f for f in found if f.kind in order), key=lambda f: order.index(f.kind))
     return CollapseReport(listed if trained else [f._replace(**UNTRAINED) for f in listed], looked_at)
 

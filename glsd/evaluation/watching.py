@@ -20,6 +20,7 @@ from .collapse import collapse_figures, feature_figures, shares
 from .extraction import evaluating, transform_of
 from .pictures import evenly_spaced, new_figure
 from .report import CollapseReport, collapse_report
+from ..masked.dvae import code_figures
 from ..objectives.self_distillation import SelfDistillation
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ __all__ = ['collapse_monitor', 'HEAD_PANELS', 'FEATURE_PANELS', 'figures_of', 'a
 
 # %% ../../nbs/8_evaluation/15_watching.ipynb #346e9149
 def figures_of(method: Any, views: Any) -> dict:
-    """`collapse_figures` of a self-distillation method on a batch; of others `feature_figures`.
+    """`collapse_figures` of a self-distillation method on a batch; of others `feature_figures`, and
+    `code_figures` of a tokenizer.
 
     Of all processes. The teacher's temperature is the one that it has after its warm-up."""
     from glsd.training.processes import all_gather_outputs  # here: a report needs no trainer
@@ -39,9 +41,11 @@ def figures_of(method: Any, views: Any) -> dict:
     if not isinstance(method, SelfDistillation):
         features = method.backbone(views.crops[0].flatten(0, 1))
         pooled = all_gather_rows_of(features.pooled)
+        codes = dict(codes=code_figures(method.counts)) if hasattr(method, 'counts') else {}
         if features.tokens is None:
-            return feature_figures(pooled)
-        return feature_figures(Features(pooled, all_gather_rows_of(features.tokens), features.grid))
+            return feature_figures(pooled) | codes
+        tokens = all_gather_rows_of(features.tokens)
+        return feature_figures(Features(pooled, tokens, features.grid)) | codes
     student, teacher = map(all_gather_outputs, method(views, {}, 'outputs'))
     return collapse_figures(student, teacher, method.objective, method.options.teacher_temp)
 

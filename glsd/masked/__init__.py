@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['block_mask', 'code_figures', 'cosine_kmeans', 'create_target', 'draw_masks', 'gumbel_softmax', 'hog', 'hog_targets',
            'kl_to_uniform', 'load_tokenizer', 'masked_accuracy', 'masked_cross_entropy', 'masked_mean', 'masked_mse',
-           'move_codebook', 'normalize_patches', 'patchify', 'quantise', 'random_masks', 'register_target',
-           'save_tokenizer', 'unpatchify']
+           'move_codebook', 'normalize_patches', 'patchify', 'quantise', 'random_masks', 'reconstruction_figures',
+           'register_target', 'save_tokenizer', 'target_figures', 'unpatchify']
 
 # %% ../../nbs/5_masked/index.ipynb #b42a0903
 from .beit import masked_accuracy, masked_cross_entropy
 from .dvae import code_figures, gumbel_softmax, kl_to_uniform, load_tokenizer, save_tokenizer
+from .failures import reconstruction_figures, target_figures
 from .hog import hog, hog_targets
 from .maskfeat import create_target, masked_mean, register_target
 from .masks import block_mask, draw_masks, random_masks
@@ -37,7 +38,9 @@ _all_ = [
     'patchify',
     'quantise',
     'random_masks',
+    'reconstruction_figures',
     'register_target',
     'save_tokenizer',
+    'target_figures',
     'unpatchify',
 ]
