@@ -49,7 +49,8 @@ def measure_all(quick):
     with ThreadPoolExecutor(2 if quick else 1) as pool:  # one after the other, but where figures mean little
         jobs = {c: pool.submit(measure, 'loss', quick, CONTESTANT=c) for c in LOSSES}
         jobs |= {
-            name: pool.submit(measure, name, quick) for name in ('views', 'step', 'train', 'knn', 'local')
+            name: pool.submit(measure, name, quick)
+            for name in ('views', 'step', 'train', 'knn', 'local', 'masked')
         }
         results = {name: job.result() for name, job in jobs.items()}
     results['loss'] = {c: results.pop(c) for c in LOSSES}
@@ -58,6 +59,8 @@ def measure_all(quick):
             same(f'loss, {a}, {k}', results['loss'][a][k], results['loss'][b][k], 1e-5)
     for a, b in zip(results['knn']['accuracy'], results['knn']['accuracy_plain']):
         same('k-NN accuracy', a, b, 2e-3)
+    if isinstance(results['masked']['hog'], dict):
+        same('HOG, share of numbers that agree', results['masked']['hog']['agree'], 1.0, 2e-3)
     for name, t in whole_steps(results):
         same(f'whole step, {name}, loss', t['loss'], t['loss_plain'], 1e-4)
     return results
@@ -130,6 +133,18 @@ def local_rows(what, pronoun, local):
     yield f'- with {pronoun} ({more})', 's', seconds[local['with_']], None, None
 
 
+def masked_rows(m):
+    size = f'{m["mae"]["backbone"]}, batch {m["mae"]["batch"]}, three quarters hidden'
+    (ours, plain), (kept, kept_plain) = (m['mae'][what].values() for what in ('seconds', 'bytes'))
+    yield f'MAE step, {size} (plain: with mask tokens)', 's', ours, plain, plain / ours
+    yield '- kept for the backward pass', 'MB', kept / 1e6, kept_plain / 1e6, kept_plain / kept
+    if isinstance(m['hog'], str):
+        yield f"HOG beside scikit-image's: {m['hog']}", '', None, None, None
+    else:
+        what = f'HOG, 224 pixels, batch {m["hog"]["batch"]} (plain: scikit-image)'
+        yield what, 'images/s', m['hog']['glsd'], m['hog']['plain'], m['hog']['glsd'] / m['hog']['plain']
+
+
 def rows(r):
     "(what, unit, glsd, plain, how many times better)."
     yield from views_rows(r['views'])
@@ -140,6 +155,7 @@ def rows(r):
     yield from gpu_rows(r['train']['gpu'])
     yield from local_rows("ADCLR's queries", 'them', r['local']['adclr'])
     yield from local_rows('DrLoc', 'it', r['local']['drloc'])
+    yield from masked_rows(r['masked'])
 
 
 def figure(x):

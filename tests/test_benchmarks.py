@@ -27,6 +27,8 @@ def test_quick_run_prints_and_writes(tmp_path):
         assert extra['seconds'][extra['with_']] > 0 and extra['more_operations'] > 0
     assert found['train']['vit_mini']['plain'] > 0 and found['train']['gpu'].startswith('skipped')
     assert set(found['step']['split']) == {'views', 'student', 'teacher', 'loss', 'backward', 'optimiser'}
+    masked = found['masked']['mae']
+    assert masked['bytes']['visible_only'] < masked['bytes']['mask_tokens'] and masked['seconds']
     report = (tmp_path / 'new/benchmarks.md').read_text()
     assert 'dual loss' in report and "ADCLR's queries" in report and 'dual loss' in done.stdout
     assert sorted(p.name for p in (tmp_path / 'new').iterdir()) == ['benchmarks.json', 'benchmarks.md']

@@ -17,10 +17,10 @@ def sobel(x: Tensor) -> tuple[Tensor, Tensor]:
     """Sobel gradients (left minus right, top minus bottom) of x [B, c, h, w], each of its shape.
 
     The border is reflected, as in MaskFeat's code."""
-    across = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]], dtype=x.dtype, device=x.device)
-    kernels = torch.stack([across, across.T])[:, None].repeat(x.shape[1], 1, 1, 1)
-    both = F.conv2d(F.pad(x, (1, 1, 1, 1), mode='reflect'), kernels, groups=x.shape[1])
-    return both[:, 0::2], both[:, 1::2]
+    x = F.pad(x, (1, 1, 1, 1), mode='reflect')
+    across, down = x[..., :-2] - x[..., 2:], x[..., :-2, :] - x[..., 2:, :]
+    gx = across[..., :-2, :] + 2 * across[..., 1:-1, :] + across[..., 2:, :]
+    return gx, down[..., :-2] + 2 * down[..., 1:-1] + down[..., 2:]
 
 # %% ../../nbs/5_masked/4_hog.ipynb #ddecbadd
 def hog(x: Tensor, cell: int = 8, bins: int = 9) -> Tensor:
@@ -32,10 +32,18 @@ def hog(x: Tensor, cell: int = 8, bins: int = 9) -> Tensor:
     if h % cell or w % cell:
         raise ValueError(f'cells of {cell} pixels do not fill {h} x {w}')
     gx, gy = sobel(x)
-    bin_of = (torch.atan2(gx, gy) / math.pi * bins).floor().long() % bins
-    votes = x.new_zeros(B, c, bins, h, w).scatter_(2, bin_of[:, :, None], torch.hypot(gx, gy)[:, :, None])
-    summed = F.avg_pool2d(votes.flatten(0, 1), cell, divisor_override=1)
-    return F.normalize(summed.unflatten(0, (B, c)), dim=2)
+    rows, columns = (torch.arange(n, device=x.device) // cell for n in (h, w))
+    bin_of = torch.atan2(gx, gy).div_(math.pi).mul_(bins).floor_().long()  # -bins to bins: a whole turn
+    all_bins = 2 * bins + 1
+    first = (
+        rows[:, None] * (w // cell) + columns
+    ) * all_bins + bins  # where the sums of a pixel's cell begin
+    sums = x.new_zeros(B * c, h // cell * (w // cell) * all_bins)
+    sums.scatter_add_(1, bin_of.add_(first).view(B * c, -1), torch.hypot(gx, gy).view(B * c, -1))
+    sums = sums.view(B, c, h // cell, w // cell, all_bins)
+    half = sums[..., :bins] + sums[..., bins:-1]  # directions have no sign
+    half[..., 0] += sums[..., -1]
+    return F.normalize(half, dim=-1).permute(0, 1, 4, 2, 3).contiguous()
 
 # %% ../../nbs/5_masked/4_hog.ipynb #83e99842
 def hog_targets(x: Tensor, patch: int, cell: int = 8, bins: int = 9) -> Tensor:

@@ -182,7 +182,7 @@ class MaskedOptions(Method.Options):
     target_source: str = ''  # of features: a run's folder, a .safetensors file, ...
     power: int = 2  # of the error: 2 squared, 1 absolute
 
-# %% ../../nbs/5_masked/5_maskfeat.ipynb #2f71b872
+# %% ../../nbs/5_masked/5_maskfeat.ipynb #a5775d1a
 class MaskedPrediction(Method):
     """An encoder that sees mask tokens, and a linear layer that says what was there.
 
@@ -203,7 +203,8 @@ class MaskedPrediction(Method):
         o = self.options
         self.backbone = create_backbone(o.backbone, drop_path=o.drop_path)
         self.grid, self.units = self.grids()
-        self.draw(1)  # refuses what cannot be drawn
+        with torch.device('cpu'):  # also where `glsd plan` counts, on tensors without numbers
+            self.draw(1)  # refuses what cannot be drawn
         self.target = create_target(o.target, self.backbone.stride, o)
         width = self.backbone.embed_dim if 'mask' in self.backbone.accepts else None
         self.mask_token = nn.Parameter(0.02 * torch.randn(width)) if width else None

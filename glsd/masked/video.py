@@ -229,13 +229,14 @@ def build_mvit(size: int, frames: int, drop_path: float = 0.0, embed: Any = None
     model.head = nn.Identity()
     return model
 
-# %% ../../nbs/5_masked/9_video.ipynb #ead244d9
+# %% ../../nbs/5_masked/9_video.ipynb #d71ad4a9
 class MViTBackbone(Backbone):
     """MViT v2, or without pooling a ViViT: clips [N, 3, T, h, w] -> Features with a grid (T', H, W).
 
     pooled: the mean of the tokens. tubelet: frames from one token to the next; centre: which of them the
-    embedding's kernel has in its middle. Images [N, 3, h, w] are clips that stand still. `mask` is on the
-    grid that comes out. absolute: adds `clip_positions`. ValueError for clips that tubelets do not fill."""
+    embedding's kernel has in its middle. Images [N, 3, h, w] are clips that stand still, with a grid of
+    (H, W). `mask` is on the grid that comes out. absolute: adds `clip_positions`. ValueError for clips that
+    tubelets do not fill."""
 
     accepts = 'mask', 'mask_token'
     set_data_config: Any  # grows on its own floor
@@ -265,7 +266,7 @@ def clip_positions(grid: tuple[int, ...], dim: int) -> Tensor:
     space, time = sincos_positions((grid[1], grid[2]), dim), sincos_positions((1, grid[0]), dim).flip(-1)
     return (time[:, None] + space).flatten(0, 1)
 
-# %% ../../nbs/5_masked/9_video.ipynb #a16a50c9
+# %% ../../nbs/5_masked/9_video.ipynb #6158ce83
 def _grid_of(clip: tuple[int, ...], backbone: Any) -> tuple[int, int, int]:
     T, h, w = clip
     t, s = backbone.tubelet, backbone.stride
@@ -284,7 +285,8 @@ def features(
     self: MViTBackbone, x: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None
 ) -> Features:
     "Clips [N, 3, T, h, w], or images [N, 3, h, w] -> Features; for the other inputs see the class."
-    x = x if x.ndim == 5 else x[:, :, None].expand(-1, -1, self.tubelet, -1, -1)
+    still = x.ndim == 4
+    x = x[:, :, None].expand(-1, -1, self.tubelet, -1, -1) if still else x
     grid = _grid_of(tuple(x.shape[2:]), self)
     x = self.model.conv_proj(x)
     size = tuple(x.shape[2:])
@@ -298,7 +300,7 @@ def features(
     for block in self.model.blocks:
         tokens, size = block(tokens, size)
     tokens = self.model.norm(tokens)[:, 1:]
-    return Features(tokens.mean(1), tokens, grid)
+    return Features(tokens.mean(1), tokens, grid[1:] if still else grid)
 
 # %% ../../nbs/5_masked/9_video.ipynb #e7eca127
 _stages = dict(dim=96, depths=(1, 2, 11, 2), kv=8)
