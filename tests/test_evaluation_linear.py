@@ -251,3 +251,36 @@ def test_a_wrapper_leaves_the_mode_alone(wrap):
         net = create_backbone('vit_mini').train(mode)
         extract(wrap(net), ToyWorld(4, 32), 32)
         assert net.training == mode and net.model.blocks[0].training == mode
+
+
+def test_maes_probe_is_cut_and_gone_on_with_and_sees_no_scale(worlds, tmp_path):
+    "BatchNorm's averages are part of the state, and dimensions may have any length."
+
+    class Stretched(Colours):
+        def forward(self, x):
+            return super().forward(x) * torch.logspace(-2, 2, 48)
+
+    whole = probe(worlds, protocol='mae', lrs=(1.0, 10.0))
+    assert (
+        whole['protocol'] == 'mae' and whole['grid'] == probe(worlds, protocol='mae', lrs=(1.0, 10.0))['grid']
+    )
+    stretched = probe(worlds, Stretched(), protocol='mae', lrs=(1.0, 10.0))
+    assert [row['loss'] for row in stretched['grid']] == pytest.approx(
+        [row['loss'] for row in whole['grid']], abs=1e-3
+    )
+
+    class Fails(Colours):
+        calls = 0
+
+        def forward(self, x):
+            Fails.calls += 1
+            if Fails.calls > 5:
+                raise KeyboardInterrupt
+            return super().forward(x)
+
+    Fails.__repr__ = lambda self: 'Colours()'
+    with pytest.raises(KeyboardInterrupt):
+        probe(worlds, Fails(), protocol='mae', lrs=(1.0, 10.0), out=tmp_path)
+    assert probe(worlds, protocol='mae', lrs=(1.0, 10.0), out=tmp_path)['grid'] == whole['grid']
+    with pytest.raises(ValueError, match="no protocol 'moco' of the linear probe; there are: dino, mae"):
+        probe(worlds, protocol='moco')

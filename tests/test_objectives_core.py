@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from meters import Meter
-from training_runs import MASKED, plain_backbone
+from training_runs import MASKED, deit_teacher, plain_backbone
 
 import glsd.objectives
 from glsd.data.toyworld import ToyWorld
@@ -298,6 +298,8 @@ def small_method(name):
         del values['n_local']  # it takes none
     if cls.__module__.startswith('glsd.masked.'):
         values |= {k: v for k, v in MASKED.items() if k in known} | dict(backbone=plain_backbone(name))
+    if name == 'deit':
+        values |= dict(backbone=plain_backbone(name), teacher=deit_teacher(), n_global=1)
     classes = ToyWorld(1, size=32).classes
     return create_method(name, classes=classes, **values)
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import tempfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from glsd.backbones import create_backbone
 from glsd.masked.dvae import save_tokenizer
 from glsd.objectives.method import create_method, find_method, list_methods
-from glsd.training import Recipe
+from glsd.training import Recipe, pretrain
 from glsd.training.options import RunOptions
 
 SMALL = dict(
@@ -54,8 +55,9 @@ def known_fields(method: str, values: dict) -> dict:
 
 def plain_backbone(method: str) -> str:
     "A small network that a method can train: not every one takes masks, or leaves patches out."
-    if method == 'maskfeat_video':
-        return 'mvit_mini'
+    own = dict(maskfeat_video='mvit_mini', deit='deit_mini')
+    if method in own:
+        return own[method]
     return 'vit_mini_p4' if find_method(method).__module__.startswith('glsd.masked.') else 'vit_mini'
 
 
@@ -76,6 +78,20 @@ def files_of_masked() -> dict:
     return {name: str(path) for name, path in files.items()}
 
 
+@cache
+def deit_teacher() -> str:
+    "The folder of a run of one step, by which students are taught."
+    folder = Path(os.environ.setdefault('GLSD_TEST_FILES', tempfile.mkdtemp(prefix='glsd_tests_')))
+    recipe = Recipe('supervised', **SUPERVISED).replace(backbone='resnet_mini', steps=1, drloc_weight=0.0)
+    return str(pretrain(recipe, folder / 'classifier', {}, progress=False).path)
+
+
+def deit_options() -> dict:
+    "Fields of a small student."
+    own = dict(drloc_weight=0.0, backbone='deit_mini', n_global=1, batch_size=8, teacher=deit_teacher())
+    return SUPERVISED | own
+
+
 def small_recipe(method: str, **changes) -> Recipe:
     "A recipe of any method that takes a few steps in a second."
     if find_method(method).__module__.startswith('glsd.masked.'):
@@ -83,6 +99,8 @@ def small_recipe(method: str, **changes) -> Recipe:
         named = dict(beit='tokenizer', vqkd='teacher').get(method)
         own |= {named: files_of_masked()[named]} if named else {}
         return Recipe(method, **{**known_fields(method, MASKED), **own, **changes})
+    if method == 'deit':
+        return Recipe(method, **deit_options() | changes)
     others = dict(  # those that are not student and teacher
         supervised=SUPERVISED,
         finetune=dict(SUPERVISED, ema=0.9),

@@ -215,7 +215,7 @@ _names = dict(
     queries=(
         *('vit_tiny_p16', 'vit_tiny_p8', 'vit_small_p16', 'vit_small_p8', 'vit_base_p16', 'vit_base_p8'),
         *('vit_tiny_p16_mean', 'vit_tiny_p8_mean', 'vit_small_p16_mean', 'vit_small_p8_mean'),
-        *('vit_mini', 'vit_mini_p4'),
+        *('vit_mini', 'vit_mini_p4', 'deit_tiny_p16', 'deit_small_p16', 'deit_base_p16', 'deit_mini'),
     ),
     swin=(
         *('swin_tiny_w7', 'swin_tiny_w14', 'swin_small_w7', 'swin_base_w7'),

@@ -87,9 +87,9 @@ class ViTBackbone(Backbone):
     """Vision Transformer on timm's weights (Dosovitskiy et al. 2021); LayerNorm eps is 1e-6 as in DINO.
 
     pooled is CLS, tokens are the patches, both after the last LayerNorm; without a CLS (`_mean`, `vit_mini`)
-    pooled is the mean of the tokens. Registers are left out. antialias: how positions are resized for other
-    crop sizes, see `resize_positions`. Inputs: `mask` hides patches after the patch embedding; only those in
-    `index` [N, n] go through the blocks.
+    pooled is the mean of the tokens. Registers are in `extra['registers']`. antialias: how positions are
+    resized for other crop sizes, see `resize_positions`. Inputs: `mask` hides patches after the patch
+    embedding; only those in `index` [N, n] go through the blocks.
     ValueError for models of timm that are no plain VisionTransformer.
     """
 
@@ -122,6 +122,12 @@ VIT_VARIANTS = dict(
     vit_small_p8_mean=dict(timm_name='vit_small_patch8_224', **_mean),
     vit_mini=dict(timm_name='vit_mini_patch8_32', **_any),
     vit_mini_p4=dict(timm_name='vit_mini_patch4_32', **_any),
+    deit_tiny_p16=dict(timm_name='vit_tiny_patch16_224', reg_tokens=1, **_any),
+    deit_small_p16=dict(timm_name='vit_small_patch16_224', reg_tokens=1, **_any),
+    deit_base_p16=dict(timm_name='vit_base_patch16_224', reg_tokens=1, **_any),
+    deit_mini=dict(
+        timm_name='vit_mini_patch8_32', class_token=True, global_pool='token', reg_tokens=1, **_any
+    ),
 )
 
 # %% ../../nbs/3_backbones/2_vit.ipynb #cb24ef6a
@@ -160,8 +166,10 @@ def features(
 def read_out(self: ViTBackbone, x: Tensor, grid: tuple[int, int], index: Tensor | None) -> Features:
     "What comes out of the last block [N, p + n, d] -> Features."
     x = self.model.norm(x)
-    pooled = self.model.forward_head(x, pre_logits=True)
-    return Features(pooled, x[:, self.model.num_prefix_tokens :], grid, index)
+    pooled, first = self.model.forward_head(x, pre_logits=True), self.model.num_prefix_tokens
+    registers = x[:, first - self.model.num_reg_tokens : first]
+    extra = {'registers': registers} if self.model.num_reg_tokens else {}
+    return Features(pooled, x[:, first:], grid, index, extra)
 
 # %% ../../nbs/3_backbones/2_vit.ipynb #dbc578c3
 @patch

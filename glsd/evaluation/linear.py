@@ -20,7 +20,7 @@ from ..data.toyworld import Dataset
 from .blocks import LastBlocks
 from .extraction import evaluating, extract, fingerprint_weights, transform_of
 from .labels import check_probe_sets
-from .linear_grid import LRS, GridAccuracy, Heads, heads_step
+from .linear_grid import LARS_LRS, LRS, GridAccuracy, Heads, heads_step
 from .pictures import new_figure
 from ..objectives.schedules import cosine_schedule
 from ..views.multicrop import crop, draw_box
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['RATIO', 'probe_view', 'probed_features', 'linear_probe', 'check_options', 'linear_picture']
+__all__ = ['RATIO', 'probe_view', 'probed_features', 'linear_probe', 'protocol_lrs', 'check_options', 'linear_picture']
 
 # %% ../../nbs/8_evaluation/8_linear.ipynb #b4937262
 RATIO = (3 / 4, 4 / 3)
@@ -108,19 +108,19 @@ def _batches(net, dataset, s, transform, epoch, workers, device, bank):
 # %% ../../nbs/8_evaluation/8_linear.ipynb #15834313
 def _train(net, dataset, s, path, workers, device, progress):
     "The heads after all epochs, and their losses [n] over the last one. `path`: the state's file, or None."
-    transform = transform_of(net)
-    heads = Heads(len(s['lrs']), s['n_classes'], _width(net, dataset, s, transform, device), s['seed'])
+    transform, mae = transform_of(net), s.get('protocol') == 'mae'
+    heads = Heads(len(s['lrs']), s['n_classes'], _width(net, dataset, s, transform, device), s['seed'], mae)
     optimizer = torch.optim.SGD(heads.to(device).parameters(), lr=1.0, momentum=0.9)
     done, losses = _restore(path, s, heads, optimizer)
     bank = extract(net, dataset, s['size'], workers=workers) if s['cached'] else None
     lrs = torch.tensor(s['lrs'], device=device) * s['batch_size'] / 256
-    factors = _factors(s['epochs'], -(-len(dataset) // s['batch_size']))
+    factors = _factors(s['epochs'], -(-len(dataset) // s['batch_size']), 1 / 9 if mae else 0.0)
     with _bar(factors, done, progress) as bar:
         for epoch in range(done, s['epochs']):
             losses = torch.zeros(len(lrs), device=device)
             batches = _batches(net, dataset, s, transform, epoch, workers, device, bank)
             for factor, (x, y) in zip(factors[epoch], batches):
-                losses += heads_step(heads, optimizer, x, y, lrs, factor) * len(x) / len(dataset)
+                losses += heads_step(heads, optimizer, x, y, lrs, factor, mae) * len(x) / len(dataset)
                 bar.update()
             state = dict(heads=heads.state_dict(), optimizer=optimizer.state_dict())
             _save(path, epoch=epoch + 1, losses=losses, settings=s, **state)
@@ -133,9 +133,10 @@ def _width(net, dataset, s, transform, device):
     return probed_features(net, transform.normalize(view)[None], device).shape[1]
 
 
-def _factors(epochs, steps):
-    "A cosine from 1 to 0 over all steps, a list for each epoch."
-    return cosine_schedule(1.0, 0.0, epochs * steps).reshape(-1, steps).tolist()
+def _factors(epochs, steps, warmup=0.0):
+    "A cosine from 1 to 0 over all steps, after a share of warm-up; a list for each epoch."
+    total = epochs * steps
+    return cosine_schedule(1.0, 0.0, total, round(warmup * total)).reshape(-1, steps).tolist()
 
 
 def _bar(factors, done, progress):
@@ -153,7 +154,7 @@ def linear_probe(  # over 25 lines: every option has its own
     size: int,
     epochs: int = 100,
     batch_size: int = 256,
-    lrs: Sequence[float] = LRS,
+    lrs: Sequence[float] | None = None,
     n_blocks: int | None = None,
     cached: bool = False,
     out: Path | str | None = None,
@@ -162,19 +163,23 @@ def linear_probe(  # over 25 lines: every option has its own
     workers: int = 0,
     device: Any = None,
     progress: bool = True,
+    protocol: str = 'dino',
 ) -> dict[str, Any]:
     """Accuracy in per cent of linear layers trained on frozen features, one a learning rate (GLSD Sec. 4.3).
 
-    `lrs` are for a batch of 256 and scale with it; SGD, momentum 0.9, cosine to 0, last epoch. `n_blocks`:
-    see `LastBlocks`. `cached`: train on features of central crops, computed once. `out`: folder for the
+    `lrs` are for a batch of 256 and scale with it; SGD, momentum 0.9, cosine to 0, last epoch. `protocol`:
+    dino, or mae: BatchNorm before the layer, LARS, a ninth of the epochs is warm-up. `n_blocks`: see
+    `LastBlocks`. `cached`: train on features of central crops, computed once. `out`: folder for the
     state to go on from, and linear.json. 'top1', 'top5', 'lr' belong to the head that is best on the test
     images, 'grid' has all. ValueError on bad input."""
     n_classes = check_probe_sets(train_ds, test_ds)
+    lrs = lrs or protocol_lrs(protocol)
     check_options(epochs, batch_size, lrs)
     net = LastBlocks(backbone.to(device) if device is not None else backbone, n_blocks)
     rates = dict(epochs=epochs, batch_size=batch_size, lrs=[float(lr) for lr in lrs])
     views = dict(layers=net.layers, pooling=net.pooling, cached=cached, scale=list(scale), seed=seed)
     settings = dict(size=size, **rates, **views, n_train=len(train_ds), n_classes=n_classes)
+    settings |= {} if protocol == 'dino' else dict(protocol=protocol)
     if out:
         settings |= dict(backbone=fingerprint_weights(backbone), data=train_ds.fingerprint())
     with evaluating(net) as own:
@@ -189,6 +194,14 @@ def linear_probe(  # over 25 lines: every option has its own
     return result
 
 # %% ../../nbs/8_evaluation/8_linear.ipynb #384e7649
+def protocol_lrs(protocol: str) -> tuple[float, ...]:
+    "The grid of a protocol. ValueError for an unknown one."
+    grids = dict(dino=LRS, mae=LARS_LRS)
+    if protocol not in grids:
+        raise ValueError(f'no protocol {protocol!r} of the linear probe; there are: {", ".join(grids)}')
+    return grids[protocol]
+
+
 def check_options(epochs: int, batch_size: int, lrs: Sequence[float]) -> None:
     "ValueError unless all of them are positive, and there is a learning rate."
     if epochs < 1 or batch_size < 1 or not len(lrs) or min(lrs) <= 0:
@@ -201,6 +214,7 @@ def check_options(epochs: int, batch_size: int, lrs: Sequence[float]) -> None:
 def _test(net, heads, dataset, s, workers, device):
     "Top-1 and top-5 in per cent of all heads on central crops."
     accuracy = GridAccuracy(len(s['lrs']), s['n_classes']).to(device)
+    heads.eval()
     transform = transform_of(net)._asdict()
     for x, y, _ in eval_loader(dataset, s['size'], s['batch_size'], workers, **transform):
         accuracy.update(heads(probed_features(net, x, device)), y.to(device))

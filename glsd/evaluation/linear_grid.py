@@ -10,26 +10,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['LRS', 'Heads', 'heads_step', 'GridAccuracy']
+__all__ = ['LRS', 'LARS_LRS', 'Heads', 'adapt_rates', 'heads_step', 'GridAccuracy']
 
 # %% ../../nbs/8_evaluation/7_linear_grid.ipynb #8dcb7f1e
 LRS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # for a batch of 256
+LARS_LRS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # the same, with LARS
 
 
 class Heads(nn.Module):
     """One linear classifier for each of `n` learning rates on the same features. All start alike.
 
-    Features [N, dim] -> logits [N, n, n_classes]."""
+    Features [N, dim] -> logits [N, n, n_classes]. `normed`: through one BatchNorm without affine part first,
+    as in MAE's linear probe."""
 
-    def __init__(self, n: int, n_classes: int, dim: int, seed: int = 0):
+    def __init__(self, n: int, n_classes: int, dim: int, seed: int = 0, normed: bool = False):
         super().__init__()
+        self.norm = nn.BatchNorm1d(dim, eps=1e-6, affine=False) if normed else nn.Identity()
         start = 0.01 * torch.randn(n_classes, dim, generator=torch.Generator().manual_seed(seed))
         self.weight = nn.Parameter(start.repeat(n, 1, 1))
         self.bias = nn.Parameter(torch.zeros(n, n_classes))
 
     def forward(self, x: Tensor) -> Tensor:
         "Features [N, d] -> logits [N, n, C]."
-        return (x @ self.weight.flatten(0, 1).T).unflatten(1, self.bias.shape) + self.bias
+        return (self.norm(x) @ self.weight.flatten(0, 1).T).unflatten(1, self.bias.shape) + self.bias
 
     def losses(self, x: Tensor, y: Tensor) -> Tensor:
         "The cross-entropy [n] of each head, for labels `y` [N]."
@@ -37,17 +40,36 @@ class Heads(nn.Module):
         return F.cross_entropy(self(x).transpose(1, 2), labels, reduction='none').mean(0)
 
 # %% ../../nbs/8_evaluation/7_linear_grid.ipynb #58e666d6
+@torch.no_grad()
+def adapt_rates(weight: Tensor, lrs: Tensor, trust: float = 0.001) -> None:
+    """LARS (You et al. 2017): the gradient of each head's weights [n, C, d] gets the length trust * |w| * lr.
+
+    The gradients have their learning rates `lrs` [n] in them. Of zero weights they stay as they are."""
+    w, g = (t.flatten(1).norm(dim=1) for t in (weight, weight.grad))
+    ratio = trust * w * lrs / (g + 1e-8 * lrs)
+    weight.grad.mul_(torch.where((w > 0) & (g > 0), ratio, torch.ones_like(ratio))[:, None, None])
+
+
 def heads_step(
-    heads: Heads, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, lrs: Tensor, factor: float
+    heads: Heads,
+    optimizer: torch.optim.Optimizer,
+    x: Tensor,
+    y: Tensor,
+    lrs: Tensor,
+    factor: float,
+    lars: bool = False,
 ) -> Tensor:
     """One step of every head at learning rate `factor` * `lrs` [n]; returns their losses [n] before it.
 
-    `optimizer`: SGD without weight decay, or the rule does not hold."""
+    `optimizer`: SGD without weight decay, or the rule does not hold. `lars`: the weights' steps are rescaled,
+    see `adapt_rates`; the biases' are not."""
     for group in optimizer.param_groups:
         group['lr'] = factor
     losses = heads.losses(x, y)
     optimizer.zero_grad()
     (losses * lrs).sum().backward()  # SGD: a learning rate is a weight of the loss
+    if lars:
+        adapt_rates(heads.weight, lrs)
     optimizer.step()
     return losses.detach()
 

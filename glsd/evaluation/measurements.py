@@ -125,19 +125,27 @@ def measure_linear(  # over 25 lines: every option has its own
     seed: int = 0,
     workers: int = 0,
     cache: str | None = None,
+    protocol: str = 'dino',
 ) -> dict[str, Any]:
-    """A linear layer on frozen features at each of `lrs` (default: `LRS`); goes on from `cache`.
+    """A linear layer on frozen features at each of `lrs` (default: the protocol's); goes on from `cache`.
 
-    `cached`: on features of central crops, computed once. `n_blocks`: see `LastBlocks`."""
-    from glsd.evaluation.linear import LRS, linear_probe
+    `cached`: on features of central crops, computed once. `n_blocks`: see `LastBlocks`. `protocol`: dino or
+    mae, see `linear_probe`."""
+    from glsd.evaluation.linear import linear_probe, protocol_lrs
 
-    rates = list(lrs or LRS)
+    rates = list(lrs or protocol_lrs(protocol))
     state = None
     if cache is not None:
         settings = [size, epochs, batch_size, rates, n_blocks, cached, seed]
+        settings += [] if protocol == 'dino' else [protocol]
         state = Path(cache) / f'linear-{_state_name(net, anchors, size, settings)}'
     options: dict[str, Any] = dict(
-        epochs=epochs, batch_size=batch_size, lrs=rates, n_blocks=n_blocks, cached=cached
+        epochs=epochs,
+        batch_size=batch_size,
+        lrs=rates,
+        n_blocks=n_blocks,
+        cached=cached,
+        protocol=protocol,
     )
     return linear_probe(net.backbone, anchors, test, size, **options, out=state, seed=seed, workers=workers)
 
@@ -154,7 +162,7 @@ def check_linear(net: Net, anchors: Any, test: Any, size: int, **options) -> Non
     from glsd.evaluation import labels, linear
 
     labels.check_probe_sets(anchors, test)
-    rates = options.get('lrs') or linear.LRS
+    rates = options.get('lrs') or linear.protocol_lrs(options.get('protocol', 'dino'))
     linear.check_options(options.get('epochs', 100), options.get('batch_size', 256), rates)
     linear.LastBlocks(net.backbone, options.get('n_blocks'))
 
