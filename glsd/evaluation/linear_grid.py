@@ -45,6 +45,7 @@ def adapt_rates(weight: Tensor, lrs: Tensor, trust: float = 0.001) -> None:
     """LARS (You et al. 2017): the gradient of each head's weights [n, C, d] gets the length trust * |w| * lr.
 
     The gradients have their learning rates `lrs` [n] in them. Of zero weights they stay as they are."""
+    assert weight.grad is not None  # after a backward pass
     w, g = (t.flatten(1).norm(dim=1) for t in (weight, weight.grad))
     ratio = trust * w * lrs / (g + 1e-8 * lrs)
     weight.grad.mul_(torch.where((w > 0) & (g > 0), ratio, torch.ones_like(ratio))[:, None, None])
