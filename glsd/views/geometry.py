@@ -24,9 +24,24 @@ def _split(w_geo: Tensor, grid: tuple[int, int]) -> tuple[Tensor, ...]:
     return w_geo.unbind(-1)
 
 
-def _mirror(u: Tensor, f: Tensor) -> Tensor:
-    "A fraction of the width [..., n], measured from the other side where the crop [...] is flipped."
-    return torch.where(f[..., None] > 0.5, 1 - u, u)
+def _turned(u: Tensor, v: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
+    "Fractions (across, down) of a crop -> those of the crop before so many quarter turns (last section)."
+    across, down = u, v
+    for k, (x, y) in enumerate([(1 - v, u), (1 - u, 1 - v), (v, 1 - u)], 1):
+        across, down = torch.where(turns == k, x, across), torch.where(turns == k, y, down)
+    return across, down
+
+
+def _parts(f: Tensor) -> tuple[Tensor, Tensor]:
+    "Flipped (bool), and quarter turns after that (0 to 3), of f = flipped + 2 * turns."
+    turns = torch.div(f, 2, rounding_mode='floor')
+    return f - 2 * turns > 0.5, turns
+
+
+def _sides(width: Tensor, height: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
+    "What a crop shows across and down: width and height of its box, swapped by a quarter turn."
+    odd = turns % 2 > 0.5
+    return torch.where(odd, height, width), torch.where(odd, width, height)
 
 # %% ../../nbs/1_views/1_geometry.ipynb #b6dee903
 def _fractions(n: int, like: Tensor) -> Tensor:
@@ -41,10 +56,11 @@ def token_centers(w_geo: Tensor, grid: tuple[int, int]) -> Tensor:
     GLSD Sec. 3.4.3: the "positional encoding" e, in closed form.
     """
     ulx, uly, lrx, lry, _, _, f = _split(w_geo, grid)
-    v, u = _fractions(grid[0], w_geo), _fractions(grid[1], w_geo)
-    x = ulx[..., None] + _mirror(u, f) * (lrx - ulx)[..., None]  # [..., W]
-    y = uly[..., None] + v * (lry - uly)[..., None]  # [..., H]
-    x, y = torch.broadcast_tensors(x[..., None, :], y[..., :, None])  # [..., H, W]
+    ulx, uly, lrx, lry, f = (number[..., None, None] for number in (ulx, uly, lrx, lry, f))
+    flipped, turns = _parts(f)
+    u, v = _turned(_fractions(grid[1], w_geo), _fractions(grid[0], w_geo)[:, None], turns)
+    x = ulx + torch.where(flipped, 1 - u, u) * (lrx - ulx)
+    x, y = torch.broadcast_tensors(x, uly + v * (lry - uly))  # [..., H, W]
     return torch.stack([x, y], -1).flatten(-3, -2)
 
 # %% ../../nbs/1_views/1_geometry.ipynb #2d04bdf2
@@ -54,8 +70,10 @@ def _nearest(e: Tensor, w_geo: Tensor, grid: tuple[int, int]) -> tuple[Tensor, T
     H, W = grid
     width, height = lrx - ulx, lry - uly
     u = (e[..., 0] - ulx) / width
-    u = torch.where(f > 0.5, 1 - u, u)
     v = (e[..., 1] - uly) / height
+    flipped, turns = _parts(f)
+    u, v = _turned(torch.where(flipped, 1 - u, u), v, (4 - turns) % 4)
+    width, height = _sides(width, height, turns)
     column = (torch.ceil(u * W) - 1).clamp(0, W - 1)
     row = (torch.ceil(v * H) - 1).clamp(0, H - 1)
     distance = torch.hypot((u * W - column - 0.5) * width / W, (v * H - row - 0.5) * height / H)
@@ -67,8 +85,9 @@ def token_diagonal(w_geo: Tensor, grid: tuple[int, int]) -> Tensor:
 
     `w_geo` float [..., 7], `grid` (H, W).
     """
-    ulx, uly, lrx, lry, _, _, _ = _split(w_geo, grid)
-    return torch.hypot((lrx - ulx) / grid[1], (lry - uly) / grid[0])
+    ulx, uly, lrx, lry, _, _, f = _split(w_geo, grid)
+    across, down = _sides(lrx - ulx, lry - uly, _parts(f)[1])
+    return torch.hypot(across / grid[1], down / grid[0])
 
 
 def match_threshold(

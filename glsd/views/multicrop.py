@@ -51,16 +51,18 @@ def _central_box(H: int, W: int, ratio: Range) -> tuple[int, int, int, int]:
 def crop(image: Tensor, w_geo: Tensor) -> Tensor:
     """G of GLSD Eq. 1: the boxes `w_geo` [V,7] of `image` uint8 [3,H,W], resized, flipped -> uint8 [V,3,h,w].
 
-    Bicubic with antialiasing. All crops of a call have the size that the first row of `w_geo` names.
+    f = flipped + 2 * turns: quarter turns against the clock, which come after. Bicubic with antialiasing.
+    All crops of a call have the size that the first row of `w_geo` names.
     ValueError for what is not an image.
     """
     image, boxes = _checked(image), w_geo.int().tolist()
     size = boxes[0][4:6]
     crops = np.empty((len(boxes), 3, *size), dtype=np.uint8)
-    for out, (x0, y0, x1, y1, _, _, flipped) in zip(crops, boxes):
+    for out, (x0, y0, x1, y1, _, _, f) in zip(crops, boxes):
         box = image[..., y0:y1, x0:x1].contiguous(memory_format=torch.channels_last)
-        resized = F.interpolate(box, size, mode='bicubic', antialias=True)[0].numpy()
-        out[:] = resized[..., ::-1] if flipped else resized
+        upright = size[::-1] if f // 2 % 2 else size  # its size before quarter turns
+        resized = F.interpolate(box, upright, mode='bicubic', antialias=True)[0].numpy()
+        out[:] = np.rot90(resized[..., ::-1] if f % 2 else resized, f // 2, (1, 2))
     return torch.from_numpy(crops)
 
 
