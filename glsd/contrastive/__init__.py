@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['BYOL', 'Gram', 'GramAnchored', 'LeJEPA', 'MLP', 'MemoryBank', 'SimCLR', 'SimDINO', 'SwAV', 'all_gather_with_gradient',
-           'byol_loss', 'check_queue', 'coding_rate', 'f_beta', 'gram_loss', 'gs', 'info_nce', 'lejepa_loss',
-           'make_codes', 'nt_xent', 'paste', 'rbd', 'simdino_loss', 'superpixels', 'swav_loss']
+           'byol_loss', 'check_queue', 'coding_rate', 'f_beta', 'few_shot_accuracy', 'gram_loss', 'gs', 'info_nce',
+           'lejepa_loss', 'looc_losses', 'make_codes', 'nt_xent', 'paste', 'rbd', 'simdino_loss', 'superpixels',
+           'swav_loss']
 
 # %% ../../nbs/6_contrastive/index.ipynb #56868db5
 # in one cell: lists of names
@@ -17,6 +18,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; the names themselves co
     from glsd.contrastive.dilo import paste
     from glsd.contrastive.gram import Gram, GramAnchored, gram_loss
     from glsd.contrastive.infonce import MLP, SimCLR, all_gather_with_gradient, info_nce, nt_xent
+    from glsd.contrastive.looc import few_shot_accuracy, looc_losses
     from glsd.contrastive.memory_bank import MemoryBank, check_queue
     from glsd.contrastive.saliency import f_beta, gs, rbd, superpixels
     from glsd.contrastive.sigreg import LeJEPA, lejepa_loss
@@ -26,13 +28,14 @@ if TYPE_CHECKING:  # what editors and type checkers see; the names themselves co
 _PLACES = {
     'byol': 'BYOL byol_loss',
     'dilo': 'paste',
+    'gram': 'Gram GramAnchored gram_loss',
     'infonce': 'MLP SimCLR all_gather_with_gradient info_nce nt_xent',
+    'looc': 'few_shot_accuracy looc_losses',
     'memory_bank': 'MemoryBank check_queue',
     'saliency': 'f_beta gs rbd superpixels',
-    'swav': 'SwAV make_codes swav_loss',
     'sigreg': 'LeJEPA lejepa_loss',
     'simdino': 'SimDINO coding_rate simdino_loss',
-    'gram': 'Gram GramAnchored gram_loss',
+    'swav': 'SwAV make_codes swav_loss',
 }
 
 _all_ = [
@@ -50,10 +53,12 @@ _all_ = [
     'check_queue',
     'coding_rate',
     'f_beta',
+    'few_shot_accuracy',
     'gram_loss',
     'gs',
     'info_nce',
     'lejepa_loss',
+    'looc_losses',
     'make_codes',
     'nt_xent',
     'paste',
