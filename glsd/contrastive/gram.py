@@ -102,7 +102,7 @@ def schedules(self: GramAnchored, steps: int) -> dict[str, np.ndarray]:
 def after_step(self: GramAnchored, values: dict) -> None:
     "The teacher follows; at times the anchor is taken."
     super(GramAnchored, self).after_step(values)
-    if values['gram_anchor']:
+    if values.get('gram_anchor'):  # in a loop without schedules it stays
         self.take_anchor()
 
 # %% ../../nbs/6_contrastive/13_gram.ipynb #a7b828b6
@@ -125,7 +125,7 @@ def training_step(self: GramAnchored, views: Views, values: dict) -> dict[str, T
     student, teacher = self.outputs(views)
     terms = self.objective(student, teacher, values['teacher_temp'], views, overwrite=True)
     own = global_tokens(student)
-    wanted = self.anchor_tokens(views) if values['gram_on'] else own
+    wanted = self.anchor_tokens(views) if values.get('gram_on', 1.0) else own
     return terms | {'gram': self.options.gram_weight * gram_loss(own, wanted)}
 
 
