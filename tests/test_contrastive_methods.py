@@ -16,8 +16,15 @@ from glsd.training import Trainer
 from glsd.training.loop import batches
 from glsd.training.trainer import build_dataset
 
-METHODS = ['simclr', 'byol', 'swav', 'dilo', 'looc']
-AS_ONE = ['simclr', 'byol', 'swav', 'dilo', 'looc']  # those that N processes compute as one does, to 1e-6
+METHODS = ['simclr', 'byol', 'swav', 'dilo', 'looc', 'nnclr']
+AS_ONE = [
+    'simclr',
+    'byol',
+    'swav',
+    'dilo',
+    'looc',
+    'nnclr',
+]  # those that N processes compute as one does, to 1e-6
 TESTS = Path(__file__).parent
 
 

@@ -110,6 +110,7 @@ def small_recipe(method: str, **changes) -> Recipe:
         swav=CONTRASTIVE | SMALL_PROJECTOR | dict(prototypes=12, n_local=2, local_size=16),
         dilo=CONTRASTIVE | SMALL_PROJECTOR | dict(superpixels=40, p_paste=0.5),
         looc=CONTRASTIVE | SMALL_PROJECTOR | dict(queue=16),
+        nnclr=CONTRASTIVE | SMALL_PROJECTOR | dict(predictor_hidden=32, queue=32),
     )
     if method in others:
         return Recipe(method, **{**others[method], **changes})
