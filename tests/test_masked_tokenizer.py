@@ -198,20 +198,28 @@ def quantizer(beit):
     return quantizer
 
 
+def moved(counts, new, decay):
+    return decay * counts + (1 - decay) * new
+
+
 def test_codebook_and_counts_after_a_step(beit, quantizer):
     z, _ = beit
     quantised, codes, commitment = quantizer.train()(z['vq_z'])
     close(quantised, z['vq_quantised'])
     close(quantizer.codebook, z['vq_codebook_after'])
-    close(quantizer.counts, z['vq_cluster_size_after'])
+    used = count_codes(codes, len(quantizer.counts))
+    close(quantizer.counts, moved(z['vq_cluster_size'], used, quantizer.decay))
+    # in the released code the statistic moves twice in a step
+    twice = moved(quantizer.counts, used, quantizer.decay)
+    close(twice, z['vq_cluster_size_after'])
+    still = quantizer.counts.clone()
     unused = count_codes(codes, len(quantizer.counts)) == 0
     assert unused.any() and (quantizer.codebook - z['vq_codebook'])[unused].abs().max() < 1e-6
     _, codes, commitment = quantizer.eval()(z['vq_z'])
     assert torch.equal(codes, z['vq_eval_codes'].long())
     close(commitment, z['vq_eval_loss'])
-    close(quantizer.counts, z['vq_cluster_size_after'])  # in the released code they move here, too
-    decay, counts = quantizer.decay, count_codes(codes, len(quantizer.counts))
-    close(decay * quantizer.counts + (1 - decay) * counts, z['vq_eval_cluster_size_after'])
+    assert torch.equal(quantizer.counts, still)
+    close(z['vq_eval_cluster_size_after'], z['vq_cluster_size_after'])  # there, too
 
 
 def test_kmeans_start(beit):
