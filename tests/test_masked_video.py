@@ -227,6 +227,11 @@ def test_what_cannot_be_is_one_line(values, message):
     assert str(e.value).startswith(message) and '\n' not in str(e.value)
 
 
-def test_layers_of_a_video_network_are_refused_in_one_line():
-    with pytest.raises(ValueError, match='gives no maps of its layers'):
-        create_backbone('mvit_mini').intermediates(torch.zeros(1, 3, 32, 32))
+def test_layers_of_a_video_network_are_those_of_images():
+    net, x = create_backbone('mvit_mini').eval(), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        first, last = net.intermediates(x, [0, -1], norm=True)
+        assert first.shape == (2, 32, 8, 8)
+        torch.testing.assert_close(last.flatten(2).mT, net(x).tokens)
+    with pytest.raises(ValueError, match='gives maps of its layers for images only'):
+        net.intermediates(torch.zeros(1, 3, 2, 32, 32))

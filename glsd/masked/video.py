@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['VIDEOS', 'MVIT', 'CUBES', 'sample_frames', 'ToyClips', 'Frames', 'VideoFile', 'find_decoder', 'ClipFolder',
-           'ClipCrop', 'ClipOptions', 'mvit_blocks', 'build_mvit', 'MViTBackbone', 'clip_positions', 'cube_mask',
-           'tube_mask', 'frame_mask', 'middle_frames', 'VideoOptions', 'MaskFeatVideo']
+           'ClipCrop', 'ClipOptions', 'mvit_blocks', 'build_mvit', 'MViTBackbone', 'clip_positions', 'still_clip',
+           'cube_mask', 'tube_mask', 'frame_mask', 'middle_frames', 'VideoOptions', 'MaskFeatVideo']
 
-# %% ../../nbs/5_masked/9_video.ipynb #0ee3ff37
+# %% ../../nbs/5_masked/9_video.ipynb #ac6d5451
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torchvision.models.video.mvit import MSBlockConfig, MViT
 
-from ..backbones.features import TRAINED_HERE, Backbone, Features, register_backbone
+from ..backbones.features import TRAINED_HERE, Backbone, Features, register_backbone, to_map
 from ..backbones.vit import apply_mask
 from ..data.folders import list_images, read_image
 from ..data.toyworld import TOY_WORLDS, ToyWorld, fingerprint_of, open_toyworld
@@ -229,7 +229,7 @@ def build_mvit(size: int, frames: int, drop_path: float = 0.0, embed: Any = None
     model.head = nn.Identity()
     return model
 
-# %% ../../nbs/5_masked/9_video.ipynb #d71ad4a9
+# %% ../../nbs/5_masked/9_video.ipynb #7cde96b9
 class MViTBackbone(Backbone):
     """MViT v2, or without pooling a ViViT: clips [N, 3, T, h, w] -> Features with a grid (T', H, W).
 
@@ -240,6 +240,7 @@ class MViTBackbone(Backbone):
 
     accepts = 'mask', 'mask_token'
     set_data_config: Any  # grows on its own floor
+    embed: Any  # grows below
 
     def __init__(
         self, name: str, drop_path: float = 0.0, size: int = 224, frames: int = 16, absolute: bool = False,
@@ -257,8 +258,23 @@ class MViTBackbone(Backbone):
         self.set_data_config(input_size=size, **TRAINED_HERE)
 
     def n_layers(self, blocks: bool = False) -> int:
-        "ValueError: there are no maps of a clip's layers."
-        raise ValueError(f'{self.timm_name} gives no maps of its layers: they have a time axis')
+        "How many blocks there are."
+        return len(self.model.blocks)
+
+    def layer_maps(self, x: Tensor, layers: set[int], norm: bool, blocks: bool) -> dict[int, tuple]:
+        "Block -> (map [N, C, h, w] after it, CLS [N, 1, C]), of images. ValueError for clips."
+        if x.ndim == 5:
+            raise ValueError(
+                f'{self.timm_name} gives maps of its layers for images only: clips have a time axis'
+            )
+        maps: dict[int, tuple] = {}
+        tokens, size = self.embed(still_clip(x, self.tubelet))
+        for i, block in enumerate(self.model.blocks[: max(layers) + 1]):
+            tokens, size = block(tokens, size)
+            z = self.model.norm(tokens) if norm and tokens.shape[-1] == self.dim else tokens
+            if i in layers:
+                maps[i] = to_map(z[:, 1:], size[1:]), z[:, :1]
+        return maps
 
 # %% ../../nbs/5_masked/9_video.ipynb #25d38162
 def clip_positions(grid: tuple[int, ...], dim: int) -> Tensor:
@@ -266,7 +282,7 @@ def clip_positions(grid: tuple[int, ...], dim: int) -> Tensor:
     space, time = sincos_positions((grid[1], grid[2]), dim), sincos_positions((1, grid[0]), dim).flip(-1)
     return (time[:, None] + space).flatten(0, 1)
 
-# %% ../../nbs/5_masked/9_video.ipynb #6158ce83
+# %% ../../nbs/5_masked/9_video.ipynb #c3cb40bb
 def _grid_of(clip: tuple[int, ...], backbone: Any) -> tuple[int, int, int]:
     T, h, w = clip
     t, s = backbone.tubelet, backbone.stride
@@ -280,27 +296,37 @@ def _grid_of(clip: tuple[int, ...], backbone: Any) -> tuple[int, int, int]:
     return T // t, h // s, w // s
 
 
+def still_clip(x: Tensor, frames: int) -> Tensor:
+    "Images [N, 3, h, w] as clips [N, 3, frames, h, w] that stand still; clips stay."
+    return x if x.ndim == 5 else x[:, :, None].expand(-1, -1, frames, -1, -1)
+
+
+@patch
+def embed(
+    self: MViTBackbone, x: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None
+) -> tuple[Tensor, tuple[int, ...]]:
+    "Clips [N, 3, T, h, w] -> what goes into the first block [N, 1 + n, d], CLS first, and its grid."
+    grid = _grid_of(tuple(x.shape[2:]), self)
+    x = self.model.conv_proj(x)
+    size, tokens = tuple(x.shape[2:]), x.flatten(2).mT
+    if mask is not None:
+        tokens = apply_mask(tokens, repeat_mask(mask, grid, size), mask_token)
+    if self.absolute:
+        tokens = tokens + clip_positions(size, self.embed_dim).to(tokens)
+    return torch.cat([self.model.pos_encoding.class_token.expand(len(x), 1, -1), tokens], 1), size
+
+
 @patch
 def features(
     self: MViTBackbone, x: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None
 ) -> Features:
     "Clips [N, 3, T, h, w], or images [N, 3, h, w] -> Features; for the other inputs see the class."
     still = x.ndim == 4
-    x = x[:, :, None].expand(-1, -1, self.tubelet, -1, -1) if still else x
-    grid = _grid_of(tuple(x.shape[2:]), self)
-    x = self.model.conv_proj(x)
-    size = tuple(x.shape[2:])
-    tokens = x.flatten(2).mT
-    if mask is not None:
-        tokens = apply_mask(tokens, repeat_mask(mask, grid, size), mask_token)
-    if self.absolute:
-        tokens = tokens + clip_positions(size, self.embed_dim).to(tokens)
-    cls = self.model.pos_encoding.class_token.expand(len(x), 1, -1)
-    tokens = torch.cat([cls, tokens], 1)
+    tokens, size = self.embed(still_clip(x, self.tubelet), mask, mask_token)
     for block in self.model.blocks:
         tokens, size = block(tokens, size)
     tokens = self.model.norm(tokens)[:, 1:]
-    return Features(tokens.mean(1), tokens, grid[1:] if still else grid)
+    return Features(tokens.mean(1), tokens, tuple(size[1:] if still else size))
 
 # %% ../../nbs/5_masked/9_video.ipynb #e7eca127
 _stages = dict(dim=96, depths=(1, 2, 11, 2), kv=8)
