@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from glsd.contrastive.infonce import MLP, info_nce, nt_xent, nt_xent_part
+from glsd.contrastive.moco import mocov3_loss
 
 GOLDEN = Path(__file__).parent / 'golden'
 
@@ -101,3 +102,13 @@ def test_bad_input_is_one_line(call, message):
     with pytest.raises(ValueError) as e:
         call()
     assert str(e.value).startswith(message) and '\n' not in str(e.value)
+
+
+def test_mocov3(z):
+    arrays, meta = z
+    t = meta['mocov3']['temperature']
+
+    def loss(p1, p2):
+        return mocov3_loss(p1, p2, arrays['z1'].to(p1.dtype), arrays['z2'].to(p1.dtype), t)
+
+    equal_to('mocov3', arrays, loss, 'p1', 'p2')

@@ -2,6 +2,7 @@
 
 A new one: its name here, its small options in `training_runs`."""
 
+import math
 import os
 import subprocess
 import sys
@@ -16,15 +17,11 @@ from glsd.training import Trainer
 from glsd.training.loop import batches
 from glsd.training.trainer import build_dataset
 
-METHODS = ['simclr', 'byol', 'swav', 'dilo', 'looc', 'nnclr']
-AS_ONE = [
-    'simclr',
-    'byol',
-    'swav',
-    'dilo',
-    'looc',
-    'nnclr',
-]  # those that N processes compute as one does, to 1e-6
+METHODS = ['simclr', 'mocov2', 'mocov3', 'byol', 'swav', 'dilo', 'looc', 'nnclr']
+# those that N processes compute as one does, to 1e-6
+AS_ONE = ['simclr', 'mocov2', 'mocov3', 'byol', 'swav', 'dilo', 'looc', 'nnclr']
+# what a loss is compared with, where its start is no measure: against a queue it rises while that is filled
+UNLEARNED = {'mocov2': lambda recipe: 0.98 * math.log(1 + recipe.queue)}
 TESTS = Path(__file__).parent
 
 
@@ -47,11 +44,12 @@ def trained(recipe, steps, trainer=None):
 @pytest.mark.parametrize('backbone', ['vit_mini', 'swin_mini', 'resnet_mini'])
 @pytest.mark.parametrize('method', METHODS)
 def test_the_loss_falls(method, backbone):
-    "In a world whose crops share much, which is learned quickly; the first steps fill queues."
+    "In a world whose crops share much, which is learned quickly."
     recipe = small_recipe(method, backbone=backbone, data='toyworld-shared', batch_size=16, steps=20, lr=4e-3)
     _, losses = trained(recipe, 20)
     assert np.isfinite(losses).all()
-    assert np.mean(losses[-4:]) < np.mean(losses[3:7])
+    unlearned = UNLEARNED[method](recipe) if method in UNLEARNED else np.mean(losses[3:7])
+    assert np.mean(losses[-4:]) < unlearned
 
 
 @pytest.mark.parametrize('method', METHODS)
@@ -80,6 +78,8 @@ with process_group('cpu'):
     world = DistributedWorld()
     for method in methods:
         recipe = small_recipe(method, drop_path=0.0)
+        if 'bn_group' in recipe.to_dict():  # groups depend on the number of processes
+            recipe = recipe.replace(bn_group=0)
         trainer, losses = Trainer(recipe, 4, world), []
         for views in batches(recipe, build_dataset(recipe), 0, 4, trainer.method.views, world):
             views.crops = [c.double() for c in views.crops]

@@ -37,7 +37,7 @@ class MemoryBank(nn.Module):
         self.register_buffer('place', torch.tensor(0))
         self.register_buffer('filled', torch.tensor(0))
 
-# %% ../../nbs/6_contrastive/2_memory_bank.ipynb #82ccd798
+# %% ../../nbs/6_contrastive/2_memory_bank.ipynb #f4664d36
 @patch
 @torch.no_grad()
 def enqueue(self: MemoryBank, keys: Tensor) -> None:
@@ -47,7 +47,7 @@ def enqueue(self: MemoryBank, keys: Tensor) -> None:
     if keys.ndim != 2 or keys.shape[1] != self.rows.shape[1]:
         raise ValueError(f'a queue of width {self.rows.shape[1]} takes keys [n, {self.rows.shape[1]}], '
                          f'not {list(keys.shape)}')  # fmt: skip
-    keys = all_gather_keys(F.normalize(keys.float(), dim=-1) if self.normalize else keys)
+    keys = all_gather_keys(F.normalize(keys.to(self.rows.dtype), dim=-1) if self.normalize else keys)
     write_ring(self.rows[None], self.place, keys[:, None])
     self.filled.add_(len(keys)).clamp_(max=len(self.rows))
 

@@ -125,6 +125,10 @@ class Method(nn.Module):  # in one cell, longer than others: it is the contract,
         "ValueError, in one line, for fields of a recipe that do not go together."
 
     @classmethod
+    def check_data(cls, recipe: Any, n_images: int) -> None:
+        "ValueError or a warning, in one line, for a recipe that does not go with so many images."
+
+    @classmethod
     def open_data(cls, recipe: Any) -> Any:
         "Its own data set, for a method that does not learn from images; None: the recipe's images."
         return None

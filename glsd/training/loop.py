@@ -136,11 +136,14 @@ def class_names(recipe: Recipe, dataset: Any) -> list[str]:
 
 
 def check_dataset(recipe: Recipe, dataset: Any) -> None:
-    "ValueError for fewer images than a batch, and for images without labels where the method needs them."
+    """ValueError for fewer images than a batch, and for images without labels where the method needs them.
+
+    The method has its say, too: a queue larger than the data is a warning."""
     n, batch = len(dataset), recipe.run.batch_size
     if n < batch:
         advice = 'choose a smaller batch_size, or more images'
         raise ValueError(f'{n} images are fewer than a batch of {batch}: {advice}')
+    find_method(recipe.method).check_data(recipe, n)
     if recipe.needs_labels:
         _check_labels(recipe.method, dataset)
 

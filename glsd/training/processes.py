@@ -61,8 +61,12 @@ class SyncedBatchNorm(nn.BatchNorm1d):
         mean = _mean_over_all(x.float() if x.dtype.itemsize < 4 else x, others)
         var = _mean_over_all((x - mean.view(per_channel)).square(), others)
         self.follow(mean.detach(), var.detach(), x.numel() // x.shape[1] * dist.get_world_size())
-        scale = self.weight * (var + self.eps).rsqrt()
-        y = (x - mean.view(per_channel)) * scale.view(per_channel) + self.bias.view(per_channel)
+        scale = (var + self.eps).rsqrt()
+        if self.affine:  # MoCo v3's last layer is not
+            scale = scale * self.weight
+        y = (x - mean.view(per_channel)) * scale.view(per_channel)
+        if self.affine:
+            y = y + self.bias.view(per_channel)
         return y.to(x.dtype)
 
     @torch.no_grad()
