@@ -140,6 +140,7 @@ class MoCoOptions(Method.Options):
 class MoCo(MomentumMethod):
     "A query finds its key among those of a queue (He et al. 2020; version 2: Chen et al. 2020)."
 
+    groups: Callable[[int], int]  # grows below, as do others
     Options = MoCoOptions
     defaults = dict(
         n_local=0, global_scale=(0.2, 1.0), batch_size=256, lr_final=0.0, warmup=0.0, weight_decay=0.05,
