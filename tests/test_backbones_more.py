@@ -170,7 +170,7 @@ def test_attention_of_t2t_can_be_read():
 
 
 OURS = ['cvt_13', 'cvt_mini_32', 't2t_vit_14', 't2t_mini_32', 'resnet_mini_32']
-OURS += ['vit_mini_patch8_32', 'swin_mini_patch4_window4_32']
+OURS += ['vit_mini_patch4_32', 'swin_mini_patch4_window4_32']
 
 
 @pytest.mark.parametrize('name', OURS)
@@ -179,6 +179,18 @@ def test_no_random_weights_in_place_of_published_ones(name):
         timm.create_model(name, pretrained=True)
     with pytest.raises(OSError, match=f'random:{name} needs none'):
         load_frozen(name)
+
+
+def test_the_weights_of_the_package():
+    "Small, with a card, the same for timm, and seen in what they make of an image."
+    file = features.weights_file('vit_mini_patch8_32')
+    assert file.stat().st_size < 2**20 and 'CIFAR-10' in file.with_suffix('.md').read_text()
+    ours = create_backbone('vit_mini', pretrained=True).eval()
+    theirs = timm.create_model('vit_mini_patch8_32', pretrained=True, num_classes=0).eval()
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(ours(x).pooled, theirs(x))
+    random = create_backbone('vit_mini').eval()
+    assert attention_maps(ours, x).std() > 10 * attention_maps(random, x).std()
 
 
 def test_weights_that_come_with_the_package(tmp_path, monkeypatch):

@@ -1,18 +1,18 @@
 "The queue of floor 6: against a deque and the authors' values, on several processes, with bad input."
 
-import subprocess
-import sys
 from collections import deque
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from test_contrastive_golden import close, golden
+from torch import distributed as dist
+from training_runs import in_processes
 
 from glsd.contrastive.memory_bank import MemoryBank, check_queue
 from glsd.objectives.moby import MoBYLoss
 from glsd.objectives.moby import enqueue as write_ring
+from glsd.training.processes import process_group
 
 
 @pytest.fixture(scope='module')
@@ -86,32 +86,22 @@ def test_saved_and_gone_on_with():
     assert not list(first.parameters())
 
 
-TWO = """
-import os, sys, torch
-import torch.distributed as dist
-from glsd.contrastive.memory_bank import MemoryBank
-dist.init_process_group('gloo')
-torch.manual_seed(0)
-bank, rank = MemoryBank(10, 4), dist.get_rank()
-for keys in torch.randn(5, 6, 4):
-    bank.enqueue(keys.chunk(dist.get_world_size())[rank])
-if rank == dist.get_world_size() - 1:
-    torch.save(bank.state_dict(), sys.argv[1])
-dist.barrier()
-sys.stdout.flush()
-os._exit(0)
-"""
+def fill(out):
+    with process_group('cpu'):
+        torch.manual_seed(0)
+        bank, rank, n = MemoryBank(10, 4), dist.get_rank(), dist.get_world_size()
+        for keys in torch.randn(5, 6, 4):
+            bank.enqueue(keys.chunk(n)[rank])
+        if rank == n - 1:
+            torch.save(bank.state_dict(), out / f'{n}.pt')
+        dist.barrier()
 
 
 @pytest.mark.slow
 def test_two_processes_fill_it_as_one_does(tmp_path):
-    script = tmp_path / 'two.py'
-    script.write_text(TWO)
     for n in 1, 2:
-        run = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(n)]
-        done = subprocess.run([*run, str(script), str(tmp_path / f'{n}.pt')], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-    one, two = (torch.load(Path(tmp_path) / f'{n}.pt') for n in (1, 2))
+        in_processes(n, fill, tmp_path)
+    one, two = (torch.load(tmp_path / f'{n}.pt') for n in (1, 2))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 

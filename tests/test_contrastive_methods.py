@@ -3,18 +3,15 @@
 A new one: its name here, its small options in `training_runs`."""
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from training_runs import apart, same, small_recipe
+from training_runs import apart, in_processes, same, small_recipe
 
 from glsd.training import Trainer
 from glsd.training.loop import batches
+from glsd.training.processes import DistributedWorld, process_group
 from glsd.training.trainer import build_dataset
 
 METHODS = ['simclr', 'mocov2', 'mocov3', 'byol', 'swav', 'dilo', 'looc', 'nnclr']
@@ -22,7 +19,6 @@ METHODS = ['simclr', 'mocov2', 'mocov3', 'byol', 'swav', 'dilo', 'looc', 'nnclr'
 AS_ONE = ['simclr', 'mocov2', 'mocov3', 'byol', 'swav', 'dilo', 'looc', 'nnclr']
 # what a loss is compared with, where its start is no measure: against a queue it rises while that is filled
 UNLEARNED = {'mocov2': lambda recipe: 0.98 * math.log(1 + recipe.queue)}
-TESTS = Path(__file__).parent
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -64,46 +60,27 @@ def test_it_goes_on_to_the_same_bits(method):
     assert same(straight.state_dict(), second.state_dict())
 
 
-SCRIPT = """
-import os, sys, torch
-from glsd.training import Trainer
-from glsd.training.loop import batches
-from glsd.training.processes import DistributedWorld, process_group
-from glsd.training.trainer import build_dataset
-from training_runs import small_recipe
-out, *methods = sys.argv[1:]
-torch.set_default_dtype(torch.float64)
-torch.set_num_threads(1)
-with process_group('cpu'):
-    world = DistributedWorld()
-    for method in methods:
-        recipe = small_recipe(method, drop_path=0.0)
-        if 'bn_group' in recipe.to_dict():  # groups depend on the number of processes
-            recipe = recipe.replace(bn_group=0)
-        trainer, losses = Trainer(recipe, 4, world), []
-        for views in batches(recipe, build_dataset(recipe), 0, 4, trainer.method.views, world):
-            views.crops = [c.double() for c in views.crops]
-            losses.append(trainer.step(views)['loss'])
-        if world.rank == 0:
-            torch.save((losses, trainer.state_dict()['method']), f'{out}/{method}_{world.size}.pt')
-sys.stdout.flush()
-os._exit(0)
-"""
+def follow(out):
+    "In each process, four steps of each method; in double precision, so that no difference is rounding."
+    torch.set_default_dtype(torch.float64)
+    with process_group('cpu'):
+        world = DistributedWorld()
+        for method in AS_ONE:
+            recipe = small_recipe(method, drop_path=0.0)
+            if 'bn_group' in recipe.to_dict():  # groups depend on the number of processes
+                recipe = recipe.replace(bn_group=0)
+            trainer, losses = Trainer(recipe, 4, world), []
+            for views in batches(recipe, build_dataset(recipe), 0, 4, trainer.method.views, world):
+                views.crops = [c.double() for c in views.crops]
+                losses.append(trainer.step(views)['loss'])
+            if world.rank == 0:
+                torch.save((losses, trainer.state_dict()['method']), out / f'{method}_{world.size}.pt')
 
 
 @pytest.mark.slow
 def test_two_processes_do_as_one_does(tmp_path):
-    "In double precision, so that what is left of a difference is no rounding."
-    script = tmp_path / 'run.py'
-    script.write_text(SCRIPT)
-    paths = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get('PYTHONPATH', '')])
-    env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=paths)
     for n in 1, 2:
-        command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(n)]
-        done = subprocess.run(
-            [*command, str(script), str(tmp_path), *AS_ONE], env=env, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        in_processes(n, follow, tmp_path)
     for method in AS_ONE:
         (one, one_state), (two, two_state) = (torch.load(tmp_path / f'{method}_{n}.pt') for n in (1, 2))
         assert apart(one, two) < 1e-6 and apart(one_state, two_state) < 1e-6, method

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from training_runs import METHODS, small_recipe
+from training_runs import KINDS, small_recipe
 
 from glsd.data import Subset, ToyWorld, save_list, write_shards
 from glsd.data.folders import ImageFolder
@@ -113,8 +113,8 @@ def test_every_evaluation_on_every_kind_of_images_with_every_kind_of_network(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('method', [m.values[0] for m in METHODS])
-def test_every_evaluation_of_a_run_of_every_method(method, sources, tmp_path):
+@pytest.mark.parametrize('method', [m.values[0] for m in KINDS])
+def test_every_evaluation_of_a_run_of_every_kind(method, sources, tmp_path):
     "On every kind of images; where it is refused, it is as for the network of any other run."
     run = pretrain(small_recipe(method, steps=2, device='cpu'), tmp_path / 'run', progress=False)
     for what in TINY:

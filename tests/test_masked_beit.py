@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from training_runs import apart, files_of_masked, interrupt_at, same, small_recipe
+from training_runs import apart, files_of_masked, in_processes, interrupt_at, same, small_recipe
 
 from glsd.backbones.beit import BEiTBackbone
 from glsd.backbones.features import _backbones, register_backbone
@@ -19,6 +19,9 @@ from glsd.objectives.ibot import draw_block
 from glsd.objectives.method import create_method
 from glsd.training import export_backbone, load_method, load_run, pretrain
 from glsd.training.checkpoint import last_checkpoint
+from glsd.training.loop import batches
+from glsd.training.sharding import join_world
+from glsd.training.trainer import Trainer, build_dataset
 from glsd.views.multicrop import Views
 
 GOLDEN = Path(__file__).parent / 'golden'
@@ -242,39 +245,22 @@ def test_the_monitor_beside_a_blind_guess_and_stuck(words):
     assert not line or ('stuck at a blind guess' in line and '\n' not in line)
 
 
-BOTH = """
-import sys
-from pathlib import Path
-import torch
-from glsd.training.loop import batches
-from glsd.training.sharding import join_world
-from glsd.training.trainer import Trainer, build_dataset
-from training_runs import small_recipe
-
-torch.set_num_threads(1)
-recipe = small_recipe(sys.argv[2], batch_size=8, steps=3, device='cpu')
-with join_world(recipe) as world:
-    trainer = Trainer(recipe, 3, world)
-    for views in batches(recipe, build_dataset(recipe), 0, 3, trainer.method.views, world):
-        trainer.step(views)
-        if trainer.done == 1:
-            counts = {k: v.clone() for k, v in trainer.method.named_buffers() if k.endswith('counts')}
-    state = {k: v for k, v in trainer.method.state_dict().items()} | counts
-    torch.save(state, Path(sys.argv[1]) / f'{world.rank}.pt')
-    sys.stdout.flush()
-    import os
-    os._exit(0)
-"""
+def train_both(out, method):
+    recipe, counts = small_recipe(method, batch_size=8, steps=3, device='cpu'), {}
+    with join_world(recipe) as world:
+        trainer = Trainer(recipe, 3, world)
+        for views in batches(recipe, build_dataset(recipe), 0, 3, trainer.method.views, world):
+            trainer.step(views)
+            if trainer.done == 1:
+                buffers = trainer.method.named_buffers()
+                counts = {k: v.clone() for k, v in buffers if k.endswith('counts')}
+        torch.save(trainer.method.state_dict() | counts, out / f'{world.rank}.pt')
 
 
 @pytest.mark.parametrize('method', ['dvae', 'vqkd'])
 def test_counts_and_codebook_are_those_of_all_processes(tmp_path, method):
     "Two processes with half a batch each end with the same buffers, which have counted the whole batch."
-    from test_training_processes import torchrun
-
-    script = tmp_path / 'two.py'
-    script.write_text(BOTH)
-    torchrun(2, script, tmp_path, method)
+    in_processes(2, train_both, tmp_path, method)
     a, b = (torch.load(tmp_path / f'{rank}.pt') for rank in (0, 1))
     assert a.keys() == b.keys() and apart(a, b) == 0
     assert sum(float(v.sum()) for k, v in a.items() if k.endswith('counts')) == 8 * 64

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from training_runs import METHODS, QUICK, finite, one_line, same, small_recipe
+from training_runs import KINDS, QUICK, finite, one_line, same, small_recipe
 
 from glsd.data.loading import LoaderError
 from glsd.training import Recipe, Trainer, checkpoint, load_run, pretrain
@@ -288,7 +288,7 @@ def test_a_full_disk_names_the_folder_and_the_bytes(tmp_path, monkeypatch):
     assert one_line(error) and last_checkpoint(run.path)['step'] == 2
 
 
-@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('method', KINDS)
 def test_a_step_that_is_not_finite_is_kept_and_left_out_whatever_the_method(tmp_path, monkeypatch, method):
     recipe = small_recipe(method, on_nan='skip')
     monkeypatch.setattr(Trainer, 'loss_terms', broken_at(4))
@@ -313,7 +313,7 @@ def test_a_run_that_only_skips_stops(tmp_path, monkeypatch):
     assert len(list((tmp_path / 'not_finite').glob('*.pt'))) == 3
 
 
-@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('method', KINDS)
 def test_a_skipped_step_leaves_no_trace(monkeypatch, method):
     "Centres, queues, weights and moments after a skipped step are those from before it."
     recipe = small_recipe(method)

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from training_runs import METHODS, QUICK, one_line, small_recipe
+from training_runs import KINDS, QUICK, one_line, small_recipe
 
 from glsd.training import load_method, load_run, pretrain
 from glsd.training.checkpoint import (
@@ -18,8 +18,8 @@ from glsd.training.monitoring import Bar, Curves, LivePlot, draw_panels
 from glsd.training.trainer import Trainer, build_dataset
 
 
-@pytest.mark.parametrize('method', METHODS)
-def test_monitors_see_every_method(tmp_path, method):
+@pytest.mark.parametrize('method', KINDS)
+def test_monitors_see_every_kind_of_method(tmp_path, method):
     "In eval mode, without gradients, with the batch of the step; afterwards the method trains on."
 
     def monitor(method, step, views):

@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
+import socket
+import sys
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -44,6 +47,11 @@ METHODS = [
     for name in list_methods()
     if name not in ('vanilla', 'moco')
 ]
+
+
+# one of each kind: for what depends on the parts that a method has, and not on its loss
+KINDS = 'geometric moby supervised finetune deit mae vqkd beit maskfeat_video swav'.split()
+KINDS = [method for method in METHODS if method.values[0] in KINDS]
 
 
 def known_fields(method: str, values: dict) -> dict:
@@ -125,6 +133,33 @@ def small_recipe(method: str, **changes) -> Recipe:
     return Recipe(
         method, **{**SMALL, 'backbone': backbone, 'steps': 6, 'checkpoint_every': 2, **own, **changes}
     )
+
+
+def _rank(rank, n, port, function, args):
+    address = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    os.environ |= address | dict(RANK=str(rank), LOCAL_RANK=str(rank))
+    os.environ |= dict(WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n))
+    torch.set_num_threads(1)
+    function(*args)
+    sys.stdout.flush()
+    os._exit(0)  # torch's threads now and then abort when the interpreter is taken down
+
+
+def in_processes(n: int, function, *args) -> None:
+    """Calls a function of a test file in n processes that torch.distributed finds as torchrun's.
+
+    They are forked from a server that has imported glsd: that alone takes a process many seconds."""
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['training_runs'])
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    ranks = [context.Process(target=_rank, args=(rank, n, port, function, args)) for rank in range(n)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(300)
+    assert [process.exitcode for process in ranks] == [0] * n
 
 
 def same(a, b) -> bool:

@@ -216,7 +216,8 @@ def correspondence_picture(
     chosen = chosen_indices(len(dataset), images)
     if not backbones or not chosen:
         raise ValueError('correspondence_picture needs at least one backbone and one image')
-    fig = new_figure(max(7, 2.4 * len(chosen) + 0.3), 1.25 * (1 + len(backbones)))
+    width = max(2.4, 7 / len(chosen))  # two crops and the space between: 13 to 6
+    fig = new_figure(width * len(chosen), (0.46 * width + 0.2) * (1 + len(backbones)))
     axes = fig.subplots(1 + len(backbones), len(chosen), squeeze=False)
     first = next(iter(backbones.values()))
     for row, (name, net) in zip(axes, [('exact map', None), *backbones.items()]):
