@@ -1637,6 +1637,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/glsd', 'doc_host': '', 'gi
                                                                                                  'glsd/evaluation/watching.py'),
                                           'glsd.evaluation.watching.CollapseMonitor.__init__': ( '8_evaluation/watching.html#collapsemonitor.__init__',
                                                                                                  'glsd/evaluation/watching.py'),
+                                          'glsd.evaluation.watching._codes_of': ( '8_evaluation/watching.html#_codes_of',
+                                                                                  'glsd/evaluation/watching.py'),
                                           'glsd.evaluation.watching._histories': ( '8_evaluation/watching.html#_histories',
                                                                                    'glsd/evaluation/watching.py'),
                                           'glsd.evaluation.watching._panels': ( '8_evaluation/watching.html#_panels',

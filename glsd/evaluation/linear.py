@@ -173,7 +173,7 @@ def linear_probe(  # over 25 lines: every option has its own
     state to go on from, and linear.json. 'top1', 'top5', 'lr' belong to the head that is best on the test
     images, 'grid' has all. ValueError on bad input."""
     n_classes = check_probe_sets(train_ds, test_ds)
-    lrs = lrs or protocol_lrs(protocol)
+    lrs = protocol_lrs(protocol) if lrs is None else lrs
     check_options(epochs, batch_size, lrs)
     net = LastBlocks(backbone.to(device) if device is not None else backbone, n_blocks)
     rates = dict(epochs=epochs, batch_size=batch_size, lrs=[float(lr) for lr in lrs])

@@ -20,7 +20,6 @@ from .collapse import collapse_figures, feature_figures, shares
 from .extraction import evaluating, transform_of
 from .pictures import evenly_spaced, new_figure
 from .report import CollapseReport, collapse_report
-from ..masked.dvae import code_figures
 from ..objectives.self_distillation import SelfDistillation
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ def figures_of(method: Any, views: Any) -> dict:
     if not isinstance(method, SelfDistillation):
         features = method.backbone(views.crops[0].flatten(0, 1))
         pooled = all_gather_rows_of(features.pooled)
-        codes = dict(codes=code_figures(method.counts)) if hasattr(method, 'counts') else {}
+        codes = _codes_of(method)
         if features.tokens is None:
             return feature_figures(pooled) | codes
         tokens = all_gather_rows_of(features.tokens)
@@ -55,6 +54,15 @@ def all_gather_rows_of(x: torch.Tensor) -> torch.Tensor:
     from glsd.training.processes import all_gather_batch, world_size
 
     return all_gather_batch(x, len(x) * world_size()) if world_size() > 1 else x
+
+
+def _codes_of(method):
+    "Codes in use, of a tokenizer."
+    if not hasattr(method, 'counts'):
+        return {}
+    from glsd.masked.dvae import code_figures  # here: a report needs no timm
+
+    return dict(codes=code_figures(method.counts))
 
 # %% ../../nbs/8_evaluation/15_watching.ipynb #e4f4c4b4
 class CollapseMonitor:
