@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from meters import Meter
-from training_runs import MASKED, deit_teacher, plain_backbone
+from training_runs import MASKED, deit_teacher, files_named_by, plain_backbone
 
 import glsd.objectives
 from glsd.data.toyworld import ToyWorld
@@ -297,7 +297,8 @@ def small_method(name):
     if cls.defaults.get('n_local') == 0:
         del values['n_local']  # it takes none
     if cls.__module__.startswith('glsd.masked.'):
-        values |= {k: v for k, v in MASKED.items() if k in known} | dict(backbone=plain_backbone(name))
+        values |= {k: v for k, v in MASKED.items() if k in known} | files_named_by(name)
+        values['backbone'] = plain_backbone(name)
     if name == 'deit':
         values |= dict(backbone=plain_backbone(name), teacher=deit_teacher(), n_global=1)
     classes = ToyWorld(1, size=32).classes

@@ -86,6 +86,12 @@ def files_of_masked() -> dict:
     return {name: str(path) for name, path in files.items()}
 
 
+def files_named_by(method: str) -> dict:
+    "The option of a masked method that names a file, where it has one."
+    option = dict(beit='tokenizer', vqkd='teacher').get(method)
+    return {option: files_of_masked()[option]} if option else {}
+
+
 @cache
 def deit_teacher() -> str:
     "The folder of a run of one step, by which students are taught."
@@ -104,8 +110,7 @@ def small_recipe(method: str, **changes) -> Recipe:
     "A recipe of any method that takes a few steps in a second."
     if find_method(method).__module__.startswith('glsd.masked.'):
         own = dict(backbone=plain_backbone(method))
-        named = dict(beit='tokenizer', vqkd='teacher').get(method)
-        own |= {named: files_of_masked()[named]} if named else {}
+        own |= files_named_by(method)
         return Recipe(method, **{**known_fields(method, MASKED), **own, **changes})
     if method == 'deit':
         return Recipe(method, **deit_options() | changes)
