@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import yaml
-from training_runs import one_line
+from training_runs import files_named_by, one_line
 
 from glsd.objectives.method import Method, list_methods
 from glsd.training import Recipe
@@ -15,7 +15,7 @@ from glsd.training.recipe import FORMAT
 
 @pytest.mark.parametrize('method', list_methods())
 def test_saved_whole_and_loaded_equal(tmp_path, method):
-    recipe = Recipe(method, steps=7, lr=1e-7, warmup=1 / 3)
+    recipe = Recipe(method, steps=7, lr=1e-7, warmup=1 / 3, **files_named_by(method))
     recipe.save(tmp_path / 'r.yaml')
     assert Recipe.load(tmp_path / 'r.yaml') == recipe
     values = yaml.safe_load((tmp_path / 'r.yaml').read_text())
