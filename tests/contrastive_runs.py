@@ -1,28 +1,10 @@
 "What the test files of the contrastive chapters share."
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
 from glsd.data.toyworld import ToyWorld
-
-GOLDEN = Path(__file__).parent / 'golden' / 'contrastive.npz'
-
-
-def golden():
-    "The arrays of the authors' code, and the options they were made with."
-    with np.load(GOLDEN) as z:
-        arrays = {k: torch.from_numpy(z[k]) for k in z.files if k != 'meta'}
-        return arrays, json.loads(str(z['meta']))
-
-
-def close(ours, theirs, tolerance):
-    "Equal up to a share of the largest entry of theirs, which was rounded to float32."
-    theirs = theirs.to(ours.dtype)
-    torch.testing.assert_close(ours.detach(), theirs, rtol=0, atol=tolerance * float(theirs.abs().max()))
 
 
 def views_of(method, n):

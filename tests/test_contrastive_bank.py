@@ -5,7 +5,7 @@ from collections import deque
 import pytest
 import torch
 import torch.nn.functional as F
-from test_contrastive_golden import close, golden
+from golden_values import close, golden
 from torch import distributed as dist
 from training_runs import in_processes
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from contrastive_runs import close, first_steps, golden, one_line_from, views_of
+from contrastive_runs import first_steps, one_line_from, views_of
+from golden_values import close, golden
 from training_runs import one_line
 
 from glsd.contrastive import byol_loss
@@ -16,7 +17,7 @@ SMALL = dict(backbone='vit_mini', global_size=32, projector_hidden=32, projector
 
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.float64, 1e-6)])
 def test_golden(dtype, tolerance):
-    z, _ = golden()
+    z, _ = golden('contrastive')
     p1, p2, z1, z2 = (z[name].to(dtype).requires_grad_() for name in ('p1', 'p2', 'z1', 'z2'))
     loss = byol_loss(p1, p2, z1, z2)
     loss.backward()

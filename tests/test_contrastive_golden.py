@@ -2,27 +2,12 @@
 
 Sizes and options are read from the file."""
 
-import json
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
+from golden_values import close, golden
 
 from glsd.contrastive.infonce import MLP, info_nce, nt_xent, nt_xent_part
 from glsd.contrastive.moco import mocov3_loss
-
-GOLDEN = Path(__file__).parent / 'golden'
-
-
-def golden(name):
-    with np.load(GOLDEN / f'{name}.npz') as z:
-        arrays = {k: torch.from_numpy(z[k]) for k in z.files if k != 'meta'}
-        return arrays, json.loads(str(z['meta']))
-
-
-def close(ours, theirs, tolerance=1e-5):
-    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max()))
 
 
 @pytest.fixture(scope='module')

@@ -1,54 +1,50 @@
 "LeJEPA, SimDINO and Gram anchoring equal the authors' values, train, go on bit for bit and share a batch."
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from training_runs import same
+from golden_values import close, doubled, golden
+from torch import distributed as dist
+from training_runs import in_processes, same
 
 from glsd.contrastive.gram import NEGATIVES, gram_loss
 from glsd.contrastive.sigreg import bcs_loss, epps_pulley, invariance, lejepa_loss, sigreg
-from glsd.contrastive.simdino import compression, expansion, simdino_loss
+from glsd.contrastive.simdino import coding_rate, compression, expansion, simdino_loss
 from glsd.objectives import create_method
 from glsd.training import Recipe, Trainer
 from glsd.training.loop import batches
+from glsd.training.processes import process_group
 from glsd.training.trainer import build_dataset
 
-STORED = np.load(Path(__file__).parent / 'golden/newer.npz')
-META = json.loads(str(STORED['meta']))
-NEWER = {k: torch.from_numpy(STORED[k]).double() for k in STORED.files if k != 'meta'}
+STORED, META = golden('newer')
+NEWER = doubled(STORED)
 
 
-def close(found, key):
-    wanted = NEWER[key]
-    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6 * float(wanted.abs().max()))
+def equal(found, key):
+    close(found, NEWER[key], 1e-6)
 
 
 def test_sigreg_equals_lejepas():
     o, directions = META['sigreg'], NEWER['sigreg_directions']
     z = NEWER['sigreg_projections'].clone().requires_grad_()
     t = torch.linspace(0, o['t_max'], o['points'], dtype=torch.float64)
-    close(2 * o['samples'] * epps_pulley(z @ directions, t), 'sigreg_statistics')
+    equal(2 * o['samples'] * epps_pulley(z @ directions, t), 'sigreg_statistics')
     loss = sigreg(z, directions, o['points'], o['t_max'])
-    close(loss, 'sigreg_loss')
-    close(torch.autograd.grad(loss, z)[0], 'sigreg_grad')
-    close(invariance(z), 'lejepa_invariance')
+    equal(loss, 'sigreg_loss')
+    equal(torch.autograd.grad(loss, z)[0], 'sigreg_grad')
+    equal(invariance(z), 'lejepa_invariance')
     loss = lejepa_loss(z, directions, o['lamb'])
-    close(loss, 'lejepa_loss')
-    close(torch.autograd.grad(loss, z)[0], 'lejepa_grad')
+    equal(loss, 'lejepa_loss')
+    equal(torch.autograd.grad(loss, z)[0], 'lejepa_grad')
 
 
 def test_the_statistic_equals_eb_jepas():
     o = META['bcs']
     views = [NEWER['sigreg_projections'][v].clone().requires_grad_() for v in o['views']]
     loss = bcs_loss(*views, NEWER['sigreg_directions'], o['weight'], o['points'])
-    close(loss, 'bcs_loss')
+    equal(loss, 'bcs_loss')
     for i, grad in enumerate(torch.autograd.grad(loss, views)):
-        close(grad, f'bcs_grad{i}')
+        equal(grad, f'bcs_grad{i}')
 
 
 @pytest.mark.parametrize('i', range(len(META['simdino']['cases'])))
@@ -60,10 +56,10 @@ def test_simdino_equals_both_versions(i):
     torch.testing.assert_close(
         compression(s, t, cosine), NEWER[f'simdino{i}_compression'], rtol=1e-5, atol=1e-8
     )
-    close(expansion(s, t, **options), f'simdino{i}_expansion')
+    equal(expansion(s, t, **options), f'simdino{i}_expansion')
     loss = simdino_loss(s, t, case['coeff'], cosine=cosine, **options)
-    close(loss, f'simdino{i}_loss')
-    close(torch.autograd.grad(loss, s)[0], f'simdino{i}_grad')
+    equal(loss, f'simdino{i}_loss')
+    equal(torch.autograd.grad(loss, s)[0], f'simdino{i}_grad')
 
 
 def test_gram_equals_dinov3s():
@@ -74,13 +70,13 @@ def test_gram_equals_dinov3s():
         negatives = 'drop' if case['remove_neg'] else negatives
         s = NEWER['gram_student'].clone().requires_grad_()
         loss = gram_loss(s, NEWER['gram_teacher'], case['img_level'], case['apply_norm'], negatives)
-        close(loss, f'gram{i}_loss')
+        equal(loss, f'gram{i}_loss')
         found.append(torch.autograd.grad(loss, s)[0])
     stored = [NEWER[f'gram{i}_grad'] for i in range(len(found))]
     if all(torch.equal(grad, stored[0]) for grad in stored):
         found = [sum(found)] * len(found)
     for i, grad in enumerate(found):
-        close(grad, f'gram{i}_grad')
+        equal(grad, f'gram{i}_grad')
 
 
 @pytest.mark.parametrize('negatives', NEGATIVES)
@@ -170,38 +166,29 @@ def test_the_anchor_stays_while_the_teacher_moves():
 
 
 # each process has half of the samples; the mean of their gradients is that of one process
-HALF = """
-import sys, torch
-from torch import distributed as dist
-from glsd.contrastive.sigreg import sigreg
-from glsd.contrastive.simdino import coding_rate
+def loss_of(w, rank=0, n=1):
+    "Of a process's share of the images; the directions are the same."
+    g = torch.Generator().manual_seed(0)
+    z, A = torch.randn(2, 8, 4, generator=g).double(), torch.randn(4, 3, generator=g).double()
+    mine = z.chunk(n, 1)[rank] @ w
+    return sigreg(mine, A) - coding_rate(mine).mean()
 
-rank, store = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group('gloo', init_method=f'file://{store}', rank=rank, world_size=2)
-g = torch.Generator().manual_seed(0)
-z, A = torch.randn(2, 8, 4, generator=g).double(), torch.randn(4, 3, generator=g).double()
-w = torch.eye(4).double().requires_grad_()
-mine = z.chunk(2, 1)[rank] @ w
-loss = sigreg(mine, A) - coding_rate(mine).mean()
-loss.backward()
-dist.all_reduce(w.grad)
-torch.save((loss.detach(), w.grad / 2), f'{store}_{rank}.pt')
-dist.barrier()
-"""
+
+def half_of_a_step(out):
+    with process_group('cpu'):
+        rank, w = dist.get_rank(), torch.eye(4).double().requires_grad_()
+        loss = loss_of(w, rank, 2)
+        loss.backward()
+        dist.all_reduce(w.grad)
+        torch.save((loss.detach(), w.grad / 2), out / f'{rank}.pt')
 
 
 def test_two_processes_compute_what_one_does(tmp_path):
-    from glsd.contrastive.simdino import coding_rate
-
-    store = tmp_path / 'store'
-    halves = [subprocess.Popen([sys.executable, '-c', HALF, str(rank), str(store)]) for rank in (0, 1)]
-    assert [p.wait(120) for p in halves] == [0, 0]
-    g = torch.Generator().manual_seed(0)
-    z, A = torch.randn(2, 8, 4, generator=g).double(), torch.randn(4, 3, generator=g).double()
+    in_processes(2, half_of_a_step, tmp_path)
     w = torch.eye(4).double().requires_grad_()
-    loss = sigreg(z @ w, A) - coding_rate(z @ w).mean()
+    loss = loss_of(w)
     loss.backward()
     for rank in (0, 1):
-        value, grad = torch.load(f'{store}_{rank}.pt')
+        value, grad = torch.load(tmp_path / f'{rank}.pt')
         torch.testing.assert_close(value, loss.detach())
         torch.testing.assert_close(grad, w.grad)

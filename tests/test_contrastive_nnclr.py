@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from contrastive_runs import close, first_steps, golden, one_line_from, views_of
+from contrastive_runs import first_steps, one_line_from, views_of
+from golden_values import close, golden
 from training_runs import one_line
 
 from glsd.contrastive import MemoryBank, nnclr_loss
@@ -28,7 +29,7 @@ def bank_of(z, dtype, normalize=True):
 @pytest.mark.parametrize('library', ['nnclr', 'nnclr_lightly'])
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.float64, 1e-6)])
 def test_golden(library, dtype, tolerance):
-    z, meta = golden()
+    z, meta = golden('contrastive')
     lightly = library == 'nnclr_lightly'
     bank = bank_of(z, dtype, normalize=not lightly)
     z1, z2 = z['z1'].to(dtype), z['z2'].to(dtype)

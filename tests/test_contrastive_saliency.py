@@ -2,28 +2,22 @@
 
 Sizes and options are read from the file."""
 
-import json
 import math
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from golden_values import golden
 
 from glsd.contrastive import saliency as S
 
-GOLDEN = Path(__file__).parent / 'golden' / 'saliency.npz'
-
 
 @pytest.fixture(scope='module')
-def golden():
-    with np.load(GOLDEN) as z:
-        return {k: torch.from_numpy(z[k]) for k in z.files if k != 'meta'}, json.loads(str(z['meta']))
+def values():
+    return golden('saliency')
 
 
 def cases():
-    with np.load(GOLDEN) as z:
-        return range(len(json.loads(str(z['meta']))['images']))
+    return range(len(golden('saliency')[1]['images']))
 
 
 def apart(ours, theirs):
@@ -32,8 +26,8 @@ def apart(ours, theirs):
 
 
 @pytest.mark.parametrize('i', cases())
-def test_the_values_of_the_released_code(golden, i):
-    z, meta = golden
+def test_the_values_of_the_released_code(values, i):
+    z, meta = values
     image, segments = z[f'image{i}'].permute(2, 0, 1), z[f'segments{i}']
     regions, steps = S.regions_of(image, segments), S.rbd_steps(image, segments)
     assert len(regions.border) == meta['images'][i]['found']
@@ -48,8 +42,8 @@ def test_the_values_of_the_released_code(golden, i):
 
 
 @pytest.mark.parametrize('i', cases())
-def test_own_superpixels_lead_to_a_similar_map(golden, i):
-    z, meta = golden
+def test_own_superpixels_lead_to_a_similar_map(values, i):
+    z, meta = values
     m = meta['images'][i]
     found = S.rbd(z[f'image{i}'].permute(2, 0, 1), n=m['n_segments'])
     both = torch.stack([found.flatten().double(), z[f'saliency{i}'].flatten().double()])

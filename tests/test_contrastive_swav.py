@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from contrastive_runs import close, first_steps, golden, one_line_from, views_of
+from contrastive_runs import first_steps, one_line_from, views_of
+from golden_values import close, golden
 from training_runs import one_line
 
 from glsd.contrastive import make_codes, swav_loss
@@ -20,7 +21,7 @@ SMALL = dict(
 @pytest.mark.parametrize('with_queue', [False, True])
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.float64, 1e-6)])
 def test_golden(with_queue, dtype, tolerance):
-    z, meta = golden()
+    z, meta = golden('contrastive')
     m, prefix = meta['swav'], 'swav_queue_' if with_queue else 'swav_'
     n_crops, G = m['global_crops'] + m['local_crops'], m['global_crops']
     crops = [z[f'swav_crop{i}'].to(dtype).requires_grad_() for i in range(n_crops)]
@@ -45,7 +46,7 @@ def test_golden(with_queue, dtype, tolerance):
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 def test_the_method_with_the_queue_of_the_authors(dtype):
     "The same numbers through the method: a network that hands on what it is given."
-    z, meta = golden()
+    z, meta = golden('contrastive')
     m = meta['swav']
     K, c = z['swav_prototypes'].shape
     rows = m['queue_rows']

@@ -1,12 +1,10 @@
 """BEiT: against the authors' values (tests/golden/beit.npz), bad input, from a tokenizer's run to a file."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import timm
 import torch
+from golden_values import golden
 from safetensors.torch import load_file
 from training_runs import apart, files_of_masked, in_processes, interrupt_at, same, small_recipe
 
@@ -24,15 +22,12 @@ from glsd.training.sharding import join_world
 from glsd.training.trainer import Trainer, build_dataset
 from glsd.views.multicrop import Views
 
-GOLDEN = Path(__file__).parent / 'golden'
 RUN = dict(backbone='beit_mini', drop_path=0.1, steps=6, checkpoint_every=2, device='cpu')
 
 
 @pytest.fixture(scope='module')
 def beit():
-    with np.load(GOLDEN / 'beit.npz') as z:
-        arrays = {k: torch.from_numpy(z[k]) for k in z.files if k != 'meta'}
-        return arrays, json.loads(str(z['meta']))
+    return golden('beit')
 
 
 def test_loss_gradient_and_accuracy(beit):

@@ -2,12 +2,10 @@
 
 Sizes and options are read from the files."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from golden_values import close, golden
 
 from glsd.backbones import create_backbone
 from glsd.backbones.features import register_backbone
@@ -18,22 +16,10 @@ from glsd.masked.masks import MASKS, block_mask, draw_masks, random_masks
 from glsd.masked.patches import masked_mse, normalize_patches, patchify, unpatchify
 from glsd.objectives.method import ViewOptions
 
-GOLDEN = Path(__file__).parent / 'golden'
-
-
-def golden(name):
-    with np.load(GOLDEN / f'{name}.npz') as z:
-        arrays = {k: torch.from_numpy(z[k]) for k in z.files if k != 'meta'}
-        return arrays, json.loads(str(z['meta']))
-
 
 @pytest.fixture(scope='module')
 def mae():
     return golden('mae')
-
-
-def close(ours, theirs, tolerance=1e-5):
-    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max()))
 
 
 def test_patches(mae):

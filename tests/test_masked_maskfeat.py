@@ -2,25 +2,20 @@
 
 Killed and resumed, and on several processes: test_training_resume.py and test_training_processes.py."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from golden_values import golden
 
 from glsd.data.loading import sample_rng
 from glsd.data.toyworld import ToyWorld
 from glsd.masked.maskfeat import MaskFeat, PatchTarget, create_target, masked_mean, repeat_mask
 from glsd.objectives.method import create_method
 
-GOLDEN = Path(__file__).parent / 'golden/maskfeat_hog.npz'
-
 
 @pytest.fixture(scope='module')
-def golden():
-    with np.load(GOLDEN) as z:
-        return {k: torch.from_numpy(z[k]) for k in z.files if k != 'meta'}, json.loads(str(z['meta']))
+def values():
+    return golden('maskfeat_hog')
 
 
 def batch_of(method, n=16, size=64):
@@ -56,8 +51,8 @@ class Options:
 
 @pytest.mark.parametrize('cell', [4, 8])
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-4), (torch.float64, 1e-3)])
-def test_hog_is_the_authors(golden, cell, dtype, tolerance):
-    z, _ = golden
+def test_hog_is_the_authors(values, cell, dtype, tolerance):
+    z, _ = values
     theirs = z[f'targets_cell{cell}']
     patch = z['images'].shape[-1] // round(theirs.shape[1] ** 0.5)
     target = create_target('hog', patch, Options(cell))
@@ -67,8 +62,8 @@ def test_hog_is_the_authors(golden, cell, dtype, tolerance):
     assert ((ours - theirs).abs() < tolerance).float().mean() > 0.99
 
 
-def test_loss_and_gradient_are_the_authors(golden):
-    z, _ = golden
+def test_loss_and_gradient_are_the_authors(values):
+    z, _ = values
     predicted = z['pred'].double().requires_grad_()
     errors = PatchTarget().error(predicted, z['targets_cell8'].double())
     loss = masked_mean(errors, z['patch_mask'])
@@ -78,8 +73,8 @@ def test_loss_and_gradient_are_the_authors(golden):
     torch.testing.assert_close(predicted.grad.float(), z['loss_grad'], rtol=0, atol=tolerance)
 
 
-def test_masks_of_units_are_repeated_as_the_authors_do(golden):
-    z, _ = golden
+def test_masks_of_units_are_repeated_as_the_authors_do(values):
+    z, _ = values
     small, large = z['upsample_mask'], z['upsampled_mask']
     ours = repeat_mask(small.flatten(1), small.shape[1:], large.shape[1:])
     assert torch.equal(ours.view(large.shape), large)

@@ -1,12 +1,10 @@
 """Tokenizers of floor 5: against the authors' values (tests/golden/beit.npz), bad input, runs and files."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from golden_values import close, golden
 
 from glsd.backbones.beit import EncoderBackbone
 from glsd.backbones.features import _backbones, register_backbone
@@ -36,19 +34,12 @@ from glsd.masked.vq import (
 from glsd.objectives.method import ViewOptions, create_method
 from glsd.views.multicrop import Views
 
-GOLDEN = Path(__file__).parent / 'golden'
 SMALL = dict(backbone='dvae_mini', n_codes=16, code_dim=8, decoder_width=8, global_size=32)
 
 
 @pytest.fixture(scope='module')
 def beit():
-    with np.load(GOLDEN / 'beit.npz') as z:
-        arrays = {k: torch.from_numpy(z[k]) for k in z.files if k != 'meta'}
-        return arrays, json.loads(str(z['meta']))
-
-
-def close(ours, theirs, tolerance=1e-5):
-    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max()))
+    return golden('beit')
 
 
 # The discrete VAE

@@ -1,13 +1,12 @@
 """Video: masks and targets equal to the authors' values, clips as views, learning, and what cannot be."""
 
-import json
 import sys
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from golden_values import golden
 from PIL import Image
 from test_masked_maskfeat import falls as falls_on_images
 from training_runs import interrupt_at, same, small_recipe
@@ -30,18 +29,16 @@ from glsd.objectives.method import create_method
 from glsd.training import pretrain
 from glsd.training.checkpoint import last_checkpoint
 
-GOLDEN = Path(__file__).parent / 'golden/maskfeat_hog.npz'
 SMALL = dict(backbone='mvit_mini', global_size=32, frames=8, frame_stride=1, mask_unit=0)
 
 
 @pytest.fixture(scope='module')
-def golden():
-    with np.load(GOLDEN) as z:
-        return {k: torch.from_numpy(z[k]) for k in z.files if k != 'meta'}, json.loads(str(z['meta']))
+def values():
+    return golden('maskfeat_hog')
 
 
-def test_cubes_have_the_statistics_of_the_released_code(golden):
-    z, meta = golden
+def test_cubes_have_the_statistics_of_the_released_code(values):
+    z, meta = values
     m, rng = meta['masks']['cube'], np.random.default_rng(0)
     frequency = z['mask_cube_frequency'].numpy()
     area = m['min_block'], m['max_block']
@@ -52,8 +49,8 @@ def test_cubes_have_the_statistics_of_the_released_code(golden):
     assert abs(masks.mean(0) - frequency).max() < 0.07
 
 
-def test_targets_are_those_of_the_middle_frames(golden):
-    z, meta = golden
+def test_targets_are_those_of_the_middle_frames(values):
+    z, meta = values
     clip, theirs = z['video'], z['video_targets']
     frames = middle_frames(clip, meta['video']['temporal_stride'])
 

@@ -1,36 +1,24 @@
 "DINO's ablation (its Table 7) equals the released code's values; Sinkhorn-Knopp serves DINO and SwAV alike."
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace as NS
 
 import numpy as np
 import pytest
 import torch
+from golden_values import doubled, golden
+from torch import distributed as dist
+from training_runs import in_processes
 
 from glsd.objectives import create_method, list_methods, soft_cross_entropy
 from glsd.objectives.ablation import ROWS, AblationLoss, distillation_targets
 from glsd.objectives.dino import sinkhorn
 from glsd.training import Recipe, Trainer
 from glsd.training.loop import batches
+from glsd.training.processes import process_group
 from glsd.training.trainer import build_dataset
 
-HERE = Path(__file__).parent / 'golden'
-
-
-def golden(name):
-    "Arrays as tensors, floats in double precision, and the options."
-    z = np.load(HERE / f'{name}.npz')
-    arrays = {k: torch.from_numpy(z[k]) for k in z.files if k != 'meta'}
-    return {k: v.double() if v.is_floating_point() else v for k, v in arrays.items()}, json.loads(
-        str(z['meta'])
-    )
-
-
-DINO, META = golden('dino_ablation')
-CONTRASTIVE, OTHER = golden('contrastive')
+(DINO, META), (CONTRASTIVE, OTHER) = golden('dino_ablation'), golden('contrastive')
+DINO, CONTRASTIVE = doubled(DINO), doubled(CONTRASTIVE)
 CLOSE = dict(rtol=1e-6, atol=2e-7)  # the values were stored in single precision
 
 
@@ -68,26 +56,20 @@ def test_sinkhorn_refuses(scores, options, words):
     assert '\n' not in str(error.value)
 
 
-HALF = """
-import sys, torch
-from torch import distributed as dist
-from glsd.objectives.dino import sinkhorn
+def rows_of_all():
+    return torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).double()
 
-rank, store = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group('gloo', init_method=f'file://{store}', rank=rank, world_size=2)
-rows = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).double()
-torch.save(sinkhorn(rows.chunk(2)[rank], 0.1), f'{store}_{rank}.pt')
-dist.barrier()
-"""
+
+def half_of_sinkhorn(out):
+    with process_group('cpu'):
+        rank = dist.get_rank()
+        torch.save(sinkhorn(rows_of_all().chunk(2)[rank], 0.1), out / f'{rank}.pt')
 
 
 def test_sinkhorn_of_two_processes_is_that_of_one(tmp_path):
-    store = tmp_path / 'store'
-    halves = [subprocess.Popen([sys.executable, '-c', HALF, str(rank), str(store)]) for rank in (0, 1)]
-    assert [p.wait(60) for p in halves] == [0, 0]
-    found = torch.cat([torch.load(f'{store}_{rank}.pt') for rank in (0, 1)])
-    rows = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).double()
-    torch.testing.assert_close(found, sinkhorn(rows, 0.1))
+    in_processes(2, half_of_sinkhorn, tmp_path)
+    found = torch.cat([torch.load(tmp_path / f'{rank}.pt') for rank in (0, 1)])
+    torch.testing.assert_close(found, sinkhorn(rows_of_all(), 0.1))
 
 
 def batch_first(rows):
