@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'TABLES', 'Option', 'package_folder', 'source_lines', 'comment_of', 'fields_of', 'Found', 'classes_of',
-           'registered_names', 'method_names', 'options_class', 'options_of', 'inherited_fields', 'options_at',
-           'inherited_or_options', 'defaults_of', 'recipe_options', 'keywords_of', 'evaluation_options']
+           'registered_names', 'method_names', 'find_class', 'names_of', 'options_at', 'defaults_of', 'recipe_options',
+           'keywords_of', 'evaluation_options']
 
 # %% ../nbs/fields.ipynb #e3fe8d7a
 import ast
@@ -90,46 +90,34 @@ def method_names() -> dict[str, str]:
     return {name: cls for cls, found in classes.items() for name in registered_names(found.node)}
 
 
-def options_class(found: Found) -> Found | str | None:
-    "The `Options` that a class has itself: a class within it, or the name of another one."
+def find_class(name: str) -> Found | None:
+    "A class as source names it: 'RunOptions', or one within a class or its bases: 'Geometric.Options'."
+    outer, _, inner = name.partition('.')
+    found = classes_of(*PACKAGES).get(outer)
+    if found is None or not inner:
+        return found
     for n in found.node.body:
-        if isinstance(n, ast.ClassDef) and n.name == 'Options':
+        if isinstance(n, ast.ClassDef) and n.name == inner:
             return Found(found.path, n)
-        if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == 'Options':
-            return ast.unparse(n.value)
-    return None
+        if isinstance(n, ast.Assign | ast.AnnAssign) and n.value and inner in map(ast.unparse, names_of(n)):
+            return find_class(ast.unparse(n.value))
+    bases = (find_class(f'{ast.unparse(base)}.{inner}') for base in found.node.bases)
+    return next((base for base in bases if base), None)
 
 
-def options_of(found: Found) -> dict[str, Option]:
-    "All fields of the options of a class: its own, or its parents'."
-    own = options_class(found)
-    if own is None:
-        return {k: v for base in reversed(found.node.bases) for k, v in options_at(ast.unparse(base)).items()}
-    return options_at(own) if isinstance(own, str) else inherited_fields(own)
+def names_of(node: ast.Assign | ast.AnnAssign) -> list[ast.expr]:
+    "What an assignment assigns to."
+    return node.targets if isinstance(node, ast.Assign) else [node.target]
 
 # %% ../nbs/fields.ipynb #e87e6391
-def inherited_fields(found: Found) -> dict[str, Option]:
-    "The fields of a dataclass, with those of its bases first."
-    before = {k: v for base in reversed(found.node.bases) for k, v in options_at(ast.unparse(base)).items()}
-    return before | fields_of(*found)
-
-
 def options_at(name: str) -> dict[str, Option]:
-    "Fields of a class by its name, or of the `Options` within one: 'Method.Options'."
-    classes = classes_of(*PACKAGES)
-    outer, _, inner = name.partition('.')
-    if outer not in classes:
+    "The fields of the dataclass that `find_class` finds, those of its bases first; none: {}."
+    found = find_class(name)
+    if found is None:
         return {}
-    return (
-        options_of(classes[outer]) if inner or options_class(classes[outer]) else inherited_or_options(outer)
-    )
-
-
-def inherited_or_options(name: str) -> dict[str, Option]:
-    "Fields of a dataclass of options, or the options of a method class that has none of its own."
-    found = classes_of(*PACKAGES)[name]
-    is_options = any('dataclass' in ast.unparse(d) for d in found.node.decorator_list)
-    return inherited_fields(found) if is_options else options_of(found)
+    bases = reversed(found.node.bases)
+    before = {k: v for base in bases for k, v in options_at(ast.unparse(base)).items()}
+    return before | fields_of(*found)
 
 # %% ../nbs/fields.ipynb #d0afcd36
 def defaults_of(name: str) -> dict[str, str]:
@@ -156,7 +144,7 @@ def recipe_options(method: str) -> dict[str, list[Option]]:
     changed = defaults_of(cls)
     parts = {
         'run': options_at('RunOptions'),
-        'views': options_at('ViewOptions'),
+        'views': options_at(f'{cls}.Views'),
         method: options_at(f'{cls}.Options'),
     }
     return {
