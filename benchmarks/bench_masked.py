@@ -1,4 +1,4 @@
-"""MAE's step at 75 % beside the same encoder with mask tokens: time and memory; HOG beside scikit-image."""
+"MAE's step beside the same with mask tokens, HOG beside scikit-image's, a tokenizer's step and a video step."
 
 import common
 import numpy as np
@@ -6,6 +6,7 @@ import torch
 
 from glsd.data.toyworld import ToyWorld
 from glsd.masked.hog import hog
+from glsd.masked.video import ToyClips
 from glsd.objectives.method import create_method
 from glsd.training.counting import SavedTensors
 
@@ -65,10 +66,38 @@ def compare_hogs(quick, rounds):
     return dict(glsd=len(x) / seconds['glsd'], plain=1 / seconds['scikit'], agree=agree, batch=len(x))
 
 
+def step_of(name, images, **options):
+    "Seconds of a forward and backward pass of a method."
+    method = create_method(name, **options)
+    views = method.views(images, [np.random.default_rng(i) for i in range(len(images))])
+
+    def step():
+        method.zero_grad()
+        sum(method.training_step(views, {'temperature': 1.0}).values()).backward()
+
+    return step
+
+
+def tokenizer_and_video(quick, rounds):
+    n, size, n_clips, pixels = (2, 32, 1, 32) if quick else (8, 112, 2, 224)
+    images = [ToyWorld(n, size=size)[i][0] for i in range(n)]
+    clips = [ToyClips(ToyWorld(n_clips, size=64), 16)[i][0] for i in range(n_clips)]
+    video = dict(backbone='mvit_mini', mask_unit=0) if quick else dict(backbone='mvit_v2_s_14')
+    video |= dict(global_size=pixels, frame_stride=1)
+    steps = dict(
+        tokenizer=step_of('dvae', images, global_size=size), video=step_of('maskfeat_video', clips, **video)
+    )
+    return dict(seconds=common.interleaved(steps, rounds), images=n, size=size, clips=n_clips, **video)
+
+
 def main():
     quick = common.start(__doc__)
     rounds = 1 if quick else 3
-    common.emit(mae=compare_steps(quick, rounds), hog=compare_hogs(quick, rounds))
+    common.emit(
+        mae=compare_steps(quick, rounds),
+        hog=compare_hogs(quick, rounds),
+        more=tokenizer_and_video(quick, rounds),
+    )
 
 
 if __name__ == '__main__':

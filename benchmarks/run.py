@@ -50,7 +50,7 @@ def measure_all(quick):
         jobs = {c: pool.submit(measure, 'loss', quick, CONTESTANT=c) for c in LOSSES}
         jobs |= {
             name: pool.submit(measure, name, quick)
-            for name in ('views', 'step', 'train', 'knn', 'local', 'masked')
+            for name in ('views', 'step', 'train', 'knn', 'local', 'masked', 'contrastive')
         }
         results = {name: job.result() for name, job in jobs.items()}
     results['loss'] = {c: results.pop(c) for c in LOSSES}
@@ -61,9 +61,18 @@ def measure_all(quick):
         same('k-NN accuracy', a, b, 2e-3)
     if isinstance(results['masked']['hog'], dict):
         same('HOG, share of numbers that agree', results['masked']['hog']['agree'], 1.0, 2e-3)
+    check_contrastive(results['contrastive'])
     for name, t in whole_steps(results):
         same(f'whole step, {name}, loss', t['loss'], t['loss_plain'], 1e-4)
     return results
+
+
+def check_contrastive(c):
+    values = c['infonce']['values']
+    same('InfoNCE, loop', *values['loop'], 1e-5)
+    same("InfoNCE, lightly's", values['glsd'], values.get('lightly', values['glsd']), 1e-5)
+    if not c['queue']['same'] or max(c['sinkhorn']['apart'], c['rbd']['apart']) > 1e-4:
+        sys.exit('neighbours, Sinkhorn-Knopp or saliency: glsd and the plain way disagree')
 
 
 def whole_steps(results):
@@ -145,6 +154,35 @@ def masked_rows(m):
         yield what, 'images/s', m['hog']['glsd'], m['hog']['plain'], m['hog']['glsd'] / m['hog']['plain']
 
 
+def more_masked_rows(m):
+    size = f'{m["images"]} images of {m["size"]} pixels'
+    yield f"step of the dVAE's tokenizer, {size}", 's', m['seconds']['tokenizer'], None, None
+    size = f'{m["backbone"]}, {m["clips"]} clips of {m["global_size"]} pixels'
+    yield f'MaskFeat step on video, {size}', 's', m['seconds']['video'], None, None
+
+
+def contrastive_rows(c):
+    n, loop = c['infonce'], c['infonce']['loop']
+    size = f'InfoNCE, batch {n["batch"]:,}, queue {n["queue"]:,}'
+    theirs = [n[what].get('lightly') for what in ('seconds', 'kept')]
+    said = "lightly's" if theirs[0] else 'lightly is not installed'
+    ratios = [other and other / n[what]['glsd'] for other, what in zip(theirs, ('seconds', 'kept'))]
+    yield f'{size} (plain: {said})', 's', n['seconds']['glsd'], theirs[0], ratios[0]
+    kept = theirs[1] and theirs[1] / 1e6
+    yield '- kept for the backward pass', 'MB', n['kept']['glsd'] / 1e6, kept, ratios[1]
+    few = f'- of {n["few"]} queries (plain: a loop)'
+    yield few, 's', loop['glsd'], loop['plain'], loop['plain'] / loop['glsd']
+    q, s, b = c['queue'], c['sinkhorn'], c['rbd']
+    size = f'nearest of {q["size"]:,} x {q["dim"]} for {q["batch"]}'
+    for what, t in (
+        (size, q),
+        (f'Sinkhorn-Knopp, {s["batch"]} x {s["prototypes"]:,}', s),
+        (f'saliency (RBD) of {b["superpixels"]} superpixels', b),
+    ):
+        ours, plain = t['seconds']['glsd'], t['seconds']['plain']
+        yield what, 's', ours, plain, plain / ours
+
+
 def rows(r):
     "(what, unit, glsd, plain, how many times better)."
     yield from views_rows(r['views'])
@@ -156,6 +194,8 @@ def rows(r):
     yield from local_rows("ADCLR's queries", 'them', r['local']['adclr'])
     yield from local_rows('DrLoc', 'it', r['local']['drloc'])
     yield from masked_rows(r['masked'])
+    yield from more_masked_rows(r['masked']['more'])
+    yield from contrastive_rows(r['contrastive'])
 
 
 def figure(x):
