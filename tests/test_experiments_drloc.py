@@ -36,7 +36,15 @@ def test_miniature(tmp_path, run_notebook):
     weights = {'swin_mini': str(tmp_path / 'start')}  # given, so that no process is started to make them
     start = Recipe('supervised', backbone='swin_mini', global_size=32, image_size=32, **small)
     pretrain(start, weights['swin_mini'], progress=False)
-    few = dict(tables=['2', '4', '5', '14', '16'], backbones=['swin_mini'], weights=weights, seeds=1, turns=1, jobs=1, recipe=small)
+    few = dict(
+        tables=['2', '4', '5', '14', '16'],
+        backbones=['swin_mini'],
+        weights=weights,
+        seeds=1,
+        turns=1,
+        jobs=1,
+        recipe=small,
+    )
     run_notebook(NOTEBOOK, dict(out=str(tmp_path), **few))
     record = json.loads((tmp_path / 'results.json').read_text())
     top1 = {r['name']: r['metrics']['top1'] for r in record['runs']}
