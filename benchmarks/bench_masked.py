@@ -5,8 +5,8 @@ import numpy as np
 import torch
 
 from glsd.data.toyworld import ToyWorld
+from glsd.masked.clips import ToyClips
 from glsd.masked.hog import hog
-from glsd.masked.video import ToyClips
 from glsd.objectives.method import create_method
 from glsd.training.counting import SavedTensors
 

@@ -14,17 +14,10 @@ from training_runs import interrupt_at, same, small_recipe
 from glsd.backbones import create_backbone
 from glsd.data.loading import sample_rng
 from glsd.data.toyworld import ToyWorld
-from glsd.masked import video
-from glsd.masked.maskfeat import HOGTarget
-from glsd.masked.video import (
-    CUBES,
-    ClipFolder,
-    ClipOptions,
-    ToyClips,
-    cube_mask,
-    middle_frames,
-    sample_frames,
-)
+from glsd.masked import clips as clips_module
+from glsd.masked.clips import ClipFolder, ClipOptions, ToyClips, sample_frames
+from glsd.masked.maskfeat import HOGTarget, repeat_mask
+from glsd.masked.video import CUBES, cube_mask, middle_frames
 from glsd.objectives.method import create_method
 from glsd.training import pretrain
 from glsd.training.checkpoint import last_checkpoint
@@ -89,7 +82,7 @@ def test_the_error_falls(backbone, monkeypatch):
 def test_no_hidden_cube_is_seen():
     method = create_method('maskfeat_video', **SMALL).eval()
     x, hidden = torch.randn(2, 3, 8, 32, 32), method.draw(2)
-    inside = video.repeat_mask(hidden, method.grid, (8, 32, 32)).view(2, 1, 8, 32, 32)
+    inside = repeat_mask(hidden, method.grid, (8, 32, 32)).view(2, 1, 8, 32, 32)
     other = torch.where(inside, torch.randn_like(x), x)
     assert torch.equal(method.predict(x, hidden), method.predict(other, hidden))
 
@@ -178,7 +171,7 @@ def test_frames_from_a_decoder(tmp_path, monkeypatch):
     stand_in.__spec__ = types.SimpleNamespace()
     monkeypatch.setitem(sys.modules, 'torchcodec', None)
     monkeypatch.setitem(sys.modules, 'av', stand_in)
-    monkeypatch.setattr(video, 'find_decoder', lambda path: video._av)
+    monkeypatch.setattr(clips_module, 'find_decoder', lambda path: clips_module._av)
     data = ClipFolder(tmp_path)
     assert data.names == ['bad.mp4', 'good.mp4'] and data[1][0][[0, 2]].shape == (2, 3, 4, 6)
     with pytest.raises(ValueError, match=r'bad.mp4 cannot be decoded: Invalid data found$'):
