@@ -9,7 +9,9 @@ from glsd.experiments import setup
 from glsd.training import trainer
 
 NOTEBOOKS = Path(__file__).parents[1] / 'nbs/9_experiments'
-ALIKE = 'seed', 'per_class', 'steps', 'weights', 'lr', 'warmup'  # what makes no other network
+# what makes no other network
+ALIKE = ['seed', 'per_class', 'steps', 'weights', 'lr', 'warmup', 'n_local', 'drloc_weight', 'drloc_m']
+ALIKE += ['n_query', 'query_scale', 'query_weight', 'query_bidirectional']
 
 
 class Planned(Exception):
