@@ -2089,6 +2089,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/glsd', 'doc_host': '', 'gi
                                  'glsd.masked.mae.check_patches': ('5_masked/mae.html#check_patches', 'glsd/masked/mae.py'),
                                  'glsd.masked.mae.grid_of': ('5_masked/mae.html#grid_of', 'glsd/masked/mae.py'),
                                  'glsd.masked.mae.initialize': ('5_masked/mae.html#initialize', 'glsd/masked/mae.py'),
+                                 'glsd.masked.mae.open_codes': ('5_masked/mae.html#open_codes', 'glsd/masked/mae.py'),
                                  'glsd.masked.mae.reconstruct': ('5_masked/mae.html#reconstruct', 'glsd/masked/mae.py'),
                                  'glsd.masked.mae.sincos_positions': ('5_masked/mae.html#sincos_positions', 'glsd/masked/mae.py')},
             'glsd.masked.maskfeat': { 'glsd.masked.maskfeat.FeatureTarget': ( '5_masked/maskfeat.html#featuretarget',

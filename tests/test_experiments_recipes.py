@@ -6,6 +6,8 @@ import pytest
 from PIL import Image
 
 from glsd.experiments import setup
+from glsd.masked.dvae import save_tokenizer
+from glsd.objectives.method import create_method
 from glsd.training import trainer
 
 NOTEBOOKS = Path(__file__).parents[1] / 'nbs/9_experiments'
@@ -21,6 +23,8 @@ class Planned(Exception):
 def stop_at_the_plan(source, names):
     if 'plan_runs(cells' in source:
         raise Planned(names['cells'])
+    if 'plan_runs(study.cells' in source:
+        raise Planned(names['study'].cells)
 
 
 @pytest.fixture(scope='module')
@@ -54,6 +58,38 @@ def more(notebook, scale):
         backbones = ['swin_mini', 't2t_mini', 'resnet_mini', 'swin_tiny_w7', 't2t_vit_14', 'resnet50']
         return dict(tables=['2', '4', '5', '16'], weights=dict.fromkeys(backbones, 'some.safetensors'))
     return {}
+
+
+@pytest.fixture(scope='module')
+def made_before(tmp_path_factory):
+    "What rows of masked methods build on, without training."
+    words = create_method('dvae', backbone='dvae_mini', n_codes=16, code_dim=4, decoder_width=4)
+    words.counts.fill_(1)
+    path = tmp_path_factory.mktemp('words') / 'words.safetensors'
+    save_tokenizer(words, path)
+    features = 'random:vit_mini_p4'
+    given = dict(tokenizer=str(path), dino=features, supervised=features, teacher='a run')
+    needs = dict(mae=['tokenizer'], beit=['tokenizer'], maskfeat=['tokenizer', 'dino', 'supervised'])
+    return {k: {name: given[name] for name in v} for k, v in (needs | dict(deit=['teacher'])).items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('scale', ['ci', 'laptop', 'paper'])
+@pytest.mark.parametrize('notebook', ['mae'])
+def test_every_recipe_of_masked_tables(
+    run_notebook, tmp_path, folder, free_steps, made_before, notebook, scale
+):
+    parameters = dict(scale=scale, seeds=1, out=str(tmp_path), **made_before[notebook])
+    if scale != 'ci':
+        parameters['data'] = folder
+    with pytest.raises(Planned) as planned:
+        run_notebook(NOTEBOOKS / f'{notebook}.ipynb', parameters, after=stop_at_the_plan)
+    (cells,) = planned.value.args
+    rows = {name.rsplit(' s', 1)[0]: recipe for name, recipe in cells.items()}
+    assert len(rows) >= (3 if scale == 'ci' else 6)
+    chosen = list(rows.items())[:: len(rows) // 3 if scale == 'paper' else 1]  # large networks take seconds
+    for name, recipe in chosen:
+        assert not setup.why_not(recipe), name
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from training_runs import apart, files_of_masked, in_processes, interrupt_at, sa
 from glsd.backbones import create_backbone
 from glsd.backbones.beit import BEiTBackbone
 from glsd.backbones.features import _backbones, register_backbone
+from glsd.experiments.setup import why_not
 from glsd.masked.beit import (
     BEiT,
     BEiTOptions,
@@ -20,6 +21,7 @@ from glsd.masked.beit import (
     masked_cross_entropy,
 )
 from glsd.masked.dvae import load_tokenizer, save_tokenizer
+from glsd.masked.mae import reconstruct
 from glsd.masked.masks import block_mask
 from glsd.objectives.ibot import draw_block
 from glsd.objectives.method import create_method
@@ -189,6 +191,26 @@ def test_hidden_pixels_do_not_reach_the_student(words, backbone):
 
 
 # Runs
+
+
+def test_mae_may_ask_for_codes(tmp_path):
+    words = create_method('dvae', backbone='dvae_mini', n_codes=16, code_dim=4, decoder_width=4)
+    words.counts.fill_(1)
+    save_tokenizer(words, tmp_path / 'words.safetensors')
+    decoder = dict(decoder_dim=16, decoder_depth=1, decoder_heads=4)
+    asked = dict(target='codes', backbone='vit_mini_p4', steps=2, device='cpu', **decoder)
+    recipe = small_recipe('mae', tokenizer=str(tmp_path / 'words.safetensors'), **asked)
+    run = pretrain(recipe, tmp_path / 'run', progress=False)
+    assert 2 < run.metrics[0]['codes'] < 6  # about ln 16 nats, for random logits a little more
+    assert not why_not(recipe)  # also on tensors without numbers
+    method = load_method(tmp_path / 'run')
+    x, hidden = torch.randn(2, 3, 32, 32), torch.arange(64).expand(2, -1) > 15
+    assert method.targets(x).shape == (2, 64) and method.targets(x).dtype == torch.int64
+    with pytest.raises(ValueError, match='paints no pixels'):
+        reconstruct(method, x, hidden)
+    for tokenizer, message in ('', 'codes need a tokenizer'), ('nowhere', 'tokenizer=nowhere is not there'):
+        with pytest.raises(ValueError, match=message):
+            small_recipe('mae', tokenizer=tokenizer, **asked)
 
 
 def test_from_a_tokenizers_run_to_an_exported_file(tmp_path):

@@ -7,6 +7,7 @@ __all__ = ['IMAGES', 'labelled_sets', 'measure_frozen', 'pixel_knn', 'measure_fi
 
 # %% ../../nbs/9_experiments/13_measuring.ipynb #a6669b25
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from ..data.toyworld import TOY_WORLDS
@@ -63,10 +64,11 @@ def measure_finetuned(
     """{'finetuned'}: top-1 in per cent after a run's backbone has gone on learning with labels.
 
     lrs: rates to try (none: the recipe's own), the best counts; steps, changes: of the `finetune` recipe. A
-    run of one step is trained from scratch. Tested on the val/ beside the images, or `n_val` toy scenes."""
+    run of one step is trained from scratch. Tested on the val/ beside the train/, or `n_val` toy scenes."""
     r = run.recipe
     fields = {k: v for k, v in r.to_dict().items() if k in IMAGES}
-    fields |= dict(n_test=n_val) if r.data in TOY_WORLDS else {}
+    toy = r.data in TOY_WORLDS
+    fields |= dict(n_test=n_val) if toy else dict(test_data=str(Path(r.data, '../val').resolve()))
     if r.steps == 1:
         changes |= dict(layer_decay=1.0)
     tuned = finetune_recipe(run.path, **fields, seed=r.seed, workers=r.workers, steps=steps, **changes)

@@ -287,7 +287,8 @@ def load_tokenizer(path: str | Path) -> Any:
     if bad:
         raise ValueError(f'tokenizer={path}: {bad} of its weights are not finite; train it again')
     values['teacher'] = ''  # where there was one: it is not needed any more
-    tokenizer = cls(_options(cls.Options, values), _options(cls.Views, values))
+    with torch.device('cpu'):  # also where `glsd plan` counts, on tensors without numbers
+        tokenizer = cls(_options(cls.Options, values), _options(cls.Views, values))
     own = tokenizer.state_dict()
     unlike = [k for k, v in own.items() if k not in weights or weights[k].shape != v.shape]
     if unlike:

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['LAYER_NORM', 'TARGETS', 'PLAIN', 'sincos_positions', 'Decoder', 'MAEOptions', 'MAE', 'grid_of', 'check_patches',
-           'initialize', 'reconstruct']
+           'open_codes', 'initialize', 'reconstruct']
 
 # %% ../../nbs/5_masked/3_mae.ipynb #2c2782cf
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ def forward(self: Decoder, tokens: Tensor, visible: Tensor, cls: Tensor | None =
     return self.pred(self.norm(self.blocks(x)))[:, -N:]
 
 # %% ../../nbs/5_masked/3_mae.ipynb #bec63fdb
-TARGETS = 'pixels', 'pca'  # what a patch is asked for
+TARGETS = 'pixels', 'pca', 'codes'  # what a patch is asked for
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ class MAEOptions(Method.Options):
     drop_path: float = 0.0
     mask: str = 'random'  # random, block or grid (Table 1f)
     mask_ratio: float = 0.75
-    target: str = 'pixels'  # or pca, the largest principal components (Table 1d)
+    target: str = 'pixels'  # pca: the largest principal components; codes: of a tokenizer (Table 1d)
+    tokenizer: str = ''  # of codes: the folder of a run of dvae or vqkd, or a file of save_tokenizer
     norm_pix: bool = True  # pixels of each patch normalised by its own mean and deviation
     pca_components: int = 96
     decoder_dim: int = 512
@@ -106,6 +108,7 @@ class MAE(Method):
     backbone: Any
     decoder: Decoder
     pca: PatchPCA | None
+    codes: Any
     mask_token: nn.Parameter | None
     predict: Callable[..., Tensor]  # grows below, as do others
     targets: Callable[[Tensor], Tensor]
@@ -125,7 +128,8 @@ class MAE(Method):
         n_kept(self.grid[0] * self.grid[1], o.mask_ratio)  # refuses a ratio that hides all or nothing
         numbers = 3 * self.patch**2
         self.pca = PatchPCA(numbers, o.pca_components) if o.target == 'pca' else None
-        out = o.pca_components if o.target == 'pca' else numbers
+        self.codes = open_codes(self.patch, o) if o.target == 'codes' else None
+        out = dict(pca=o.pca_components, codes=getattr(self.codes, 'numbers', 0)).get(o.target, numbers)
         self.decoder = Decoder(
             self.backbone.dim, self.grid, o.decoder_dim, o.decoder_depth, o.decoder_heads, out
         )
@@ -150,6 +154,13 @@ def check_patches(backbone: Any) -> None:
             f'mae: the stem of {name} looks over the border of a patch, so visible patches see hidden ones: '
             'choose a ViT with a plain patch embedding, such as vit_mini_p4'
         )
+
+
+def open_codes(patch: int, options: Any) -> Any:
+    "A tokenizer's codes as what patches of that side are asked for: see `CodeTarget`."
+    from glsd.masked.beit import CodeTarget, load_tokenizer  # of a later chapter
+
+    return CodeTarget(patch, load_tokenizer(options.tokenizer))
 
 # %% ../../nbs/5_masked/3_mae.ipynb #e715a515
 @torch.no_grad()
@@ -194,7 +205,9 @@ def predict(self: MAE, x: Tensor, hidden: Tensor, visible: Tensor) -> Tensor:
 
 @patch
 def targets(self: MAE, x: Tensor) -> Tensor:
-    "What each patch of crops [B, 3, h, w] is asked for, [B, N, out]."
+    "What each patch of crops [B, 3, h, w] is asked for, [B, N, out]; codes: int64 [B, N]."
+    if self.codes is not None:
+        return self.codes(x)
     patches = patchify(x, self.patch)
     if self.pca is not None:
         return self.pca(patches)
@@ -211,6 +224,8 @@ def training_step(self: MAE, views: Views, values: dict) -> dict[str, Tensor]:
         t.to(x.device) for t in draw_masks(self.options.mask, len(x), self.grid, self.options.mask_ratio)
     )
     predicted = self.predict(x, hidden, visible).float()
+    if self.codes is not None:
+        return {'codes': F.cross_entropy(predicted[hidden], self.targets(x)[hidden])}
     return {self.options.target: masked_mse(predicted, self.targets(x), hidden)}
 
 # %% ../../nbs/5_masked/3_mae.ipynb #8cffd11c
@@ -230,6 +245,9 @@ def check(cls: MAE, recipe: Any) -> None:
         raise ValueError(f'recipe: no mask {recipe.mask!r}; there are: {", ".join(MASKS)}')
     if recipe.target not in TARGETS:
         raise ValueError(f'recipe: no target {recipe.target!r}; there are: {", ".join(TARGETS)}')
+    if recipe.target == 'codes' and not (recipe.tokenizer and Path(recipe.tokenizer).exists()):
+        where = f'tokenizer={recipe.tokenizer} is not there' if recipe.tokenizer else 'codes need a tokenizer'
+        raise ValueError(f'recipe: {where}: train one with method=dvae, and name its run')
     if not 0 < recipe.mask_ratio < 1:
         raise ValueError(f'recipe: mask_ratio={recipe.mask_ratio:g} must lie between 0 and 1')
     if recipe.n_global != 1 or recipe.n_local:
@@ -243,6 +261,8 @@ def reconstruct(method: MAE, x: Tensor, hidden: Tensor, overlay: bool = True) ->
     Normalised pixels get back the patch's own mean and deviation. overlay: visible patches are those of x."""
     painted = method.predict(x, hidden, visible_places(hidden))
     patches = patchify(x, method.patch)
+    if method.codes is not None:
+        raise ValueError('a MAE of codes paints no pixels: it names words of its tokenizer')
     if method.pca is not None:
         painted = method.pca.invert(painted)
     elif method.options.norm_pix:

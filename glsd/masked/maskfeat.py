@@ -142,7 +142,8 @@ def _features(patch: int, options: Any) -> PatchTarget:
         )
     from glsd.evaluation.frozen import open_source  # of a higher floor
 
-    return FeatureTarget(patch, open_source(options.target_source)[0])
+    with torch.device('cpu'):  # also where `glsd plan` counts, on tensors without numbers
+        return FeatureTarget(patch, open_source(options.target_source)[0])
 
 
 def create_target(name: str, patch: int, options: Any) -> PatchTarget:
