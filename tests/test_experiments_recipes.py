@@ -52,6 +52,8 @@ def free_steps(monkeypatch):
 
 def more(notebook, scale):
     "Parameters that a notebook needs beside its data."
+    if notebook in ('dilo', 'looc') and scale == 'ci':
+        return dict(images=16 if notebook == 'dilo' else 64)  # looc has 64 classes
     if notebook == 'low_data' and scale != 'ci':
         return dict(sizes=[52])
     if notebook == 'drloc':
@@ -116,3 +118,19 @@ def test_every_recipe_can_be_made(run_notebook, tmp_path, folder, free_steps, no
         pairs = {(r.backbone, r.method) for _, r in kinds.values()}
         assert {m for b, m in pairs if b == 'vit_small_p16_mean'} == {'vanilla', 'selfpatch'}
         assert ('vit_small_p16', 'selfpatch') not in pairs and ('swin_tiny_w7', 'selfpatch') in pairs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('scale', ['ci', 'laptop', 'paper'])
+@pytest.mark.parametrize('notebook', ['nnclr'])
+def test_every_recipe_of_an_ablation_can_be_made(run_notebook, tmp_path, folder, free_steps, notebook, scale):
+    parameters = dict(scale=scale, out=str(tmp_path), **more(notebook, scale))
+    if scale != 'ci':
+        parameters['data'] = folder
+    with pytest.raises(Planned) as planned:
+        run_notebook(NOTEBOOKS / f'{notebook}.ipynb', parameters, after=stop_at_the_plan)
+    (cells,) = planned.value.args
+    kinds = {name.rsplit(' s', 1)[0]: recipe for name, recipe in cells.items()}
+    assert len(kinds) >= 4
+    for name, recipe in kinds.items():
+        assert not setup.why_not(recipe), name
