@@ -1928,8 +1928,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/glsd', 'doc_host': '', 'gi
                                         'glsd.experiments.setup.count': ('9_experiments/setup.html#count', 'glsd/experiments/setup.py'),
                                         'glsd.experiments.setup.data_name': ( '9_experiments/setup.html#data_name',
                                                                               'glsd/experiments/setup.py'),
-                                        'glsd.experiments.setup.field_names': ( '9_experiments/setup.html#field_names',
-                                                                                'glsd/experiments/setup.py'),
                                         'glsd.experiments.setup.first_views': ( '9_experiments/setup.html#first_views',
                                                                                 'glsd/experiments/setup.py'),
                                         'glsd.experiments.setup.kept_bytes': ( '9_experiments/setup.html#kept_bytes',

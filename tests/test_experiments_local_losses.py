@@ -29,6 +29,7 @@ def test_miniature(tmp_path, run_notebook, capsys):
     given = dict(
         out=str(out),
         methods=['vanilla', 'adclr'],
+        tuning={'steps': 2, 'batch_size': 8},
         backbones=['vit_mini', 'swin_mini'],
         seeds=1,
         recipe=SMALL,
@@ -42,7 +43,7 @@ def test_miniature(tmp_path, run_notebook, capsys):
     names = {r['name'] for r in record['runs']}
     assert len(names) == len(record['runs']) == 2 + 2 + 1 and 'swin_mini adclr s0' not in names
     assert all(
-        set(r['metrics']) == {'knn', 'linear', 'correspondence', 'dense', 'rank', 'state'}
+        set(r['metrics']) == {'knn', 'linear', 'finetuned', 'correspondence', 'dense', 'rank', 'state'}
         for r in record['runs']
     )
     knn = {r['name']: r['metrics']['knn'] for r in record['runs']}

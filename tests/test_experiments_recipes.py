@@ -71,7 +71,12 @@ def made_before(tmp_path_factory):
     save_tokenizer(words, path)
     features = 'random:vit_mini_p4'
     given = dict(tokenizer=str(path), dino=features, supervised=features, teacher='a run')
-    needs = dict(mae=['tokenizer'], beit=['tokenizer'], maskfeat=['tokenizer', 'dino', 'supervised'])
+    needs = dict(
+        local_losses=['tokenizer'],
+        mae=['tokenizer'],
+        beit=['tokenizer'],
+        maskfeat=['tokenizer', 'dino', 'supervised'],
+    )
     return {k: {name: given[name] for name in v} for k, v in (needs | dict(deit=['teacher'])).items()}
 
 
@@ -97,9 +102,10 @@ def test_every_recipe_of_masked_tables(
 @pytest.mark.slow
 @pytest.mark.parametrize('scale', ['ci', 'gpu', 'paper'])
 @pytest.mark.parametrize('notebook', ['low_data', 'local_losses', 'selfpatch', 'adclr', 'drloc'])
-def test_every_recipe_can_be_made(run_notebook, tmp_path, folder, free_steps, notebook, scale):
+def test_every_recipe_can_be_made(run_notebook, tmp_path, folder, free_steps, made_before, notebook, scale):
     data = [folder] if notebook == 'drloc' else folder
     parameters = dict(scale=scale, out=str(tmp_path), **more(notebook, scale))
+    parameters |= made_before.get(notebook, {})
     if scale != 'ci':
         parameters['data'] = data
     with pytest.raises(Planned) as planned:

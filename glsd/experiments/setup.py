@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['INPUTS', 'check', 'choose_scale', 'check_folders', 'check_data', 'data_name', 'count', 'length_of', 'machine_name',
-           'announce', 'field_names', 'recipe_for', 'training_data', 'val_folder', 'test_images', 'masked_images',
-           'why_not', 'worker_threads', 'seconds_a_step', 'pending', 'kept_bytes', 'step_memory', 'first_views',
-           'timed_step']
+           'announce', 'recipe_for', 'training_data', 'val_folder', 'test_images', 'masked_images', 'why_not',
+           'worker_threads', 'seconds_a_step', 'pending', 'kept_bytes', 'step_memory', 'first_views', 'timed_step']
 
 # %% ../../nbs/9_experiments/5_setup.ipynb #7ac60097
 import platform
@@ -14,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,7 @@ from .cells import cell_folder
 from .workers import cores
 from ..objectives.method import find_method
 from ..training.loop import batches, pretrain
-from ..training.options import RunOptions
+from ..training.options import field_names
 from ..training.recipe import Recipe
 from ..training.trainer import Trainer
 
@@ -86,17 +84,12 @@ def announce(scale: str, what: str) -> None:
     display(Markdown(f'**The outputs below were made at scale {scale}**: {what}, on {machine_name()}.'))
 
 # %% ../../nbs/9_experiments/5_setup.ipynb #6246dade
-def field_names(method: str) -> set[str]:
-    "The fields that a recipe of `method` has."
-    cls = find_method(method)
-    return {f.name for kind in (RunOptions, cls.Views, cls.Options) for f in fields(kind)}
-
-
 def recipe_for(method: str, values: dict, methods: Iterable[str] = ()) -> Recipe:
     """A recipe of `method` from those `values` that it has fields for.
 
     ValueError for a name that neither it nor one of `methods` has."""
-    known, others = field_names(method), {name for m in methods for name in field_names(m)}
+    known = field_names(find_method(method))
+    others = {name for m in methods for name in field_names(find_method(m))}
     return Recipe(method, **{k: v for k, v in values.items() if k in known or k not in others})
 
 # %% ../../nbs/9_experiments/5_setup.ipynb #d3758ba5
