@@ -150,8 +150,8 @@ def figure(self: Ablation, m: Measure) -> Any:
     ax.plot(theirs, y + 0.1, 's', mfc='none', mec='#D55E00', ms=7, label="the paper's")
     ax.axvline(0, c='0.5', lw=0.8)
     names = [f'{row.table}: {row.name}' for row in rows]
-    ax.set(yticks=y, yticklabels=names, xlabel=f'{m.label}: above the first row of the table')
-    ax.invert_yaxis()
+    ax.set(yticks=y, yticklabels=names, ylim=(len(rows) - 0.5, -0.5))
+    ax.set_xlabel(f'{m.label}: above the first row of the table')
     fig.legend(loc='outside upper right', ncols=2, fontsize=8)
     return fig
 

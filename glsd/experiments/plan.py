@@ -115,8 +115,8 @@ _MINI = dict(backbone='vit_mini_p4', warmup=0.1)
 _PLAIN = dict(randaugment='', mixup=0.0, cutmix=0.0, erase=0.0, drop_path=0.0, warmup=0.1)
 MASKED_RECIPES: dict[str, dict[str, Any]] = {
     'ci': dict(  # set on MAE's loss, seed 101
-        _MINI, image_size=64, global_size=24, global_scale=(0.05, 0.3), batch_size=32, lr_batch=32, lr=3e-3,
-        steps=320, checkpoint_every=320,
+        _MINI, image_size=64, global_size=24, global_scale=(0.05, 0.3), batch_size=32, lr_batch=32, lr=2e-3,
+        steps=100,
     ),
     'laptop': dict(  # images of 32 pixels
         _MINI, global_size=32, batch_size=128, lr_batch=128, lr=1e-3, steps=8000, checkpoint_minutes=5,
