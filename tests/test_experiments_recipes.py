@@ -128,7 +128,7 @@ def test_every_recipe_can_be_made(run_notebook, tmp_path, folder, free_steps, ma
 
 @pytest.mark.slow
 @pytest.mark.parametrize('scale', ['ci', 'laptop', 'paper'])
-@pytest.mark.parametrize('notebook', ['nnclr'])
+@pytest.mark.parametrize('notebook', ['nnclr', 'looc', 'dilo', 'contrastive'])
 def test_every_recipe_of_an_ablation_can_be_made(run_notebook, tmp_path, folder, free_steps, notebook, scale):
     parameters = dict(scale=scale, out=str(tmp_path), **more(notebook, scale))
     if scale != 'ci':
