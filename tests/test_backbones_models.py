@@ -15,6 +15,7 @@ from glsd.backbones.heads import DINOHead
 from glsd.backbones.swin import window_attention
 from glsd.objectives.branches import Branch
 
+CLIPS = 'mvit_v2_s', 'mvit_v2_s_14', 'mvit_mini', 'vivit_mini', 'vivit_frames_mini'  # timm has none of these
 SMALL = ['swin_mini', 'vit_mini', 'vit_tiny_p16']
 SIZES = {'swin_mini': (32, 16), 'vit_mini': (32, 16), 'vit_tiny_p16': (64, 48)}
 
@@ -24,7 +25,7 @@ def on_meta(name, **kwargs):
         return create_backbone(name, **kwargs)
 
 
-@pytest.mark.parametrize('name', list_backbones())
+@pytest.mark.parametrize('name', [n for n in list_backbones() if n not in CLIPS])
 def test_every_name_has_timms_keys_and_shapes(name):
     ours = on_meta(name, drop_path=0.1)
     kwargs = json.loads(json.dumps(ours.timm_kwargs))  # an exported file carries them as text

@@ -128,6 +128,13 @@ def test_a_worker_that_cannot_start_is_one_line(tmp_path, monkeypatch):
         run_grid({'one': TINY}, tmp_path, count, progress=False)
 
 
+def test_a_worker_of_an_earlier_round_that_exits_late_is_not_heard(tmp_path):
+    grid = runner.Grid({'a': TINY}, tmp_path, count, {}, 1, 1)
+    late = workers.Worker.__new__(workers.Worker)
+    grid.handle(late, None)
+    assert not grid.workers and not grid.results and list(grid.waiting) == ['a']
+
+
 def test_another_measurement_does_not_train_again(tmp_path):
     folder = cells.cell_folder(tmp_path, 'one', TINY)
     cells.run_cell(folder, TINY.to_dict(), cells.source_of(count), {})

@@ -226,7 +226,9 @@ _names = dict(
     t2t=('t2t_vit_14', 't2t_mini'),
     beit=('beit_base_p16', 'beit_mini', 'dvae_p8', 'dvae_mini'),
 )
-_modules = {name: module for module, names in _names.items() for name in names}
+_modules = {name: f'glsd.backbones.{module}' for module, names in _names.items() for name in names}
+_clips = 'mvit_v2_s', 'mvit_v2_s_14', 'mvit_mini', 'vivit_mini', 'vivit_frames_mini'
+_modules |= dict.fromkeys(_clips, 'glsd.masked.mvit')
 
 # %% ../../nbs/3_backbones/1_features.ipynb #f2ba4005
 def list_backbones() -> list[str]:
@@ -242,7 +244,7 @@ def create_backbone(name: str, drop_path: float = 0.0, **kwargs) -> Backbone:
     from there to timm's constructor. ValueError for an unknown name, with the nearest ones.
     """
     if name not in _backbones and name in _modules:
-        importlib.import_module(f'glsd.backbones.{_modules[name]}')  # registers it
+        importlib.import_module(_modules[name])  # registers it
     if name not in _backbones:
         near = difflib.get_close_matches(name, list_backbones(), n=3, cutoff=0.4) or list_backbones()
         raise ValueError(f'no backbone is called {name!r}; the nearest: {", ".join(near)}')

@@ -126,7 +126,9 @@ def order(self: Grid, name: str) -> dict:
 # %% ../../nbs/9_experiments/3_runner.ipynb #a4d5521f
 @patch
 def handle(self: Grid, worker: Worker, message: dict | None) -> None:
-    "Acts on what a worker has reported; None: it has exited."
+    "Acts on what a worker has reported; None: it has exited. One that was ended in an earlier round is late."
+    if worker not in self.workers:
+        return
     if message is None:
         return self.worker_exited(worker)
     if 'steps' in message:
