@@ -1718,6 +1718,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/glsd', 'doc_host': '', 'gi
                                                                                 'glsd/experiments/cells.py'),
                                         'glsd.experiments.cells.run_cell': ( '9_experiments/cells.html#run_cell',
                                                                              'glsd/experiments/cells.py'),
+                                        'glsd.experiments.cells.short_paths': ( '9_experiments/cells.html#short_paths',
+                                                                                'glsd/experiments/cells.py'),
                                         'glsd.experiments.cells.source_of': ( '9_experiments/cells.html#source_of',
                                                                               'glsd/experiments/cells.py'),
                                         'glsd.experiments.cells.steps_done': ( '9_experiments/cells.html#steps_done',

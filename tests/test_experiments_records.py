@@ -148,6 +148,11 @@ def test_reproduce_without_an_experiment_names_them(capsys):
     assert 'low_data' in capsys.readouterr().err
 
 
+def test_no_kept_record_holds_a_path_of_a_machine():
+    kept = [*(ROOT / 'results').rglob('*.json'), *(ROOT / 'results').rglob('*.md')]
+    assert kept and not [p for p in kept if re.search(r'["\s](/[\w.-]+){2,}', p.read_text())]
+
+
 def test_every_published_table_says_where_it_is_from():
     for (paper, where), t in all_tables().tables.items():
         assert paper in all_tables().papers and re.match(r'(Table|Figure|Section) [\d.]+[a-f]?$', where)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..data.files import atomic_write
+from .cells import short_paths
 from .compare import interval
 from ..training.recipe import Recipe
 from ..views.photometric import denormalize
@@ -143,7 +144,7 @@ def rounded(pair: Sequence[float], digits: int = 3) -> list[float | None]:
 
 def recipe_record(recipe: Recipe, leave_out: Sequence[str] = ('data',)) -> dict:
     "What of a recipe differs from its method's defaults, without some fields."
-    return {k: v for k, v in recipe.differences().items() if k not in leave_out}
+    return short_paths({k: v for k, v in recipe.differences().items() if k not in leave_out})
 
 
 def run_records(results: Results) -> list[dict]:
