@@ -397,7 +397,8 @@ def test_every_module_registers_the_names_that_the_list_gives_it():
     for module in set(modules.values()):
         importlib.import_module(module)
     registered = {name: cls.__module__ for name, (cls, _) in features_module._backbones.items()}
-    assert {n: m for n, m in registered.items() if m.startswith('glsd.')} == modules
+    ours = {n: m for n, m in registered.items() if m.startswith('glsd.') and not n.startswith('golden')}
+    assert ours == modules
 
 
 @pytest.mark.slow
