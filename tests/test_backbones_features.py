@@ -19,7 +19,9 @@ from glsd.backbones import features as features_module
 from glsd.backbones.beit import HALF
 from glsd.views.photometric import MEAN, STD
 
-CLIPS = 'mvit_v2_s', 'mvit_v2_s_14', 'mvit_mini', 'vivit_mini', 'vivit_frames_mini'  # timm has none of these
+CLIPS = [
+    n for n, module in features_module._modules.items() if module.endswith('.mvit')
+]  # timm has none of these
 SMALL = ['vit_mini', 'vit_tiny_p16', 'swin_mini', 'resnet_mini', 'cvt_mini', 't2t_mini']
 NB = Path(__file__).parent.parent / 'nbs' / '3_backbones'
 

@@ -10,12 +10,12 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from glsd.backbones import Backbone, create_backbone, list_backbones, register_backbone
+from glsd.backbones import Backbone, create_backbone, features, list_backbones, register_backbone
 from glsd.backbones.heads import DINOHead
 from glsd.backbones.swin import window_attention
 from glsd.objectives.branches import Branch
 
-CLIPS = 'mvit_v2_s', 'mvit_v2_s_14', 'mvit_mini', 'vivit_mini', 'vivit_frames_mini'  # timm has none of these
+CLIPS = [n for n, module in features._modules.items() if module.endswith('.mvit')]  # timm has none of these
 SMALL = ['swin_mini', 'vit_mini', 'vit_tiny_p16']
 SIZES = {'swin_mini': (32, 16), 'vit_mini': (32, 16), 'vit_tiny_p16': (64, 48)}
 

@@ -80,19 +80,29 @@ def made_before(tmp_path_factory):
     return {k: {name: given[name] for name in v} for k, v in (needs | dict(deit=['teacher'])).items()}
 
 
+@pytest.fixture
+def planned(run_notebook, tmp_path, folder, free_steps, made_before):
+    def planned(notebook, scale, **given):
+        "The cells that a notebook plans at a scale: name -> Recipe."
+        given |= more(notebook, scale) | made_before.get(notebook, {})
+        if scale != 'ci':
+            given['data'] = [folder] if notebook == 'drloc' else folder
+        parameters = dict(scale=scale, out=str(tmp_path), **given)
+        with pytest.raises(Planned) as plan:
+            run_notebook(NOTEBOOKS / f'{notebook}.ipynb', parameters, after=stop_at_the_plan)
+        return plan.value.args[0]
+
+    return planned
+
+
+ABLATIONS = 'mae', 'beit', 'maskfeat', 'deit', 'dino_ablation', 'nnclr', 'looc', 'dilo', 'contrastive'
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('scale', ['ci', 'laptop', 'paper'])
-@pytest.mark.parametrize('notebook', ['mae', 'beit', 'maskfeat', 'deit'])
-def test_every_recipe_of_masked_tables(
-    run_notebook, tmp_path, folder, free_steps, made_before, notebook, scale
-):
-    parameters = dict(scale=scale, seeds=1, out=str(tmp_path), **made_before[notebook])
-    if scale != 'ci':
-        parameters['data'] = folder
-    with pytest.raises(Planned) as planned:
-        run_notebook(NOTEBOOKS / f'{notebook}.ipynb', parameters, after=stop_at_the_plan)
-    (cells,) = planned.value.args
-    rows = {name.rsplit(' s', 1)[0]: recipe for name, recipe in cells.items()}
+@pytest.mark.parametrize('notebook', ABLATIONS)
+def test_every_recipe_of_an_ablation_can_be_made(planned, notebook, scale):
+    rows = {name.rsplit(' s', 1)[0]: recipe for name, recipe in planned(notebook, scale, seeds=1).items()}
     assert len(rows) >= (2 if scale == 'ci' else 4)
     chosen = list(rows.items())[:: len(rows) // 3 if scale == 'paper' else 1]  # large networks take seconds
     for name, recipe in chosen:
@@ -102,17 +112,9 @@ def test_every_recipe_of_masked_tables(
 @pytest.mark.slow
 @pytest.mark.parametrize('scale', ['ci', 'gpu', 'paper'])
 @pytest.mark.parametrize('notebook', ['low_data', 'local_losses', 'selfpatch', 'adclr', 'drloc'])
-def test_every_recipe_can_be_made(run_notebook, tmp_path, folder, free_steps, made_before, notebook, scale):
-    data = [folder] if notebook == 'drloc' else folder
-    parameters = dict(scale=scale, out=str(tmp_path), **more(notebook, scale))
-    parameters |= made_before.get(notebook, {})
-    if scale != 'ci':
-        parameters['data'] = data
-    with pytest.raises(Planned) as planned:
-        run_notebook(NOTEBOOKS / f'{notebook}.ipynb', parameters, after=stop_at_the_plan)
-    (cells,) = planned.value.args
+def test_every_recipe_can_be_made(planned, notebook, scale):
     kinds = {}
-    for name, recipe in cells.items():
+    for name, recipe in planned(notebook, scale).items():
         fields = {k: v for k, v in recipe.to_dict().items() if k not in ALIKE}
         kinds.setdefault(repr(fields), (name, recipe))
     assert kinds
@@ -124,19 +126,3 @@ def test_every_recipe_can_be_made(run_notebook, tmp_path, folder, free_steps, ma
         pairs = {(r.backbone, r.method) for _, r in kinds.values()}
         assert {m for b, m in pairs if b == 'vit_small_p16_mean'} == {'vanilla', 'selfpatch'}
         assert ('vit_small_p16', 'selfpatch') not in pairs and ('swin_tiny_w7', 'selfpatch') in pairs
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('scale', ['ci', 'laptop', 'paper'])
-@pytest.mark.parametrize('notebook', ['nnclr', 'looc', 'dilo', 'contrastive'])
-def test_every_recipe_of_an_ablation_can_be_made(run_notebook, tmp_path, folder, free_steps, notebook, scale):
-    parameters = dict(scale=scale, out=str(tmp_path), **more(notebook, scale))
-    if scale != 'ci':
-        parameters['data'] = folder
-    with pytest.raises(Planned) as planned:
-        run_notebook(NOTEBOOKS / f'{notebook}.ipynb', parameters, after=stop_at_the_plan)
-    (cells,) = planned.value.args
-    kinds = {name.rsplit(' s', 1)[0]: recipe for name, recipe in cells.items()}
-    assert len(kinds) >= 4
-    for name, recipe in kinds.items():
-        assert not setup.why_not(recipe), name

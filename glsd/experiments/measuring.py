@@ -28,13 +28,13 @@ from ..training.recipe import Recipe
 from ..training.trainer import build_dataset
 
 # %% ../../nbs/9_experiments/13_measuring.ipynb #f61fef87
-IMAGES = 'data', 'image_size', 'n_images', 'per_class', 'subset_seed', 'data_seed'  # what decides the images
+IMAGES = 'data', 'image_size', 'n_images', 'per_class', 'data_seed'  # what decides the images
 
 
 def labelled_sets(recipe: Recipe, val: str = '', n_val: int = 1000) -> tuple[Any, Any]:
     "Training images of a recipe, and those that it is tested on: see `test_images`. The last two are kept."
     fields = recipe.to_dict()
-    return _sets(tuple((k, fields[k]) for k in IMAGES if k in fields), val, n_val)
+    return _sets(tuple((k, fields[k]) for k in IMAGES), val, n_val)
 
 
 @lru_cache(2)
@@ -104,7 +104,7 @@ def measure_finetuned(
     lrs: rates to try (none: the recipe's own), the best counts; steps, changes: of the `finetune` recipe. A
     run of one step is trained from scratch. Tested on the val/ beside the train/, or `n_val` toy scenes."""
     r = run.recipe
-    fields = {k: v for k, v in r.to_dict().items() if k in IMAGES}
+    fields = {k: getattr(r, k) for k in IMAGES}
     toy = r.data in TOY_WORLDS
     fields |= dict(n_test=n_val) if toy else dict(test_data=str(Path(r.data, '../val').resolve()))
     if r.steps == 1:
