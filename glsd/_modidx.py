@@ -3317,6 +3317,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/glsd', 'doc_host': '', 'gi
                                                                               'glsd/training/world.py'),
                                      'glsd.training.world.World.wrap': ('7_training/world.html#world.wrap', 'glsd/training/world.py'),
                                      'glsd.training.world.check_batch': ('7_training/world.html#check_batch', 'glsd/training/world.py'),
+                                     'glsd.training.world.keep_freed_memory': ( '7_training/world.html#keep_freed_memory',
+                                                                                'glsd/training/world.py'),
                                      'glsd.training.world.pick_device': ('7_training/world.html#pick_device', 'glsd/training/world.py'),
                                      'glsd.training.world.seed_step': ('7_training/world.html#seed_step', 'glsd/training/world.py'),
                                      'glsd.training.world.seeded': ('7_training/world.html#seeded', 'glsd/training/world.py')},

@@ -29,7 +29,7 @@ from ..objectives.schedules import cosine_schedule
 from .monitoring import NotFinite, check_finite
 from .recipe import Recipe
 from .weights import load_weights
-from .world import World, check_batch, seeded
+from .world import World, check_batch, keep_freed_memory, seeded
 from ..views.multicrop import Views
 
 # %% ../../nbs/7_training/8_trainer.ipynb #bcb81193
@@ -112,6 +112,8 @@ class Trainer:
         self.recipe, self.steps, self.done, self.world = recipe, steps, 0, world or World()
         check_batch(recipe, self.world.size)
         self.device = self.world.device(recipe.run.device)
+        if self.device.type == 'cpu':
+            keep_freed_memory()
         with seeded(recipe.run.seed, 0):
             method = recipe.create_method(classes)
         self.method = self.world.sync_batchnorm(method).to(self.device)
