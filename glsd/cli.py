@@ -126,7 +126,7 @@ def recipe_parts(method: str) -> dict[str, list[Option]]:
 HELP = dict(
     pretrain='train a backbone, by any method, on a folder of images or on the toy world',
     finetune='fine-tune weights on labelled images, and train from scratch beside it',
-    evaluate='measure backbones: knn, linear, retrieval, correspondence, collapse, attention, dense-nn',
+    evaluate='measure backbones by k-NN, a linear layer, few shots, retrieval, correspondence and more',
     reproduce='execute an experiment notebook with papermill',
     export='write the backbone of a run as safetensors for timm',
     data='fetch a data set, lay out archives that you have, or pack images into shards',

@@ -1,6 +1,5 @@
-"""LooC: what keys share with the query, the loss against a loop, few shots, and what is refused."""
+"""LooC: what keys share with the query, the loss against a loop, and what is refused."""
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -82,22 +81,6 @@ def test_each_space_keeps_its_own_key():
     method.after_step({})
     assert 0 < (method.key_heads[0][0].weight - before).mean() < 0.01
     assert L.joined_features(method, views.crops[0][0]).shape == (4, method.backbone.dim + 3 * 8)
-
-
-def test_few_shots():
-    rng = torch.Generator().manual_seed(0)
-    labels = torch.arange(200) % 10
-    means = torch.eye(10).repeat(1, 2)
-    easy = means[labels] + 0.1 * torch.randn(200, 20, generator=rng)
-    mean, half = L.few_shot_accuracy(easy, labels, 5, 3, episodes=30, n_query=5)
-    assert mean > 0.95 and half < 0.03
-    assert L.few_shot_accuracy(easy, labels, 5, 3, 30, 5) == (mean, half)
-    noise, _ = L.few_shot_accuracy(torch.randn(200, 20, generator=rng), labels, 4, 3, 60, 5)
-    assert abs(noise - 0.25) < 0.08
-    for ways, shots in ((11, 1), (1, 1), (5, 20)):
-        with pytest.raises(ValueError, match='ways need at least 2 classes of'):
-            L.few_shot_accuracy(easy, labels, ways, shots, 5, 1)
-    assert np.isfinite(mean)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from glsd.training import Recipe, export_backbone, pretrain
 TINY = {  # what each evaluation is given, to be quick
     'knn': dict(k=[1, 3]),
     'linear': dict(epochs=1, cached=True, lrs=[0.1]),
+    'few-shot': dict(n_way=2, k_shot=1, n_query=1, episodes=50),
     'correspondence': {},
     'collapse': dict(n=12),
     'attention': {},

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BYOL', 'Gram', 'GramAnchored', 'LeJEPA', 'MLP', 'MemoryBank', 'MoCo', 'MoCoV3', 'MomentumMethod', 'NNCLR', 'SimCLR',
            'SimDINO', 'SwAV', 'all_gather_with_gradient', 'byol_loss', 'check_queue', 'coding_rate', 'f_beta',
-           'few_shot_accuracy', 'gram_loss', 'gs', 'info_nce', 'lejepa_loss', 'looc_losses', 'make_codes',
-           'mocov3_loss', 'nnclr_loss', 'nt_xent', 'paste', 'rbd', 'simdino_loss', 'superpixels', 'swav_loss']
+           'gram_loss', 'gs', 'info_nce', 'lejepa_loss', 'looc_losses', 'make_codes', 'mocov3_loss', 'nnclr_loss',
+           'nt_xent', 'paste', 'rbd', 'simdino_loss', 'superpixels', 'swav_loss']
 
 # %% ../../nbs/6_contrastive/index.ipynb #56868db5
 # in one cell: lists of names
@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; the names themselves co
     from glsd.contrastive.dilo import paste
     from glsd.contrastive.gram import Gram, GramAnchored, gram_loss
     from glsd.contrastive.infonce import MLP, SimCLR, all_gather_with_gradient, info_nce, nt_xent
-    from glsd.contrastive.looc import few_shot_accuracy, looc_losses
+    from glsd.contrastive.looc import looc_losses
     from glsd.contrastive.memory_bank import MemoryBank, check_queue
     from glsd.contrastive.moco import MoCo, MoCoV3, MomentumMethod, mocov3_loss
     from glsd.contrastive.nnclr import NNCLR, nnclr_loss
@@ -32,7 +32,7 @@ _PLACES = {
     'dilo': 'paste',
     'gram': 'Gram GramAnchored gram_loss',
     'infonce': 'MLP SimCLR all_gather_with_gradient info_nce nt_xent',
-    'looc': 'few_shot_accuracy looc_losses',
+    'looc': 'looc_losses',
     'memory_bank': 'MemoryBank check_queue',
     'moco': 'MoCo MoCoV3 MomentumMethod mocov3_loss',
     'nnclr': 'NNCLR nnclr_loss',
@@ -61,7 +61,6 @@ _all_ = [
     'check_queue',
     'coding_rate',
     'f_beta',
-    'few_shot_accuracy',
     'gram_loss',
     'gs',
     'info_nce',

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AUGMENTATIONS', 'chosen_augmentations', 'LooCViews', 'LooCCrops', 'looc_losses', 'LooCOptions', 'LooC', 'encode_keys',
-           'joined_features', 'few_shot_accuracy']
+           'joined_features']
 
 # %% ../../nbs/6_contrastive/7_looc.ipynb #683ad46e
 import copy
@@ -199,65 +199,3 @@ def joined_features(method: LooC, x: Tensor) -> Tensor:
     "LooC++: the backbone's features of crops [N, 3, h, w] and those of all heads, [N, d + S * c]."
     features = method.backbone(x).pooled
     return torch.cat([features, *(head(features) for head in method.heads)], 1)
-
-# %% ../../nbs/6_contrastive/7_looc.ipynb #db7332a5
-def few_shot_accuracy(
-    features: Tensor,
-    labels: Tensor,
-    n_way: int = 5,
-    k_shot: int = 5,
-    episodes: int = 100,
-    n_query: int = 15,
-    seed: int = 0,
-    decay: float = 0.01,
-) -> tuple[float, float]:
-    """N-way K-shot accuracy of logistic regressions on features [n, d]: its mean, half its 95 % interval.
-
-    Features are brought to length 1. `decay`: L2 penalty. ValueError for too few classes or images."""
-    classes = _eligible(labels, n_way, k_shot + n_query)
-    rng, x = np.random.default_rng(seed), F.normalize(features.float(), dim=-1)
-    picked = [_episode(classes, n_way, k_shot + n_query, rng) for _ in range(episodes)]
-    place = torch.from_numpy(np.stack(picked))  # [episodes, n_way, k_shot + n_query]
-    shots, queries = (x[part].flatten(1, 2) for part in place.split([k_shot, n_query], 2))
-    y = torch.arange(n_way)[:, None]
-    weights, bias = _fit(shots, y.expand(-1, k_shot).flatten(), n_way, decay)
-    guess = (queries @ weights + bias).argmax(-1)
-    right = (guess == y.expand(-1, n_query).flatten()).float().mean(1)
-    return float(right.mean()), float(1.96 * right.std() / episodes**0.5)
-
-# %% ../../nbs/6_contrastive/7_looc.ipynb #b9e69370
-def _eligible(labels: Tensor, n_way: int, needed: int) -> list[np.ndarray]:
-    "The places of each class that has enough images."
-    y = labels.numpy()
-    places = [np.flatnonzero(y == c) for c in np.unique(y[y >= 0])]
-    places = [p for p in places if len(p) >= needed]
-    if n_way < 2 or len(places) < n_way:
-        raise ValueError(
-            f'{n_way} ways need at least 2 classes of {needed} images (shots and queries), and there are '
-            f'{len(places)} classes with as many'
-        )
-    return places
-
-
-def _episode(classes: list[np.ndarray], n_way: int, n: int, rng: np.random.Generator) -> np.ndarray:
-    chosen = rng.choice(len(classes), n_way, replace=False)
-    return np.stack([rng.choice(classes[c], n, replace=False) for c in chosen])
-
-
-def _fit(x: Tensor, y: Tensor, n_way: int, decay: float) -> tuple[Tensor, Tensor]:
-    "Logistic regressions of all episodes at once: x [E, n, d], y [n] -> weights [E, d, n_way], bias."
-    E, n, d = x.shape
-    weights = torch.zeros(E, d, n_way, requires_grad=True)
-    bias = torch.zeros(E, 1, n_way, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights, bias], max_iter=60, line_search_fn='strong_wolfe')
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        logits = (x @ weights + bias).flatten(0, 1)
-        loss = F.cross_entropy(logits, y.repeat(E), reduction='sum') / n
-        loss = loss + decay / 2 * weights.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return weights.detach(), bias.detach()

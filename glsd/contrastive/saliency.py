@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SALIENCY', 'rgb_to_lab', 'blur', 'superpixels', 'Regions', 'regions_of', 'shortest_paths', 'colour_distances',
            'geodesic_distances', 'boundary_connectivity', 'background_probability', 'weighted_contrast', 'smoothness',
-           'optimise', 'Background', 'rbd_steps', 'rbd', 'gs', 'saliency', 'object_of', 'f_beta', 'map_error']
+           'optimise', 'Background', 'rbd_steps', 'rbd', 'gs', 'absorbed_time', 'mc', 'saliency', 'object_of', 'f_beta',
+           'map_error']
 
 # %% ../../nbs/6_contrastive/8_saliency.ipynb #096fd48b
 import math
@@ -228,8 +229,34 @@ def gs(image: Tensor, segments: Tensor | None = None, n: int = 250) -> Tensor:
     to_border = shortest_paths(torch.where(step <= usual, 0.0, step))[:, regions.border].amin(1)
     return _scaled(to_border)[segments.long()].float()
 
+# %% ../../nbs/6_contrastive/8_saliency.ipynb #6d630002
+def absorbed_time(regions: Regions, scale: float = 10.0) -> Tensor:
+    """Expected steps [n] of a walker from each superpixel until a copy of the border absorbs it (MC, Sec. 4).
 
-SALIENCY: dict[str, Callable[..., Tensor]] = dict(gs=gs, rbd=rbd)
+    Steps go to superpixels at most two apart, between those of the border, and to the same one; their weights
+    fall with the distance of colours, of which the largest counts as `scale`."""
+    step, touch = colour_distances(regions.colours), regions.neighbours.double()
+    near = ((touch @ touch + touch) > 0).fill_diagonal_(True)
+    joined = near | (regions.border[:, None] & regions.border)
+    similar = torch.exp(-scale * step / step[joined].max().clamp(min=1e-12))
+    alive = similar * joined
+    absorbed = (similar * near * regions.border).sum(1, keepdim=True)
+    Q = alive / (alive.sum(1, keepdim=True) + absorbed)
+    return torch.linalg.solve(torch.eye(len(Q), dtype=Q.dtype) - Q, torch.ones(len(Q), dtype=Q.dtype))
+
+
+def mc(image: Tensor, segments: Tensor | None = None, n: int = 250) -> Tensor:
+    """Saliency [H, W], 0 to 1, by an absorbing Markov chain (Jiang et al. 2013): how long a walker lives.
+
+    Without the paper's second pass. An image without any contrast has saliency 0 everywhere."""
+    segments = superpixels(image, n) if segments is None else segments
+    regions = regions_of(image, segments)
+    if (regions.colours == regions.colours[0]).all():
+        return torch.zeros(segments.shape)
+    return _scaled(absorbed_time(regions))[segments.long()].float()
+
+# %% ../../nbs/6_contrastive/8_saliency.ipynb #6d630005
+SALIENCY: dict[str, Callable[..., Tensor]] = dict(gs=gs, mc=mc, rbd=rbd)
 
 
 def saliency(image: Tensor, method: str = 'rbd', n: int = 250) -> Tensor:

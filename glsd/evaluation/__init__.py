@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from glsd.evaluation.dense import dense_nn
     from glsd.evaluation.evaluations import evaluate
     from glsd.evaluation.extraction import extract, pixels
+    from glsd.evaluation.few_shot import few_shot_accuracy
     from glsd.evaluation.frozen import cached_extract, load_frozen
     from glsd.evaluation.knn import knn_accuracy, knn_monitor
     from glsd.evaluation.linear import linear_probe
@@ -30,15 +31,15 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['attention_maps', 'distinct_share', 'effective_rank', 'copy_detection', 'dense_nn', 'evaluate', 'cached_extract',
-           'load_frozen', 'extract', 'knn_accuracy', 'knn_monitor', 'pixels', 'linear_probe', 'attention_jaccard',
-           'mean_average_precision', 'search', 'collapse_monitor', 'collapse_report', 'RetrievalFolder',
-           'retrieval_map', 'MaskFolder', 'ToySegmentation', 'pca_rgb', 'similarity_widget', 'correspondence',
-           'correspondence_picture']
+           'few_shot_accuracy', 'load_frozen', 'extract', 'knn_accuracy', 'knn_monitor', 'pixels', 'linear_probe',
+           'attention_jaccard', 'mean_average_precision', 'search', 'collapse_monitor', 'collapse_report',
+           'RetrievalFolder', 'retrieval_map', 'MaskFolder', 'ToySegmentation', 'pca_rgb', 'similarity_widget',
+           'correspondence', 'correspondence_picture']
 
 # %% ../../nbs/8_evaluation/index.ipynb #5e161464
 _all_ = [
     'attention_maps', 'distinct_share', 'effective_rank', 'copy_detection', 'dense_nn', 'evaluate',
-    'cached_extract', 'load_frozen', 'extract', 'knn_accuracy', 'knn_monitor', 'pixels', 'linear_probe',
+    'cached_extract', 'few_shot_accuracy', 'load_frozen', 'extract', 'knn_accuracy', 'knn_monitor', 'pixels', 'linear_probe',
     'attention_jaccard', 'mean_average_precision', 'search', 'collapse_monitor', 'collapse_report',
     'RetrievalFolder', 'retrieval_map', 'MaskFolder', 'ToySegmentation', 'pca_rgb', 'similarity_widget',
     'correspondence', 'correspondence_picture',
@@ -52,6 +53,7 @@ _MODULES = {
     'dense': ['dense_nn'],
     'evaluations': ['evaluate'],
     'extraction': ['extract', 'pixels'],
+    'few_shot': ['few_shot_accuracy'],
     'frozen': ['cached_extract', 'load_frozen'],
     'knn': ['knn_accuracy', 'knn_monitor'],
     'linear': ['linear_probe'],

@@ -107,9 +107,8 @@ def measure_finetuned(
     fields = {k: getattr(r, k) for k in IMAGES}
     toy = r.data in TOY_WORLDS
     fields |= dict(n_test=n_val) if toy else dict(test_data=str(Path(r.data, '../val').resolve()))
-    if r.steps == 1:
-        changes |= dict(layer_decay=1.0)
-    tuned = finetune_recipe(run.path, **fields, seed=r.seed, workers=r.workers, steps=steps, **changes)
+    fields |= changes | (dict(layer_decay=1.0) if r.steps == 1 else {})
+    tuned = finetune_recipe(run.path, **fields, seed=r.seed, workers=r.workers, steps=steps)
     found = finetune(tuned, run.path / 'finetuned', lrs, scratch=False, progress=False)
     return {'finetuned': found['tuned']['top1']}
 

@@ -97,7 +97,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     'laptop': dict(  # folders of small images; lr, momentum and strength set on Vanilla, seed 101
         _SMALL | dict(strength=1.0), backbone='vit_mini', global_size=32, local_size=16, n_local=2,
         local_scale=(0.1, 0.4), out_dim=1024, head_hidden=256, head_bottleneck=64, batch_size=64,
-        steps=12_000, lr=4e-3, momentum=0.99, checkpoint_minutes=5,
+        steps=6000, lr=4e-3, momentum=0.99, colour_on_device=True, checkpoint_minutes=5,
     ),
     'gpu': dict(
         _SMALL, backbone='swin_mini', global_size=64, local_size=32, n_local=6, local_scale=(0.1, 0.4),
