@@ -154,7 +154,7 @@ class PasteViews(ViewOptions):
     "What DiLo adds to the options of views; the defaults are its paper's best (Table 2)."
 
     p_paste: float = 0.3  # share of views with another background (Table 2b)
-    foreground: str = 'rbd'  # rbd, gs, or a folder of masks (Table 2a)
+    foreground: str = 'rbd'  # rbd, mc, gs, or a folder of masks (Table 2a)
     background: str = 'grey'  # grey, texture, or a folder of images (Table 2c)
     blend: str = 'mix'  # none, gaussian, mix (Table 2d)
     blend_sigma: float = 1.0  # pixels of the image, of the soft edge

@@ -58,7 +58,7 @@ def nearest(self: MemoryBank, z: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
     """The k rows with the largest cosine to each of z [n, dim]: their numbers [n, k], and they [n, k, dim].
 
     The nearest first; rows that hold no key yet come last. NNCLR (Dwibedi et al. 2021), Eq. 2. ValueError
-    for a k that the queue has not."""
+    for a k that the queue does not have."""
     size = len(self.rows)
     if not 1 <= k <= size:
         raise ValueError(f'k={k} neighbours out of a queue of {size}: choose k between 1 and {size}')

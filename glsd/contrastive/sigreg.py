@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['mean_of_all', 'epps_pulley', 'random_directions', 'sigreg', 'invariance', 'lejepa_loss', 'bcs_loss', 'LeJEPAOptions',
-           'LeJEPA', 'TokenWorld', 'TokenNetwork', 'effective_rank', 'token_measures', 'train_tokens']
+           'LeJEPA', 'TokenWorld', 'TokenNetwork', 'variance_rank', 'token_measures', 'train_tokens']
 
 # %% ../../nbs/6_contrastive/11_sigreg.ipynb #1261d812
 import copy
@@ -177,8 +177,11 @@ class TokenNetwork(nn.Module):
         return SimpleNamespace(pooled=read['view'], tokens=read['region'], grids=grids, z=z, logits=logits)
 
 # %% ../../nbs/6_contrastive/11_sigreg.ipynb #ac9e7422
-def effective_rank(x: Tensor) -> Tensor:
-    "exp of the entropy of the shares of variance of x [..., n, d] around its mean over n: [...]."
+def variance_rank(x: Tensor) -> Tensor:
+    """exp of the entropy of the shares of variance of x [..., n, d] around its mean over n: [...].
+
+    In how many directions rows vary; `effective_rank` has singular values in place of their squares, and the
+    mean stays in."""
     x = x - x.mean(-2, keepdim=True)
     share = torch.linalg.eigvalsh(x @ x.mT).clamp(min=0)
     share = share / share.sum(-1, keepdim=True).clamp(min=1e-12)
@@ -197,7 +200,7 @@ def token_measures(tokens: Callable, world: TokenWorld, n: int = 64) -> dict[str
         there = same.any(1)
         best = (z[:, 0] @ z[:, 1].mT).argmax(-1)[:, there]
         hit = (best == same.int().argmax(1)[there]).float().mean()
-        found.append((hit, effective_rank(z[:, 0]).mean(), (z[:, 0] @ z[:, 0].mT).mean()))
+        found.append((hit, variance_rank(z[:, 0]).mean(), (z[:, 0] @ z[:, 0].mT).mean()))
     return dict(zip(('found', 'rank', 'cosine'), torch.tensor(found).mean(0).tolist()))
 
 # %% ../../nbs/6_contrastive/11_sigreg.ipynb #e72982a7

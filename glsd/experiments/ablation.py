@@ -52,15 +52,18 @@ def untrained(table: str, method: str, changes: dict[str, Any] | None = None) ->
 class Ablation:
     "Rows of a paper's tables, their recipes, and, once `results` is set, what came out."
 
-    def __init__(self, paper: str, rows: list[Row], values: dict[str, Any], seeds: int):
-        """paper: a key of `all_tables().papers`. values: what all recipes share, as far as a method has it.
+    def __init__(
+        self, paper: str, rows: list[Row], values: dict[str, Any], seeds: int, source: str = 'the paper'
+    ):
+        """paper: a key of `all_tables().papers`, called `source` in sentences. values: what all recipes share,
+        as far as a method has it.
 
         ValueError if two rows of a table have one name, or a recipe has a field that no method has."""
         names = [(row.table, row.name) for row in rows]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice:
             raise ValueError(f'{twice[0]} has two rows {twice[1]!r}')
-        self.paper, self.rows = paper, rows
+        self.paper, self.rows, self.source = paper, rows, source
         methods = sorted({row.method for row in rows})
         self.cells: dict[str, Recipe] = {}
         for seed in range(seeds):
@@ -151,7 +154,7 @@ def table(self: Ablation, measures: list[Measure]) -> str:
     "All rows in Markdown: for each measure ours, the difference to the first row [95 %], and the paper's."
     head = ['table', 'row']
     for m in measures:
-        head += [m.label, 'above the first row [95 %]', 'paper']
+        head += [m.label, 'above the first row [95 %]', self.source.removeprefix('the ')]
     body = [
         [row.table, row.name, *(cell for m in measures for cell in self.cells_of_row(row, m))]
         for row in self.rows
@@ -167,7 +170,7 @@ def figure(self: Ablation, m: Measure) -> Any:
     theirs, y = [self.published_difference(row, m.column) for row in rows], np.arange(len(rows))
     fig, ax = plt.subplots(figsize=(8, 1.2 + 0.32 * len(rows)), dpi=100, layout='constrained')
     ax.errorbar(mean, y - 0.1, xerr=np.nan_to_num(half), fmt='o', c='#0072B2', capsize=3, label='ours')
-    ax.plot(theirs, y + 0.1, 's', mfc='none', mec='#D55E00', ms=7, label="the paper's")
+    ax.plot(theirs, y + 0.1, 's', mfc='none', mec='#D55E00', ms=7, label=f"{self.source}'s")
     ax.axvline(0, c='0.5', lw=0.8)
     names = [f'{row.table}: {row.name}' for row in rows]
     ax.set(yticks=y, yticklabels=names, ylim=(len(rows) - 0.5, -0.5))
@@ -188,10 +191,10 @@ def conclusions(self: Ablation, m: Measure) -> list[str]:
         words.append(verdict(*ours, 1 if theirs > 0 else -1))
         base = self.first(row).name
         said.append(
-            f'{row.table}, {row.name} against {base} ({m.label}): the paper {theirs:+.1f}, '
+            f'{row.table}, {row.name} against {base} ({m.label}): {self.source} {theirs:+.1f}, '
             f'ours {signed(*ours)}: {words[-1]}.'
         )
     if not said:
         return []
     kinds = ', '.join(f'{words.count(kind)} {kind}' for kind in dict.fromkeys(words))
-    return [f'{m.label}: of {len(words)} differences that the paper has, ours: {kinds}.', *said]
+    return [f'{m.label}: of {len(words)} differences that {self.source} has, ours: {kinds}.', *said]

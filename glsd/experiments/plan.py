@@ -119,7 +119,7 @@ MASKED_RECIPES: dict[str, dict[str, Any]] = {
         steps=100,
     ),
     'laptop': dict(  # images of 32 pixels
-        _MINI, global_size=32, batch_size=128, lr_batch=128, lr=1e-3, steps=8000, checkpoint_minutes=5,
+        _MINI, global_size=32, batch_size=64, lr_batch=64, lr=1e-3, steps=3000, checkpoint_minutes=5,
     ),
     'gpu': dict(  # images of 64 pixels
         _MINI, global_size=64, batch_size=256, lr_batch=256, lr=1e-3, steps=40_000, amp=True, workers=4,
@@ -130,7 +130,8 @@ MASKED_RECIPES: dict[str, dict[str, Any]] = {
 FINETUNE: dict[str, dict[str, Any]] = {  # beside each of them: for `measure_finetuned`
     'ci': dict(_PLAIN, layer_decay=1.0, steps=80, batch_size=32, lr_batch=32, lrs=(2e-3,),
                global_scale=(0.4, 1.0)),
-    'laptop': dict(_PLAIN, layer_decay=0.8, steps=2000, batch_size=128, lr_batch=128, lrs=(5e-4, 2e-3)),
+    'laptop': dict(_PLAIN, layer_decay=0.8, per_class=100, steps=600, batch_size=64, lr_batch=64,
+                   lrs=(5e-4, 2e-3)),
     'gpu': dict(_PLAIN, layer_decay=0.8, steps=5000, batch_size=128, lr_batch=128, lrs=(5e-4, 2e-3),
                 amp=True),
     'paper': dict(steps=0, epochs=100.0, batch_size=1024, amp=True),

@@ -82,11 +82,11 @@ LooC + rotation | 65.2 80.2 95.5
     'Table 2': (
         ['iNat-1k', 'iNat-1k top-5', 'CUB-200', 'CUB-200 top-5', 'Flowers 5-shot', 'Flowers 10-shot',
          'IN-100', 'IN-100 top-5'], """
-MoCo, colour | 36.2 62.0 36.7 64.7 67.9 77.3 81.0 95.2
-LooC, colour | 41.2 67.0 40.1 69.7 68.2 77.6 81.1 95.3
-LooC, rotation | 40.0 65.4 38.8 67.0 70.1 79.3 80.2 95.5
-LooC, both | 44.0 69.3 39.6 69.2 70.9 80.8 79.2 94.7
-LooC++, both | 46.1 71.5 39.3 69.3 68.1 78.8 81.2 95.2
+MoCo (colour) | 36.2 62.0 36.7 64.7 67.9 77.3 81.0 95.2
+LooC (colour) | 41.2 67.0 40.1 69.7 68.2 77.6 81.1 95.3
+LooC (rotation) | 40.0 65.4 38.8 67.0 70.1 79.3 80.2 95.5
+LooC (both) | 44.0 69.3 39.6 69.2 70.9 80.8 79.2 94.7
+LooC++ (both) | 46.1 71.5 39.3 69.3 68.1 78.8 81.2 95.2
 """),
 }  # fmt: skip
 
@@ -122,7 +122,7 @@ mix | 62.8
 
 # %% ../../nbs/9_experiments/12_published_contrastive.ipynb #b001a0a4
 _LIGHTLY = {
-    'CIFAR-10': (['knn', 'knn, batch 512'], """
+    'lightly, CIFAR-10': (['knn', 'knn, batch 512'], """
 BYOL | 86.9 86.8
 SimCLR | 84.7 84.8
 DINO | 84.0 81.3
