@@ -71,6 +71,7 @@ class LooCCrops(MultiCrop):
         self.n_global = len(chosen_augmentations(self.augmentations)) + 2
         if self.n_local or self.n_query:
             raise ValueError('looc has global views only: set n_local=0')
+        self.rotate |= 'rotation' in chosen_augmentations(self.augmentations)
         super().__post_init__()
 
 # %% ../../nbs/6_contrastive/7_looc.ipynb #2fc9f822
@@ -79,8 +80,6 @@ def draw(self: LooCCrops, size: tuple[int, int], rng: np.random.Generator) -> tu
     "All random numbers of one image of `size` (H, W): w_geo [n + 2, 7] and w_pho [n + 2, 11]."
     (w_geo,), (w_pho,) = MultiCrop.draw(self, size, rng)
     names = chosen_augmentations(self.augmentations)
-    if 'rotation' in names:
-        w_geo[:, 6] += 2 * torch.from_numpy(rng.integers(4, size=len(w_geo)))
     for key, name in enumerate(names, 2):  # view 0 is the query, view 1 is key 0
         geo, pho = AUGMENTATIONS[name]
         w_geo[key, geo], w_pho[key, pho] = w_geo[0, geo], w_pho[0, pho]
@@ -188,8 +187,11 @@ def check(cls: LooC, recipe: Any) -> None:
     names = chosen_augmentations(recipe.augmentations)
     if recipe.n_local:
         raise ValueError('recipe: looc has global views only: set n_local=0')
-    if 'colour' in names and recipe.strength == 0:
-        raise ValueError('recipe: strength=0 leaves no augmentation for the space of colour: take it out')
+    for field, value in dict(strength=0, crop_only=True).items():
+        if 'colour' in names and getattr(recipe, field) == value:
+            raise ValueError(
+                f'recipe: {field}={value} leaves no augmentation for the space of colour: take it out'
+            )
     check_temperature(recipe.temperature)
     check_queue(recipe.queue, recipe.batch_size)
 

@@ -116,7 +116,7 @@ def check_norms(module: nn.Module, method: str) -> None:
     if world_size() > 1 and (found := plain_norms(module)):
         raise ValueError(
             f'{method}: {found[0]} and {len(found) - 1} other BatchNorms see the images of one process only, '
-            'which gives away where a key comes from: use SyncBatchNorm, or a backbone and projector without BatchNorm'
+            'which gives away where a key comes from: use SyncBatchNorm, or networks without BatchNorm'
         )
 
 # %% ../../nbs/6_contrastive/3_moco.ipynb #56f5d694

@@ -28,7 +28,7 @@ from ..views.photometric import Photometric
 def masked_cross_entropy(logits: Tensor, codes: Tensor, hidden: Tensor) -> Tensor:
     """Cross-entropy of codes [B, N] under logits [B, N, K], averaged over hidden [B, N] places: a scalar.
 
-    In nats. ValueError if nothing is hidden. Bao et al. 2022, Eq. 2; one mean over the batch, as in BEiT's
+    In nats. ValueError if nothing is hidden. Bao et al. 2022, Eq. 1; one mean over the batch, as in BEiT's
     code."""
     if not hidden.any():
         raise ValueError('masked_cross_entropy: nothing is hidden')

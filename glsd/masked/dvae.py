@@ -26,11 +26,10 @@ from ..backbones import create_backbone
 from ..backbones.beit import HALF, ResidualConvs
 from ..backbones.features import to_map
 from ..data.files import atomic_write
-from .mae import PLAIN
 from ..objectives.method import METHODS, Method, find_method, register_method
 from ..objectives.moby import all_gather_keys
 from ..objectives.schedules import cosine_schedule
-from ..views.multicrop import MultiCrop, Views
+from ..views.multicrop import PLAIN, MultiCrop, Views
 from ..views.photometric import MEAN, STD
 
 # %% ../../nbs/5_masked/7_dvae.ipynb #e8263f46

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from ..backbones import create_backbone
 from ..backbones.features import to_map
 from .hog import hog_targets
-from .mae import LAYER_NORM, PLAIN
+from .mae import LAYER_NORM
 from .masks import MASKS, draw_masks
 from .patches import normalize_patches, patchify
 from ..objectives.method import Method, nearest, register_method
-from ..views.multicrop import MultiCrop, Views
+from ..views.multicrop import PLAIN, MultiCrop, Views
 from ..views.photometric import MEAN, STD
 
 # %% ../../nbs/5_masked/5_maskfeat.ipynb #4f52bb0c

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from ..data.toyworld import TOY_WORLDS, open_toyworld
 from .clips import ClipCrop, ClipFolder, ClipOptions, ToyClips
-from .mae import PLAIN
 from .maskfeat import RUN, MaskedOptions, MaskedPrediction, repeat_mask
 from .masks import fill_up, n_kept
 from .mvit import clip_grid
 from ..objectives.ibot import block_mask
 from ..objectives.method import nearest, register_method
+from ..views.multicrop import PLAIN
 
 # %% ../../nbs/5_masked/13_video.ipynb #043ca11a
 def cube_mask(grid: tuple[int, ...], n: int, rng: np.random.Generator, area: tuple = (9, 49)) -> np.ndarray:

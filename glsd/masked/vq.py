@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from ..backbones import create_backbone
 from ..backbones.features import to_map
 from .dvae import count_codes, renormalize
-from .mae import LAYER_NORM, PLAIN, sincos_positions
+from .mae import LAYER_NORM, sincos_positions
 from ..objectives.method import Method, register_method
 from ..objectives.moby import all_gather_keys
-from ..views.multicrop import MultiCrop, Views
+from ..views.multicrop import PLAIN, MultiCrop, Views
 from ..views.photometric import MEAN, STD
 
 # %% ../../nbs/5_masked/8_vq.ipynb #3a13feeb
@@ -38,7 +38,7 @@ def quantise(z: Tensor, codebook: Tensor, beta: float = 1.0) -> tuple[Tensor, Te
     """z [B, d, H, W] -> its codes' vectors [B, d, H, W], the codes [B, H, W], and the commitment, a scalar.
 
     The gradient passes to z as if it had been normalised only; the codebook [K, d] gets none. The commitment
-    is beta times the mean over ALL numbers. BEiT v2 (Peng et al. 2022), Eq. 3 and its code."""
+    is beta times the mean over ALL numbers. BEiT v2 (Peng et al. 2022), Eq. 2 and its code."""
     z = F.normalize(z, dim=1)
     codes = nearest_codes(z.permute(0, 2, 3, 1).flatten(0, 2), codebook).view(len(z), *z.shape[2:])
     chosen = codebook[codes].permute(0, 3, 1, 2)

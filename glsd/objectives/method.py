@@ -34,6 +34,8 @@ class ViewOptions:
     global_scale: tuple = (0.4, 1.0)  # share of the image's area
     local_scale: tuple = (0.05, 0.4)  # share of the image's area
     strength: float = 1.0  # of the colour jitter
+    crop_only: bool = False  # crops and flips alone: the colours are those of the image
+    rotate: bool = False  # turns each view by 0, 90, 180 or 270 degrees
     colour_on_device: bool = False  # workers send uint8 crops, the trainer's device gives them their colours
 
     def multicrop(self, **more) -> MultiCrop:
