@@ -9,7 +9,7 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
 from glsd.views.geometry import token_centers
 from glsd.views.multicrop import MultiCrop, Views, crop, draw_box
-from glsd.views.photometric import Photometric
+from glsd.views.photometric import Photometric, denormalize
 
 
 @pytest.fixture(autouse=True)
@@ -268,3 +268,35 @@ def test_colours_on_the_device_are_the_same_bits(more):
     )
     if more:
         assert torch.equal(done.queries, now.queries) and torch.equal(done.w_query, now.w_query)
+
+
+@pytest.mark.parametrize('on_device', [False, True])
+def test_crops_alone_have_the_colours_of_the_image(on_device):
+    image = torch.randint(256, (3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    m = MultiCrop(32, 16, n_local=2, n_query=1, query_size=8, crop_only=True, colour_on_device=on_device)
+    views, cropped = (
+        m([image], [np.random.default_rng(3)]).finish(),
+        m.sample(image, np.random.default_rng(3)),
+    )
+    for view, crop in zip([*views.crops, views.queries], cropped.crops):
+        assert torch.equal(denormalize(view[:, 0]), crop)
+
+
+def test_turned_views_are_those_of_the_same_chance_turned():
+    image = torch.randint(256, (3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    options, turns = dict(n_local=0, n_global=1, crop_only=True), set()
+    for seed in range(12):
+        plain, turned = (
+            MultiCrop(32, rotate=rotate, **options).sample(image, np.random.default_rng(seed))
+            for rotate in (False, True)
+        )
+        quarter = int(turned.w_geo[0][0, 6] - plain.w_geo[0][0, 6]) // 2
+        assert any(
+            torch.equal(turned.crops[0][0], x)
+            for x in (
+                torch.rot90(plain.crops[0][0], quarter, (1, 2)),
+                torch.rot90(plain.crops[0][0], -quarter, (1, 2)),
+            )
+        )
+        turns.add(quarter)
+    assert turns == {0, 1, 2, 3}
