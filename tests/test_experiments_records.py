@@ -156,7 +156,7 @@ def test_no_kept_record_holds_a_path_of_a_machine():
 def test_every_published_table_says_where_it_is_from():
     for (paper, where), t in all_tables().tables.items():
         assert paper in all_tables().papers
-        assert re.match(r'(Table|Figure|Section) [\d.]+[a-f]?(, \w+)?$|CIFAR-10', where)
+        assert re.match(r'(Table|Figure|Section) [\d.]+[a-f]?(, \w+)?$|lightly, CIFAR-10', where)
         assert t.rows and all(row for row in t.rows.values())
         holes = [x for row in t.rows.values() for x in row.values() if math.isnan(x)]
         assert not holes or t.why, f'{t.source}: a number is missing and nothing says why'
