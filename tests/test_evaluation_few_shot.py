@@ -20,7 +20,7 @@ def test_few_shots():
     noise, _ = L.few_shot_accuracy(torch.randn(200, 20, generator=rng), labels, 4, 3, 60, 5)
     assert abs(noise - 0.25) < 0.08
     for ways, shots in ((11, 1), (1, 1), (5, 20)):
-        with pytest.raises(ValueError, match='ways need at least 2 classes of'):
+        with pytest.raises(ValueError, match='ways need .* classes of at least'):
             L.few_shot_accuracy(easy, labels, ways, shots, 5, 1)
     assert np.isfinite(mean)
 
@@ -50,9 +50,9 @@ def test_shots_and_queries_of_an_episode_are_apart_and_of_one_class_a_row():
     'options, message',
     [
         (dict(n_way=1), 'n_way = 1 must be a whole number of at least 2'),
-        (dict(n_way=13), '13 ways need at least 2 classes of 20 images'),
+        (dict(n_way=13), '13 ways need 13 classes of at least 20 images'),
         (dict(k_shot=0), 'k_shot = 0 must be at least 1'),
-        (dict(k_shot=[1, 400]), 'classes of 415 images'),
+        (dict(k_shot=[1, 400]), 'classes of at least 415 images'),
         (dict(episodes=1), 'episodes = 1 must be a whole number of at least 2'),
     ],
 )

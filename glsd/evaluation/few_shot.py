@@ -28,8 +28,8 @@ def draw_episodes(
     places = classes_with(labels, k_shot + n_query)
     if n_way < 2 or len(places) < n_way:
         raise ValueError(
-            f'{n_way} ways need at least 2 classes of {k_shot + n_query} images ({k_shot} shots, {n_query} '
-            f'queries), and {len(places)} classes have as many'
+            f'{n_way} ways need {max(2, n_way)} classes of at least {k_shot + n_query} images ({k_shot} shots, '
+            f'{n_query} queries), and {len(places)} have as many'
         )
     rng, drawn = np.random.default_rng(seed), []
     for _ in range(episodes):
