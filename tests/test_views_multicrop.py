@@ -278,8 +278,8 @@ def test_crops_alone_have_the_colours_of_the_image(on_device):
         m([image], [np.random.default_rng(3)]).finish(),
         m.sample(image, np.random.default_rng(3)),
     )
-    for view, crop in zip([*views.crops, views.queries], cropped.crops):
-        assert torch.equal(denormalize(view[:, 0]), crop)
+    for view, plain in zip([*views.crops, views.queries], cropped.crops):
+        assert torch.equal(denormalize(view[:, 0]), plain)
 
 
 def test_turned_views_are_those_of_the_same_chance_turned():

@@ -39,8 +39,9 @@ __all__ = ['attention_maps', 'distinct_share', 'effective_rank', 'copy_detection
 # %% ../../nbs/8_evaluation/index.ipynb #5e161464
 _all_ = [
     'attention_maps', 'distinct_share', 'effective_rank', 'copy_detection', 'dense_nn', 'evaluate',
-    'cached_extract', 'few_shot_accuracy', 'load_frozen', 'extract', 'knn_accuracy', 'knn_monitor', 'pixels', 'linear_probe',
-    'attention_jaccard', 'mean_average_precision', 'search', 'collapse_monitor', 'collapse_report',
+    'cached_extract', 'few_shot_accuracy', 'load_frozen', 'extract', 'knn_accuracy', 'knn_monitor',
+    'pixels', 'linear_probe', 'attention_jaccard', 'mean_average_precision', 'search',
+    'collapse_monitor', 'collapse_report',
     'RetrievalFolder', 'retrieval_map', 'MaskFolder', 'ToySegmentation', 'pca_rgb', 'similarity_widget',
     'correspondence', 'correspondence_picture',
 ]  # fmt: skip

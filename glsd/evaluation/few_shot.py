@@ -28,8 +28,8 @@ def draw_episodes(
     places = classes_with(labels, k_shot + n_query)
     if n_way < 2 or len(places) < n_way:
         raise ValueError(
-            f'{n_way} ways need {max(2, n_way)} classes of at least {k_shot + n_query} images ({k_shot} shots, '
-            f'{n_query} queries), and {len(places)} have as many'
+            f'{n_way} ways need {max(2, n_way)} classes of at least {k_shot + n_query} images ({k_shot} '
+            f'shots, {n_query} queries), and {len(places)} have as many'
         )
     rng, drawn = np.random.default_rng(seed), []
     for _ in range(episodes):
@@ -100,8 +100,9 @@ def few_shot_picture(curves: dict[str, dict[int, tuple[float, float]]], n_way: i
     figure, ax = plt.subplots(figsize=(6.4, 3), dpi=110, layout='constrained')
     for name, curve in curves.items():
         mean, half = np.array(list(curve.values())).T
-        style = dict(color='k', ls=':') if name == 'raw pixels' else {}
-        ax.errorbar(list(curve), mean, yerr=half, marker='o', capsize=3, label=name, **style)
+        drawn = ax.errorbar(list(curve), mean, yerr=half, marker='o', capsize=3, label=name)
+        if name == 'raw pixels':
+            drawn[0].set_linestyle(':')
     ax.axhline(100 / n_way, color='#D55E00', ls='--', lw=1, label='chance')
     shots = sorted({k for curve in curves.values() for k in curve})
     ax.set(xscale='log', xticks=shots, xticklabels=shots, xlabel='shots of each class')

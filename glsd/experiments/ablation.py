@@ -55,8 +55,8 @@ class Ablation:
     def __init__(
         self, paper: str, rows: list[Row], values: dict[str, Any], seeds: int, source: str = 'the paper'
     ):
-        """paper: a key of `all_tables().papers`, called `source` in sentences. values: what all recipes share,
-        as far as a method has it.
+        """paper: a key of `all_tables().papers`, called `source` in sentences. values: what all recipes
+        share, as far as a method has it.
 
         ValueError if two rows of a table have one name, or a recipe has a field that no method has."""
         names = [(row.table, row.name) for row in rows]
