@@ -19,8 +19,9 @@ from glsd.data.toyworld import ToyWorld
 from glsd.training import Recipe, Trainer, finetune_recipe, load_method, load_run, pretrain
 from glsd.training.checkpoint import last_checkpoint
 from glsd.training.finetune import finetune, start_of
-from glsd.training.labelled import AugmentedCrop, one_view_colours
+from glsd.training.labelled import AugmentedCrop
 from glsd.training.layers import layer_decay_groups, layer_numbers
+from glsd.views.multicrop import one_view_colours
 
 TUNED = dict(SUPERVISED, drloc_weight=0.0, lr=1e-3, lr_batch=8, drop_path=0.1, backbone='vit_mini')
 WORLD = ToyWorld(24, 32)

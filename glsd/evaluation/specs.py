@@ -196,9 +196,8 @@ def labelled_images(recipe: Any, where: Where) -> tuple[Dataset]:
     source = where.test or _source(recipe, where)
     if source in TOY_WORLDS:
         return (toyworld(source, recipe, where.images or 2000, 'val'),)
-    inner = [part for part in ('val', 'test') if (Path(source) / part).is_dir()]
-    both = inner and (Path(source) / 'train').is_dir()
-    return (subsample(labelled(Path(source) / inner[0] if both else source, 'test'), where.images),)
+    pair = _train_and_val(source)
+    return (subsample(pair[1] if pair else labelled(source, 'test'), where.images),)
 
 
 def lists_or_images(recipe: Any, where: Where) -> tuple[RetrievalSet | Dataset]:

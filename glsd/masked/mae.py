@@ -24,8 +24,7 @@ from .masks import MASKS, draw_masks, n_kept, visible_places
 from .patches import PatchPCA, fit_pca, masked_mse, normalize_patches, patchify, unpatchify
 from ..objectives.method import Method, ViewOptions, register_method
 from ..objectives.moby import all_gather_keys
-from ..views.multicrop import PLAIN, MultiCrop, Views
-from ..views.photometric import Photometric
+from ..views.multicrop import PLAIN, MultiCrop, Views, one_view_colours
 
 # %% ../../nbs/5_masked/3_mae.ipynb #85444855
 def sincos_positions(grid: tuple[int, int], dim: int, prefix: int = 0) -> Tensor:
@@ -186,8 +185,7 @@ def initialize(method: MAE) -> None:
 @patch(as_prop=True)
 def views(self: MAE) -> MultiCrop:
     "One crop of an image, resized and perhaps flipped; `jitter`: its colours changed, too."
-    j = self.options.jitter
-    colours = Photometric(j, j, j, 0.0, p_jitter=1.0, p_gray=0.0, p_blur=0.0) if j else PLAIN
+    colours = one_view_colours(self.options.jitter) if self.options.jitter else PLAIN
     return self.view_options.multicrop(photometric=[colours])
 
 # %% ../../nbs/5_masked/3_mae.ipynb #9004d1f8

@@ -24,7 +24,7 @@ from ..data.shards import open_images
 from ..data.toyworld import TOY_WORLDS
 from ..objectives.method import ema_update, find_method, register_method
 from .checkpoint import last_checkpoint, saved_recipe
-from .labelled import AugmentedCrop, one_view_colours, rand_augment
+from .labelled import AugmentedCrop, rand_augment
 from .layers import layer_decay_groups, rest_frozen_parts, train_last_blocks
 from .loop import pretrain
 from .monitoring import NotFinite
@@ -39,7 +39,7 @@ from glsd.training.supervised import (
 from .supervised import test_set as usual_test_set
 from .trainer import build_dataset
 from .world import World
-from ..views.multicrop import MultiCrop
+from ..views.multicrop import MultiCrop, one_view_colours
 
 # %% ../../nbs/7_training/21_finetune.ipynb #e2bc4fe4
 @dataclass(frozen=True)

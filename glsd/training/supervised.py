@@ -24,11 +24,11 @@ from ..data.shards import open_images
 from ..data.toyworld import TOY_WORLDS, open_toyworld
 from ..objectives.drloc import LocalizationMLP, check_variant, dense_localization_loss
 from ..objectives.method import Method, register_method
-from .labelled import mix, one_view_colours
+from .labelled import mix
 from .options import check_ranges
 from .recipe import Recipe
 from .trainer import build_dataset
-from ..views.multicrop import MultiCrop, Views
+from ..views.multicrop import MultiCrop, Views, one_view_colours
 
 # %% ../../nbs/7_training/12_supervised.ipynb #0ae3ab44
 @dataclass(frozen=True)
