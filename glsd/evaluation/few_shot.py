@@ -50,10 +50,11 @@ def fit_episodes(x: Tensor, n_way: int, decay: float = 0.01) -> tuple[Tensor, Te
     """Logistic regressions of all episodes at once: shots x [E, n_way, k, d] -> weights [E, d, n_way], bias.
 
     decay: the L2 penalty of the weights."""
-    E, _, k, d = x.shape
+    E, _, k, _ = x.shape
     y = torch.arange(n_way, device=x.device).repeat_interleave(k).repeat(E)
-    x = x.flatten(1, 2)
-    weights = torch.zeros(E, d, n_way, device=x.device, requires_grad=True)
+    basis = torch.linalg.qr(x.flatten(1, 2).mT).Q  # [E, d, at most n_way * k]: what the shots span
+    x = x.flatten(1, 2) @ basis
+    weights = torch.zeros(E, x.shape[2], n_way, device=x.device, requires_grad=True)
     bias = torch.zeros(E, 1, n_way, device=x.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights, bias], max_iter=60, line_search_fn='strong_wolfe')
 
@@ -67,7 +68,7 @@ def fit_episodes(x: Tensor, n_way: int, decay: float = 0.01) -> tuple[Tensor, Te
 
     with torch.enable_grad():
         optimizer.step(closure)
-    return weights.detach(), bias.detach()
+    return basis @ weights.detach(), bias.detach()
 
 # %% ../../nbs/8_evaluation/25_few_shot.ipynb #f5a10016
 def few_shot_accuracy(
