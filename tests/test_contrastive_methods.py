@@ -85,3 +85,13 @@ def test_two_processes_do_as_one_does(tmp_path):
         (one, one_state), (two, two_state) = (torch.load(tmp_path / f'{method}_{n}.pt') for n in (1, 2))
         assert apart(one, two) < 1e-6 and apart(one_state, two_state) < 1e-6, method
         assert abs(one[-1] - one[0]) > 1e-3, method  # or the comparison would prove nothing
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_every_network_of_a_method_starts_from_given_weights(method):
+    "A momentum encoder that kept random weights would make its keys with them for thousands of steps."
+    made = Trainer(small_recipe(method), 6).method
+    networks = [m for m in made.modules() if type(m) is type(made.backbone)]
+    loaded = []
+    made.load_backbone(loaded.append)
+    assert {id(m) for m in loaded} == {id(m) for m in networks}

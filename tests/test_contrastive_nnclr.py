@@ -93,6 +93,14 @@ def test_one_of_k_is_drawn_by_torchs_generator_and_only_if_there_is_a_choice():
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_soft_neighbours_of_a_queue_that_is_not_full_are_means_of_the_keys_it_has():
+    method = create_method('nnclr', **SMALL, neighbours='soft')
+    key = F.normalize(torch.randn(1, method.options.projector_dim), dim=1)
+    method.bank.enqueue(key)
+    found, _ = method.positives(torch.randn(3, method.options.projector_dim))
+    torch.testing.assert_close(found, key.expand(3, -1))
+
+
 def test_soft_neighbours_are_means_of_all_keys():
     z, rows = torch.randn(5, 8), F.normalize(torch.randn(20, 8), dim=1)
     weights = (F.normalize(z, dim=1) @ rows.T / 0.3).softmax(1)

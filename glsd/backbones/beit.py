@@ -34,14 +34,14 @@ def _index(grid: tuple[int, int]) -> Tensor:
 
 
 def bias_of(table: Tensor, grid: tuple[int, int]) -> Tensor:
-    """A table [(2H - 1)(2W - 1) + 3, heads] as what it adds to attention: [heads, 1 + H*W, 1 + H*W].
+    """Table [(2H - 1)(2W - 1) + 3, heads] -> bias of the attention scores [heads, 1 + H*W, 1 + H*W].
 
-    CLS comes first; the table's last three rows are its own. BEiT (Bao et al. 2022), its code."""
+    CLS comes first; the table's last three rows belong to it. BEiT (Bao et al. 2022), its code."""
     return table[_index(grid).to(table.device)].permute(2, 0, 1)
 
 # %% ../../nbs/3_backbones/10_beit.ipynb #ad325194
 def stretch_bias(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    "A table of biases for grid `old`, stretched to grid `new`, bicubic; the three rows of CLS stay."
+    "Resize a bias table from grid `old` to grid `new`, bicubic; the three rows of CLS stay."
     if tuple(old) == tuple(new):
         return table
     offsets = [(2 * h - 1, 2 * w - 1) for h, w in (old, new)]
@@ -51,7 +51,7 @@ def stretch_bias(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> T
 
 # %% ../../nbs/3_backbones/10_beit.ipynb #13d47fb7
 def attend(attn: Any, x: Tensor, bias: Tensor) -> Tensor:
-    "timm's attention of BEiT on tokens x [N, T, d], with the given bias [heads, T, T]."
+    "Attention of timm's BEiT on tokens x [N, T, d], with the given bias [heads, T, T]."
     in_bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
     qkv = F.linear(x, attn.qkv.weight, in_bias).unflatten(2, (3, attn.num_heads, -1))
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
@@ -60,18 +60,18 @@ def attend(attn: Any, x: Tensor, bias: Tensor) -> Tensor:
 
 
 def run_block(block: Any, x: Tensor, old: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    "A timm block of BEiT, made for grid `old`, on CLS and the patches of a grid: [N, 1 + H*W, d]."
+    "Run a block of timm's BEiT, built for grid `old`, on CLS and the patches of `grid`: [N, 1 + H*W, d]."
     bias = bias_of(stretch_bias(block.attn.relative_position_bias_table, old, grid), grid)
     x = x + block.drop_path1(block.gamma_1 * attend(block.attn, block.norm1(x), bias))
     return x + block.drop_path2(block.gamma_2 * block.mlp(block.norm2(x)))
 
 # %% ../../nbs/3_backbones/10_beit.ipynb #a44a4abf
 class BEiTBackbone(Backbone):
-    """BEiT's ViT on timm's weights (Bao et al. 2022): relative position bias and LayerScale.
+    """timm's BEiT (Bao et al. 2022): a ViT with relative position biases and LayerScale.
 
     tokens are the patches after the last LayerNorm, pooled is that LayerNorm of their mean. CLS takes part
-    and is left out. For crops of another size the biases are stretched, see `stretch_bias`. Inputs: `mask`
-    hides patches after the patch embedding. ValueError for other models of timm."""
+    in attention but is not returned. For other crop sizes the biases are resized, see `stretch_bias`. Inputs:
+    `mask` replaces patches after the patch embedding. Raises ValueError for other timm models."""
 
     accepts = 'mask', 'mask_token'
 
@@ -91,7 +91,7 @@ class BEiTBackbone(Backbone):
 def embed(
     self: BEiTBackbone, x: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None
 ) -> tuple[Tensor, tuple[int, int]]:
-    "Crops [N, 3, h, w] -> what goes into the first block [N, 1 + H*W, d], and the grid (H, W)."
+    "Crops [N, 3, h, w] -> input of the first block [N, 1 + H*W, d], and the grid (H, W)."
     grid = (x.shape[-2] // self.patch, x.shape[-1] // self.patch)
     x = apply_mask(self.model.patch_embed(x), mask, mask_token)
     x = torch.cat([self.model.cls_token.expand(len(x), -1, -1).to(x.dtype), x], 1)
@@ -111,7 +111,7 @@ def features(
 # %% ../../nbs/3_backbones/10_beit.ipynb #77cbb0f2
 @patch
 def n_layers(self: BEiTBackbone, blocks: bool = False) -> int:
-    "How many blocks there are."
+    "Number of blocks."
     return len(self.model.blocks)
 
 
@@ -143,7 +143,7 @@ register_backbone(
 
 # %% ../../nbs/3_backbones/10_beit.ipynb #bf404745
 class ResidualConvs(nn.Module):
-    "x + three convolutions of it, of 3 x 3, 3 x 3 and 1 x 1, with ReLU between: [N, c, h, w] -> the same."
+    "Residual block of 3 x 3, 3 x 3 and 1 x 1 convolutions, with ReLU between them."
 
     def __init__(self, width: int):
         super().__init__()
@@ -156,9 +156,9 @@ class ResidualConvs(nn.Module):
 
 # %% ../../nbs/3_backbones/10_beit.ipynb #651ca5b5
 class ConvEncoder(nn.Module):
-    """Images [N, 3, h, w] -> map [N, width, h / patch, w / patch], halved by a convolution again and again.
+    """Images [N, 3, h, w] -> map [N, width, h / patch, w / patch], by repeated stride-2 convolutions.
 
-    patch: a power of 2. Used like timm's; num_classes=0: `forward` gives the mean of the map [N, width]."""
+    patch: a power of 2. Used like timm's; num_classes=0: `forward` returns the mean of the map [N, width]."""
 
     def __init__(
         self,
@@ -198,11 +198,11 @@ def forward(self: ConvEncoder, x: Tensor) -> Tensor:
     return self.forward_head(self.forward_features(x))
 
 # %% ../../nbs/3_backbones/10_beit.ipynb #fabab470
-HALF = (0.5, 0.5, 0.5)  # mean and deviation of the pixels that a tokenizer sees
+HALF = (0.5, 0.5, 0.5)  # mean and std for a tokenizer's pixels
 
 
 class EncoderBackbone(Backbone):
-    "The encoder of a discrete VAE: tokens are the places of its map, pooled is their mean."
+    "The encoder of a discrete VAE: tokens are the vectors of its map, pooled is their mean."
 
     def __init__(self, timm_name: str, drop_path: float = 0.0, **timm_kwargs):
         super().__init__(timm_name, drop_path, **timm_kwargs)
@@ -224,13 +224,13 @@ class EncoderBackbone(Backbone):
 
 # %% ../../nbs/3_backbones/10_beit.ipynb #4c5c4ed0
 def dvae_encoder_patch8_224(pretrained: bool = False, **kwargs) -> ConvEncoder:
-    "Codes for 8 x 8 pixels, 256 channels. kwargs: of `ConvEncoder`. RuntimeError for pretrained=True."
+    "dVAE encoder, stride 8, 256 channels. kwargs: of `ConvEncoder`. RuntimeError for pretrained=True."
     own = dict(patch=8, width=256)
     return build_timm_model(ConvEncoder, 'dvae_encoder_patch8_224', 224, pretrained, **{**own, **kwargs})
 
 
 def dvae_encoder_patch4_32(pretrained: bool = False, **kwargs) -> ConvEncoder:
-    "Codes for 4 x 4 pixels, 24 channels. kwargs: of `ConvEncoder`. RuntimeError for pretrained=True."
+    "dVAE encoder, stride 4, 24 channels. kwargs: of `ConvEncoder`. RuntimeError for pretrained=True."
     own = dict(patch=4, width=24)
     return build_timm_model(ConvEncoder, 'dvae_encoder_patch4_32', 32, pretrained, **{**own, **kwargs})
 

@@ -14,7 +14,7 @@ from .features import Backbone, Features, build_timm_model, register_backbone
 
 # %% ../../nbs/3_backbones/5_convnets.ipynb #17a5b0b3
 def resnet_mini_32(pretrained: bool = False, **kwargs) -> ResNet:
-    """A ResNet for crops of 16 to 96 pixels: four blocks, one token for 8 x 8 pixels, d = 128.
+    """A ResNet for crops of 16 to 96 pixels: four blocks, one token per 8 x 8 pixels, d = 128.
 
     kwargs: further arguments of timm's `ResNet`. RuntimeError for pretrained=True.
     """
@@ -24,10 +24,10 @@ def resnet_mini_32(pretrained: bool = False, **kwargs) -> ResNet:
 # %% ../../nbs/3_backbones/5_convnets.ipynb #0aa73fd2
 @register_backbone(resnet50=dict(timm_name='resnet50'), resnet_mini=dict(timm_name='resnet_mini_32'))
 class ResNetBackbone(Backbone):
-    """ResNet of timm (He et al. 2016, arXiv 1512.03385): tokens are the places of its last map.
+    """timm's ResNet (He et al. 2016, arXiv 1512.03385): tokens are the vectors of its last map.
 
-    pooled is their mean. Crops must be whole multiples of the stride: timm's network takes others, but then
-    tokens do not divide the crop evenly. `intermediates` counts the four stages; the stem is not one.
+    pooled is their mean. Crop sides must be multiples of the stride: timm's network takes others, but then
+    tokens do not divide the crop evenly. `intermediates` counts the four stages, without the stem.
     """
 
     def __init__(self, timm_name: str, drop_path: float = 0.0, **timm_kwargs):
@@ -43,7 +43,7 @@ class ResNetBackbone(Backbone):
 # %% ../../nbs/3_backbones/5_convnets.ipynb #a892d1f7
 @patch
 def n_layers(self: ResNetBackbone, blocks: bool = False) -> int:
-    "The number of stages; `blocks` is a ValueError."
+    "Number of stages; raises ValueError for `blocks`."
     return Backbone.n_layers(self, blocks) - 1
 
 

@@ -25,7 +25,7 @@ from glsd.backbones.features import (
 
 # %% ../../nbs/3_backbones/6_cvt.ipynb #51c889a0
 class ConvEmbed(nn.Module):
-    "Overlapping patches: a convolution that shrinks the map by `stride`, and a LayerNorm (CvT Sec. 3.1)."
+    "Overlapping patch embedding: a convolution with `stride`, then LayerNorm (CvT Sec. 3.1)."
 
     def __init__(self, in_chans: int, dim: int, kernel: int, stride: int):
         super().__init__()
@@ -39,15 +39,15 @@ class ConvEmbed(nn.Module):
 
 # %% ../../nbs/3_backbones/6_cvt.ipynb #3ab4330e
 def depthwise(dim: int, stride: int) -> nn.Sequential:
-    "A 3x3 convolution of each channel on its own, then BatchNorm."
+    "Depthwise 3x3 convolution, then BatchNorm."
     conv = nn.Conv2d(dim, dim, 3, stride, 1, groups=dim, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(dim))
 
 # %% ../../nbs/3_backbones/6_cvt.ipynb #383a7909
 class ConvAttention(nn.Module):
-    """Attention whose q, k and v have each seen their 3x3 neighbours; k and v on every second place.
+    """Attention with a depthwise 3x3 convolution before each of q, k and v; k and v have stride `stride_kv`.
 
-    CvT Sec. 3.2, Eq. 2. Scores are divided by the root of the whole width, as published, not of a head's.
+    CvT Sec. 3.2, Eq. 2. Scores are divided by sqrt(dim), as published, not by sqrt(head_dim).
     """
 
     def __init__(self, dim: int, num_heads: int, stride_kv: int = 2):
@@ -69,7 +69,7 @@ class ConvAttention(nn.Module):
 
 # %% ../../nbs/3_backbones/6_cvt.ipynb #87d4044e
 class ConvBlock(nn.Module):
-    "Attention and MLP, each after a LayerNorm and beside a shortcut, as in ViT."
+    "Attention and MLP, each with a LayerNorm before and a residual connection, as in ViT."
 
     def __init__(self, dim: int, num_heads: int, drop_path: float = 0.0):
         super().__init__()
@@ -84,7 +84,7 @@ class ConvBlock(nn.Module):
 
 # %% ../../nbs/3_backbones/6_cvt.ipynb #39980604
 def cvt_stages(dims: tuple, depths: tuple, heads: tuple, drop_path: float) -> list[nn.ModuleList]:
-    "The blocks of each stage. As published, only the last one drops paths, at growing rates."
+    "The blocks of each stage. As published, only the last stage has stochastic depth, with growing rates."
     last = np.linspace(0, drop_path, depths[-1]).tolist()
     rates = [[0.0] * n for n in depths[:-1]] + [last]
     stages = zip(dims, heads, rates)
@@ -92,7 +92,7 @@ def cvt_stages(dims: tuple, depths: tuple, heads: tuple, drop_path: float) -> li
 
 
 def init_linear(module: nn.Module):
-    "A linear layer starts with a truncated normal of deviation 0.02, and no bias."
+    "Initialise a linear layer: truncated normal of std 0.02, zero bias."
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -100,11 +100,11 @@ def init_linear(module: nn.Module):
 
 # %% ../../nbs/3_backbones/6_cvt.ipynb #76950b75
 class CvT(nn.Module):
-    # A long cell, as each of the published options has a line.
+    # A long cell: one line per published option.
     """Convolutional vision Transformer (Wu et al. 2021, arXiv 2103.15808, Table 1), used like timm's.
 
-    Stages of (dim, depth, heads, kernel, stride) in columns; CLS joins in the last stage. Images of any
-    multiple of the strides' product. num_classes=0: `forward` gives CLS [N, d].
+    dims, depths, heads, kernels, strides: one entry per stage; CLS joins in the last stage. Image sides are
+    multiples of the strides' product. num_classes=0: `forward` returns CLS [N, d].
     """
 
     num_prefix_tokens = 1
@@ -137,7 +137,7 @@ class CvT(nn.Module):
 # %% ../../nbs/3_backbones/6_cvt.ipynb #bcca9dda
 @patch
 def enter_stage(self: CvT, i: int, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    "Map [N, c, h, w] -> tokens [N, H*W, d] of stage i and their grid; in the last stage with CLS in front."
+    "Map [N, c, h, w] -> tokens [N, H*W, d] of stage i and their grid; the last stage prepends CLS."
     x, size = self.embeds[i](x)
     if i == len(self.stages) - 1:
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
@@ -174,7 +174,7 @@ def cvt_13(pretrained: bool = False, **kwargs) -> CvT:
 
 
 def cvt_mini_32(pretrained: bool = False, **kwargs) -> CvT:
-    "A CvT for crops of 16 to 96 pixels: one token for 8 x 8 pixels, d = 96. See `cvt_13`."
+    "A CvT for crops of 16 to 96 pixels: one token per 8 x 8 pixels, d = 96. See `cvt_13`."
     small = dict(dims=(32, 64, 96), depths=(1, 1, 2), heads=(1, 2, 3), kernels=(3, 3, 3), strides=(2, 2, 2))
     return build_timm_model(CvT, 'cvt_mini_32', 32, pretrained, **{**small, **kwargs})
 
@@ -196,7 +196,7 @@ class CvTBackbone(Backbone):
 # %% ../../nbs/3_backbones/6_cvt.ipynb #8b7951de
 @patch
 def n_layers(self: CvTBackbone, blocks: bool = False) -> int:
-    "How many stages there are, or with `blocks` how many blocks in all of them."
+    "Number of stages, or with `blocks` of the blocks in all of them."
     return sum(map(len, self.model.stages)) if blocks else len(self.model.stages)
 
 

@@ -26,15 +26,15 @@ from ..views.photometric import MEAN, STD
 class Features:
     """What a backbone returns for N crops of one size (GLSD, Sec. 3.1).
 
-    The global representation of the paper is a row of `pooled`, its dense representation a row of `tokens`,
-    and a local representation is one vector of that. Without an `index`, token i * W + j is the place in
-    row i and column j of the grid. tokens and grid are None for a network that has no places.
+    The paper's global representation is a row of `pooled`, its dense representation is tokens[i] [n, d], and
+    a local representation is one vector of that. Without an `index`, token i * W + j belongs to row i and
+    column j of the grid. tokens and grid are None for a network that returns no map.
     """
 
     pooled: Tensor  # [N, d]     one vector per crop
     tokens: Tensor | None = None  # [N, n, d]  one vector per place, row by row from the top left
     grid: tuple[int, ...] | None = None  # (H, W), or (T, H, W) for a clip
-    index: Tensor | None = None  # [N, n]  which places the tokens are; None: all, in order
+    index: Tensor | None = None  # [N, n]  places of the tokens in the grid; None: all, in order
     extra: dict[str, Tensor] = field(default_factory=dict)  # by name, what one method alone needs
 
 # %% ../../nbs/3_backbones/1_features.ipynb #fceebb88
@@ -44,15 +44,15 @@ def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def data_config(model: nn.Module, **given) -> dict:
-    """How a timm model wants its images: input_size (h, w), mean, std, crop_pct and interpolation.
+    """Preprocessing that a timm model expects: input_size (h, w), mean, std, crop_pct and interpolation.
 
-    They are read from `model.pretrained_cfg`, or are timm's defaults (224 pixels, ImageNet's mean and std).
-    What is given, and not None, counts first.
+    Read from `model.pretrained_cfg`, else timm's defaults (224 pixels, ImageNet's mean and std). Arguments
+    that are not None override both.
     """
     from timm.data import resolve_data_config
 
     known = resolve_data_config(pretrained_cfg=getattr(model, 'pretrained_cfg', None) or {'mean': MEAN})
-    fixed = getattr(getattr(model, 'patch_embed', None), 'img_size', None)  # what it was built for
+    fixed = getattr(getattr(model, 'patch_embed', None), 'img_size', None)  # the size it was built for
     known['input_size'] = fixed or known['input_size']
     known.update({name: value for name, value in given.items() if value is not None})
     return dict(
@@ -68,16 +68,16 @@ TRAINED_HERE = dict(mean=MEAN, std=STD, crop_pct=224 / 256, interpolation='bicub
 
 # %% ../../nbs/3_backbones/1_features.ipynb #81076158
 class Backbone(nn.Module):
-    """A timm model that returns `Features`; a subclass says how, in `features(x)`.
+    """A timm model that returns `Features`; subclasses implement `features(x)`.
 
-    dim: width d of what comes out. stride: pixels that a token covers in each direction. patch: sides of
-    crops must be multiples of it. embed_dim: width after the patch embedding. accepts: names of further
-    inputs that `features` understands. input_size (h, w), mean, std, crop_pct, interpolation: what images it
-    wants, see `data_config`.
-    `timm.create_model(timm_name, num_classes=0, **timm_kwargs)` has the same keys and shapes as `model`.
+    dim: width d of the output. stride: pixels that a token covers in each direction. patch: the sides of
+    crops must be multiples of it. embed_dim: width after the patch embedding. accepts: names of the extra
+    inputs that `features` takes. input_size (h, w), mean, std, crop_pct, interpolation: how its images must
+    be prepared, see `data_config`.
+    The state dict of `model` fits `timm.create_model(timm_name, num_classes=0, **timm_kwargs)`.
     """
 
-    # A long cell, as each thing that is known about a backbone has a line.
+    # A long cell: one line per attribute.
     accepts: tuple[str, ...] = ()
     model: Any
     input_size: tuple[int, int]
@@ -85,7 +85,7 @@ class Backbone(nn.Module):
     std: tuple[float, ...]
     crop_pct: float
     interpolation: str
-    intermediates: Callable[..., list]  # grows below, as do `forward` and others
+    intermediates: Callable[..., list]  # defined below with @patch, like `forward` and others
 
     def __init__(self, timm_name: str, drop_path: float = 0.0, pretrained: bool = False, **timm_kwargs):
         super().__init__()
@@ -111,13 +111,13 @@ def set_data_config(self: Backbone, **given):
 
 @patch
 def features(self: Backbone, x: Tensor) -> Features:
-    "What a subclass has to say: crops [N, 3, h, w] -> Features."
+    "To be implemented by subclasses: crops [N, 3, h, w] -> Features."
     raise NotImplementedError(f'{type(self).__name__} must say how it turns crops into Features')
 
 
 @patch
 def check_size(self: Backbone, x: Tensor):
-    "ValueError unless crops x [N, 3, h, w] divide into patches."
+    "Raises ValueError unless crops x [N, 3, h, w] divide into patches."
     h, w = x.shape[-2:]
     if h < self.patch or w < self.patch or h % self.patch or w % self.patch:
         raise ValueError(
@@ -128,11 +128,11 @@ def check_size(self: Backbone, x: Tensor):
 # %% ../../nbs/3_backbones/1_features.ipynb #701d4da5
 @patch
 def forward(self: Backbone, x: Tensor, **inputs) -> Features:
-    """The features of float crops x [N, 3, h, w], h and w multiples of the patch. ValueError for other sizes.
+    """Features of float crops x [N, 3, h, w]. Raises ValueError unless h and w are multiples of the patch.
 
-    inputs: what some methods give beside the crops, for backbones that accept it (ValueError for others):
-    `mask` [N, H*W] (True: hidden) with `mask_token` [embed_dim]; `index` [N, n], the places to look at;
-    `queries` [N, Q, 3, p, p], crops of one patch, and `bidirectional`.
+    inputs: extra inputs of some methods (ValueError for a backbone that does not accept them):
+    `mask` [N, H*W] (True: hidden) with `mask_token` [embed_dim]; `index` [N, n], the patches to keep;
+    `queries` [N, Q, 3, p, p], single-patch crops, and `bidirectional`.
     """
     self.check_size(x)
     refused = [name for name in inputs if name not in self.accepts]
@@ -147,7 +147,7 @@ def forward(self: Backbone, x: Tensor, **inputs) -> Features:
 # %% ../../nbs/3_backbones/1_features.ipynb #4a646f9c
 @patch
 def n_layers(self: Backbone, blocks: bool = False) -> int:
-    "How many layers `intermediates` counts: stages, or with `blocks` single blocks (here a ValueError)."
+    "Number of layers that `intermediates` counts: stages, or blocks if `blocks` (here a ValueError)."
     if blocks:
         raise ValueError(f'{self.timm_name} gives the maps of its stages only: leave out blocks=True')
     return len(self.model.feature_info)
@@ -163,12 +163,12 @@ def layer_maps(self: Backbone, x: Tensor, layers: set[int], norm: bool, blocks: 
 
 # %% ../../nbs/3_backbones/1_features.ipynb #4e3bd4a6
 def to_map(tokens: Tensor, grid: tuple[int, ...]) -> Tensor:
-    "Tokens [N, H*W, d], row by row, as a map [N, d, H, W], as a convolution wants it."
+    "Tokens [N, H*W, d], row by row -> map [N, d, H, W], the layout of convolutions."
     return tokens.mT.unflatten(2, grid)
 
 # %% ../../nbs/3_backbones/1_features.ipynb #a747cea4
 def last_blocks(stages: Iterable[Sequence]) -> list[int]:
-    "The number of the last block of each stage, when blocks are counted from 0 through all stages."
+    "Number of the last block of each stage, with blocks counted from 0 through all stages."
     return [n - 1 for n in itertools.accumulate(len(stage) for stage in stages)]
 
 # %% ../../nbs/3_backbones/1_features.ipynb #4db36ae5
@@ -181,12 +181,12 @@ def intermediates(
     blocks: bool = False,
     return_prefix_tokens: bool = False,
 ) -> list:
-    """The maps [N, C, h, w] of several depths for crops x [N, 3, h, w], in the order of `layers`.
+    """Maps [N, C, h, w] after several layers, for crops x [N, 3, h, w], in the order of `layers`.
 
-    layers: from 0, or negative from the end: blocks of a ViT or T2T-ViT, stages of the others, or with
-    `blocks` their blocks (Swin, CvT). norm: through the network's last LayerNorm, where it fits (a ViT:
-    everywhere; others: in the last stage). return_prefix_tokens: pairs of a map and CLS with registers
-    [N, p, C], or None, instead. ValueError for a layer that is not there.
+    layers: counted from 0, or negative from the end: blocks of a ViT, T2T-ViT or BEiT, stages of the others,
+    or with `blocks` their blocks (Swin, CvT). norm: apply the network's last LayerNorm where it fits (a ViT:
+    everywhere; others: in the last stage). return_prefix_tokens: return pairs of a map and the prefix tokens
+    (CLS, registers) [N, p, C] or None instead. Raises ValueError for a layer that does not exist.
     """
     self.check_size(x)
     n = self.n_layers(blocks)
@@ -232,16 +232,16 @@ _modules |= dict.fromkeys(_clips, 'glsd.masked.mvit')
 
 # %% ../../nbs/3_backbones/1_features.ipynb #f2ba4005
 def list_backbones() -> list[str]:
-    """All names that `create_backbone` knows."""
+    """All names that `create_backbone` accepts."""
     return sorted({*_modules, *_backbones})
 
 
 def create_backbone(name: str, drop_path: float = 0.0, **kwargs) -> Backbone:
     """Build the backbone `name`, with random weights unless `pretrained=True`.
 
-    drop_path: largest rate of stochastic depth (the student's; the teacher gets 0). pretrained: weights that
-    come with this package (of the small ones) or that timm downloads. Other keywords go to the class, and
-    from there to timm's constructor. ValueError for an unknown name, with the nearest ones.
+    drop_path: largest rate of stochastic depth (for students; teachers get 0). pretrained: load weights that
+    come with this package (small networks) or that timm downloads. Other keywords go to the class, and from
+    there to timm's constructor. Raises ValueError for an unknown name, with the nearest ones.
     """
     if name not in _backbones and name in _modules:
         importlib.import_module(_modules[name])  # registers it
@@ -258,10 +258,10 @@ def weights_file(name: str) -> Path:
 
 
 def build_timm_model(model_cls: type, name: str, size: int, pretrained: bool = False, **kwargs) -> nn.Module:
-    """A timm model of our own: `model_cls(**kwargs)`, with images of `size` pixels in its `pretrained_cfg`.
+    """Build a timm model of our own: `model_cls(**kwargs)`, with input size `size` in its `pretrained_cfg`.
 
-    pretrained: with the weights that come with this package. RuntimeError if there are none of this name, or
-    if they do not fit.
+    pretrained: load the weights that come with this package. Raises RuntimeError if there are none of this
+    name, or if they do not fit.
     """
     from timm.models import build_model_with_cfg
 

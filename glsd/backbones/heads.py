@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 # %% ../../nbs/3_backbones/4_heads.ipynb #681396ae
 class Prototypes(nn.Module):
-    """K directions; the logit of a vector of length 1 is its cosine with each.
+    """K directions; the logits of a unit vector are its cosines with them, times their lengths g.
 
-    The weight is normalised in the forward pass. `fixed` keeps the lengths g at 1; otherwise they are
+    The weight is normalised in the forward pass. `fixed` keeps the lengths at 1; otherwise they are
     learned. Weight normalisation: Salimans and Kingma (2016)."""
 
     def __init__(self, dim: int, out_dim: int, fixed: bool = True):
@@ -23,19 +23,19 @@ class Prototypes(nn.Module):
         self.g = None if fixed else nn.Parameter(torch.ones(out_dim, 1))
 
     def directions(self) -> Tensor:
-        "The rows that features are compared with [K, d]."
+        "The rows [K, d] that features are compared with."
         weight = F.normalize(self.weight, dim=-1)
         return weight if self.g is None else self.g * weight
 
     def forward(self, x: Tensor) -> Tensor:
-        "x [..., d] of length 1 -> logits [..., K]."
+        "Unit vectors x [..., d] -> logits [..., K]."
         return F.linear(x, self.directions())
 
 # %% ../../nbs/3_backbones/4_heads.ipynb #4997f2ef
 def head_layers(widths: list[int], batch_norm: bool) -> list[nn.Module]:
     """Linear layers between `widths`, each but the last followed by GELU.
 
-    `batch_norm`: BatchNorm before the GELU, and another start (see the chapter)."""
+    `batch_norm`: BatchNorm before the GELU, and another initialisation (see `DINOHead`)."""
     layers: list[nn.Module] = []
     for n_in, n_out in zip(widths, widths[1:]):
         linear = nn.Linear(n_in, n_out)
@@ -45,11 +45,11 @@ def head_layers(widths: list[int], batch_norm: bool) -> list[nn.Module]:
     return layers[: -1 - batch_norm]
 
 # %% ../../nbs/3_backbones/4_heads.ipynb #0d3ccae7
-class DINOHead(nn.Module):  # in one cell: half of it are its arguments
+class DINOHead(nn.Module):  # a long cell: half of it is arguments
     """Projection head of DINO: an MLP, L2 normalisation, prototypes. [..., in_dim] -> logits [..., out_dim].
 
-    Starts with a truncated normal of deviation 0.02 as DINO; with batch_norm of deviation 1/sqrt(fan-in), and
-    BatchNorm takes all leading dimensions as one batch. `last_layer` is what DINO freezes at first.
+    Initialised by a truncated normal of std 0.02 as in DINO, or of std 1/sqrt(fan-in) with batch_norm, where
+    all leading dimensions count as one batch. DINO freezes `last_layer` in its first epochs.
     Source: DINO (Caron et al. 2021), Sec. 3.1 and appendix C; GLSD, Sec. 3.4."""
 
     def __init__(
@@ -68,7 +68,7 @@ class DINOHead(nn.Module):  # in one cell: half of it are its arguments
         self.last_layer = Prototypes(bottleneck_dim, out_dim, norm_last_layer)
 
     def project(self, x: Tensor) -> Tensor:
-        "What is compared with the prototypes: [..., in_dim] -> [..., bottleneck_dim], of length 1."
+        "What is compared with the prototypes: [..., in_dim] -> unit vectors [..., bottleneck_dim]."
         return F.normalize(self.mlp(x.flatten(0, -2)).unflatten(0, x.shape[:-1]), dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -23,14 +23,14 @@ def split_heads(attn: nn.Module, t: Tensor) -> Tensor:
 
 
 def read_tokens(block: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    "What q [N, heads, Q, d] reads from keys and values [N, heads, T, d] in a timm block: [N, Q, width]."
+    "Attention branch of a timm block: q [N, heads, Q, d], k and v [N, heads, T, d] -> [N, Q, width]."
     attn = block.attn
     z = F.scaled_dot_product_attention(q, k, v, dropout_p=attn.attn_drop.p if attn.training else 0.0)
     return block.ls1(attn.proj_drop(attn.proj(attn.norm(z.transpose(1, 2).flatten(2)))))
 
 
 def add_residuals(drop: nn.Module, old: tuple, new: list) -> tuple:
-    "The sums of old and new [N, T, d], part by part; stochastic depth drops an image's parts together."
+    "Sums old + new of each pair [N, T, d]; stochastic depth drops all parts of an image together."
     if not isinstance(drop, nn.Identity):
         kept = drop(new[0].new_ones(len(new[0]), 1, 1))
         new = [t * kept for t in new]
@@ -38,10 +38,10 @@ def add_residuals(drop: nn.Module, old: tuple, new: list) -> tuple:
 
 # %% ../../nbs/3_backbones/9_queries.ipynb #7bc902b5
 def with_queries(block: nn.Module, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """A timm block on raw tokens x [N, T, d], as ever, and on queries z [N, Q, d] that only read x.
+    """Run a timm block on raw tokens x [N, T, d], as usual, and on queries z [N, Q, d] that only read x.
 
-    Same weights for both; keys and values come from x alone (ADCLR, Eq. 4 and 5), so x comes out bit-equal to
-    block(x). Stochastic depth draws once for an image, for its raw tokens and its queries.
+    Same weights for both; keys and values come from x alone (ADCLR, Eq. 4 and 5), so the new x is
+    bit-identical to block(x). Stochastic depth draws once per image, for its raw tokens and its queries.
     """
     attn, width = block.attn, block.attn.attn_dim
     q, k, v = split_heads(attn, attn.qkv(block.norm1(x)))
@@ -54,7 +54,7 @@ def with_queries(block: nn.Module, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor
 
 
 class QueryBlock(Block):
-    "timm's block, which may be given queries beside its tokens."
+    "timm's block that also takes queries beside its tokens."
 
     def forward(self, x: Tensor, z: Tensor | None = None, **kwargs) -> Tensor | tuple[Tensor, Tensor]:
         "x [N, T, d] -> the same shape; with queries z [N, Q, d], both: see `with_queries`."
@@ -74,7 +74,7 @@ class QueryViT(ViTBackbone):
         super().__init__(timm_name, drop_path, antialias, **timm_kwargs)
         for block in self.model.blocks:
             if type(block) is Block:
-                block.__class__ = QueryBlock  # its weights and their names stay
+                block.__class__ = QueryBlock  # keeps its weights and their names
 
 
 register_backbone(**VIT_VARIANTS)(QueryViT)
@@ -82,9 +82,9 @@ register_backbone(**VIT_VARIANTS)(QueryViT)
 # %% ../../nbs/3_backbones/9_queries.ipynb #dca6699e
 @patch
 def attend(self: QueryViT, x: Tensor, z: Tensor, bidirectional: bool = False) -> tuple[Tensor, Tensor]:
-    """Raw tokens x [N, T, d] and queries z [N, Q, d] through all blocks.
+    """Run raw tokens x [N, T, d] and queries z [N, Q, d] through all blocks.
 
-    bidirectional: as one plain sequence, the ablation of ADCLR.
+    bidirectional: as one plain sequence, ADCLR's ablation.
     """
     if bidirectional:
         return self.model.blocks(torch.cat([x, z], 1)).split([x.shape[1], z.shape[1]], 1)
@@ -95,9 +95,9 @@ def attend(self: QueryViT, x: Tensor, z: Tensor, bidirectional: bool = False) ->
 # %% ../../nbs/3_backbones/9_queries.ipynb #0de0abc2
 @patch
 def embed_queries(self: QueryViT, queries: Tensor) -> Tensor:
-    """Crops of one patch [N, Q, 3, p, p] -> [N, Q, d] by the patch embedding of the model, without positions.
+    """Single-patch crops [N, Q, 3, p, p] -> [N, Q, d] by the model's patch embedding, without positions.
 
-    A BatchNorm in it uses its running averages and does not move them: no query is normalised by another one.
+    A BatchNorm in it uses its running averages without updating them: no query depends on another one.
     """
     if queries.ndim != 5 or queries.shape[-2:] != (self.patch, self.patch):
         raise ValueError(
@@ -105,7 +105,7 @@ def embed_queries(self: QueryViT, queries: Tensor) -> Tensor:
             f'these are {list(queries.shape)}: set query_size={self.patch}'
         )
     stem, training = self.model.patch_embed, self.model.patch_embed.training
-    # Copies, as the next crops move the averages before the backward pass.
+    # Copies, as the next crops update the averages in place before the backward pass.
     averages = {name: b.clone() for name, b in stem.named_buffers()}
     z = functional_call(stem.eval(), averages, queries.flatten(0, 1))
     stem.train(training)

@@ -37,10 +37,10 @@ def from_windows(x: Tensor, window: tuple[int, int], size: tuple[int, int]) -> T
 def shift_mask(
     size: tuple[int, int], window: tuple[int, int], shift: tuple[int, int], device='cpu'
 ) -> Tensor:
-    """Which tokens may attend each other once the map is rolled by -shift: 0 or -inf.
+    """Attention mask for a map rolled by -shift: 0 where tokens may attend to each other, else -inf.
 
-    [n windows, 1, window area, window area], built once for each size. Tokens that the roll brought from the
-    other end of an axis (its last `shift` places) and tokens that were there before do not attend each other
+    [n windows, 1, window area, window area], cached for each size. Tokens that the roll wrapped around an
+    axis (now its last `shift` rows or columns) and tokens that it did not may not attend to each other
     (Swin, Sec. 3.2 and Fig. 4).
     """
     wrapped = [(torch.arange(n, device=device) >= n - s).int() for n, s in zip(size, shift)]
@@ -50,7 +50,7 @@ def shift_mask(
 
 # %% ../../nbs/3_backbones/3_swin.ipynb #8333a715
 def pad_with(x: Tensor, value: Tensor, size: tuple[int, int]) -> Tensor:
-    """Enlarge token maps [N, H, W, c] to `size`, to the right and below, with the vector `value` [c]."""
+    """Pad token maps [N, H, W, c] to `size` on the right and at the bottom with the vector `value` [c]."""
     N, H, W, c = x.shape
     value = value.to(x.dtype)
     x = torch.cat([x, value.expand(N, H, size[1] - W, c)], 2)
@@ -60,8 +60,8 @@ def pad_with(x: Tensor, value: Tensor, size: tuple[int, int]) -> Tensor:
 def window_attention(block: nn.Module, x: Tensor) -> Tensor:
     """Attention of a timm Swin block on token maps [N, H, W, c]: pad to whole windows, THEN roll.
 
-    The query, key and value of a zero token are the bias of `qkv`, so padding is done after that
-    product: the same numbers, without multiplying zeros (Swin, Sec. 3.2; order of the reference).
+    Padding is done after `qkv`, with its bias, which is the query, key and value of a zero token: the same
+    result as padding before, without multiplying zeros (Swin, Sec. 3.2; order of the reference).
     """
     _, H, W, _ = x.shape
     (h, w), attn = block.window_size, block.attn
@@ -92,11 +92,11 @@ class WindowBlock(SwinTransformerBlock):
 
 # %% ../../nbs/3_backbones/3_swin.ipynb #2c5a4a95
 class SwinBackbone(Backbone):
-    """Swin Transformer on timm's weights, equal to the reference at any crop size (Liu et al. 2021).
+    """timm's Swin Transformer, made equal to the reference at any crop size (Liu et al. 2021).
 
-    pooled: mean over the tokens after the last LayerNorm. eps: of all LayerNorms (the reference's 1e-6; timm
-    has 1e-5). Windows and shifts are chosen for timm's `img_size` (224 by default) and stay the same for
-    other crops. `mask` is given on the grid of the tokens that come out; it hides the patches under them.
+    pooled: mean of the tokens after the last LayerNorm. eps: of all LayerNorms (1e-6 as in the reference;
+    timm has 1e-5). Windows and shifts are chosen for timm's `img_size` (224 by default) and stay the same
+    for other crops. `mask` is on the grid of the output tokens; it hides all input patches of a token.
     Source: arXiv 2103.14030.
     """
 
@@ -108,7 +108,7 @@ class SwinBackbone(Backbone):
             if isinstance(module, nn.LayerNorm):
                 module.eps = eps
             if type(module) is SwinTransformerBlock:
-                module.__class__ = WindowBlock  # its weights and their names stay
+                module.__class__ = WindowBlock  # keeps its weights and their names
 
 # %% ../../nbs/3_backbones/3_swin.ipynb #031db461
 @patch
@@ -126,7 +126,7 @@ def features(
 # %% ../../nbs/3_backbones/3_swin.ipynb #ac41feac
 @patch
 def enlarge(self: SwinBackbone, mask: Tensor, size: tuple[int, int]) -> Tensor:
-    "A mask [N, H*W] of the tokens that come out -> [N, h*w] of the patches that go in, a grid of `size`."
+    "Mask [N, H*W] of the output tokens -> mask [N, h*w] of the input patches, whose grid is `size`."
     times = self.stride // self.patch
     grid = [-(-n // times) for n in size]
     if mask.shape[1:] != (grid[0] * grid[1],):
@@ -138,7 +138,7 @@ def enlarge(self: SwinBackbone, mask: Tensor, size: tuple[int, int]) -> Tensor:
     return mask[:, : size[0], : size[1]].flatten(1)
 
 # %% ../../nbs/3_backbones/3_swin.ipynb #475bb6cb
-_any = dict(strict_img_size=False)  # timm's own model takes other sizes as well
+_any = dict(strict_img_size=False)  # lets timm's own model take other sizes as well
 
 register_backbone(
     swin_tiny_w7=dict(timm_name='swin_tiny_patch4_window7_224', **_any),
@@ -152,7 +152,7 @@ register_backbone(
 
 # %% ../../nbs/3_backbones/3_swin.ipynb #7e483d2b
 def swin_block_maps(model: SwinTransformer, x: Tensor, layers: set[int]) -> dict[int, Tensor]:
-    "Block -> the map [N, H, W, c] after it, for the blocks of a timm Swin counted from 0 through all stages."
+    "Block -> the map [N, H, W, c] after it; blocks of a timm Swin are counted from 0 through all stages."
     x, maps, i = model.patch_embed(x), {}, 0
     for stage in model.layers:
         x = stage.downsample(x)
@@ -167,7 +167,7 @@ def swin_block_maps(model: SwinTransformer, x: Tensor, layers: set[int]) -> dict
 
 
 def norm_last_stage(model: SwinTransformer, x: Tensor, norm: bool) -> Tensor:
-    "A map [N, H, W, c] as [N, c, H, W]; with `norm`, through the last LayerNorm if it has its width."
+    "Map [N, H, W, c] -> [N, c, H, W]; with `norm`, after the last LayerNorm if the widths agree."
     if norm and x.shape[-1] == model.num_features:
         x = model.norm(x)
     return x.permute(0, 3, 1, 2)
@@ -175,7 +175,7 @@ def norm_last_stage(model: SwinTransformer, x: Tensor, norm: bool) -> Tensor:
 # %% ../../nbs/3_backbones/3_swin.ipynb #f701ceab
 @patch
 def n_layers(self: SwinBackbone, blocks: bool = False) -> int:
-    "How many stages there are, or with `blocks` how many blocks in all of them."
+    "Number of stages, or with `blocks` of the blocks in all of them."
     return sum(len(stage.blocks) for stage in self.model.layers) if blocks else len(self.model.layers)
 
 

@@ -31,7 +31,7 @@ def soft_split(x: Tensor, kernel: int, stride: int) -> Tensor:
 
 # %% ../../nbs/3_backbones/7_t2t.ipynb #73f5d721
 def positive_features(x: Tensor, w: Tensor) -> Tensor:
-    """exp(w x - |x|^2 / 2) / sqrt(m), whose products estimate exp(x y) (Performer, Choromanski et al. 2021).
+    """exp(w x - |x|^2 / 2) / sqrt(m); dot products estimate exp(x y) (Performer, Choromanski et al. 2021).
 
     [N, T, d] and directions w [m, d] -> [N, T, m].
     """
@@ -39,16 +39,16 @@ def positive_features(x: Tensor, w: Tensor) -> Tensor:
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
-    """Attention without scores: each query reads one summary of all keys and values.
+    """Attention without T x T scores: all queries read the same summary of keys and values.
 
-    q, k, v [N, T, d] and directions w [m, d] -> [N, T, d], at a cost that grows with T.
+    q, k, v [N, T, d] and directions w [m, d] -> [N, T, d], at a cost linear in T.
     """
     q, k = positive_features(q, w), positive_features(k, w)
     return q @ (k.mT @ v) / (q @ k.sum(1)[..., None] + 1e-8)
 
 # %% ../../nbs/3_backbones/7_t2t.ipynb #a2ffea6d
 class TokenPerformer(nn.Module):
-    """The transformer layer of a tokens-to-token step, with one head; the shortcut starts at v.
+    """Transformer layer of a tokens-to-token step, with one head; the residual connection adds v, not x.
 
     `w` [dim/2, dim]: orthogonal random directions, drawn once and kept. Attention in float32. T2T Sec. 3.1,
     its Performer variant.
@@ -83,13 +83,13 @@ def sinusoid(n: int, dim: int) -> Tensor:
 
 # %% ../../nbs/3_backbones/7_t2t.ipynb #4cda494b
 class T2TViT(nn.Module):
-    # A long cell, as each of the published options has a line.
+    # A long cell: one line per published option.
     """Tokens-to-token ViT (Yuan et al. 2021, arXiv 2101.11986, Table 1), with Performer steps.
 
-    Used like a timm model. splits: (kernel, stride) of each soft split. Images of any multiple of the
-    strides' product; positions, made for `img_size`, are stretched to others, with antialiasing or without.
-    qk_scale: factor of the scores; None: one over the root of a head's width. With num_classes=0, `forward`
-    gives CLS [N, d].
+    Used like a timm model. splits: (kernel, stride) of each soft split. Image sides are multiples of the
+    strides' product; positions, made for `img_size`, are resized for others, with antialiasing or without.
+    qk_scale: factor of the attention scores; None: 1 / sqrt(head_dim). num_classes=0: `forward` returns
+    CLS [N, d].
     """
 
     num_prefix_tokens = 1
@@ -126,7 +126,7 @@ class T2TViT(nn.Module):
 # %% ../../nbs/3_backbones/7_t2t.ipynb #fdb0fb2d
 @patch
 def build_steps(self: T2TViT, in_chans: int, token_dim: int):
-    "The steps between the splits, the projection to the width d, CLS and positions."
+    "Create the layers between the splits, the projection to width d, CLS and positions."
     widths = [c * kernel**2 for c, (kernel, _) in zip((in_chans, token_dim, token_dim), self.splits)]
     self.steps = nn.ModuleList([TokenPerformer(width, token_dim) for width in widths[:-1]])
     self.project = nn.Linear(widths[-1], self.num_features)
@@ -136,19 +136,19 @@ def build_steps(self: T2TViT, in_chans: int, token_dim: int):
 
 @patch
 def build_blocks(self: T2TViT, depth: int, num_heads: int, mlp_ratio: float, drop_path: float, qk_scale):
-    "timm's blocks, with stochastic depth that grows to `drop_path`, and the last LayerNorm."
+    "Create timm's blocks, with stochastic depth growing to `drop_path`, and the last LayerNorm."
     self.blocks = nn.ModuleList()
     for rate in np.linspace(0, drop_path, depth).tolist():
         block = Block(self.num_features, num_heads, mlp_ratio, drop_path=rate, norm_layer=nn.LayerNorm)
         if qk_scale is not None:
-            block.attn.scale, block.attn.fused_attn = qk_scale, False  # the fused one has a scale of its own
+            block.attn.scale, block.attn.fused_attn = qk_scale, False  # fused attention ignores it
         self.blocks.append(block)
     self.norm = nn.LayerNorm(self.num_features)
 
 # %% ../../nbs/3_backbones/7_t2t.ipynb #8d41805a
 @patch
 def tokens_to_token(self: T2TViT, x: Tensor) -> Tensor:
-    "Images [N, 3, h, w] -> tokens [N, H*W, d]: split, rearrange, split, rearrange, split, project."
+    "Images [N, 3, h, w] -> tokens [N, H*W, d]: soft splits with a layer between each two, then project."
     for i, (kernel, stride) in enumerate(self.splits):
         size = x.shape[-2] // stride, x.shape[-1] // stride
         x = soft_split(x, kernel, stride)
@@ -192,7 +192,7 @@ def t2t_vit_14(pretrained: bool = False, **kwargs) -> T2TViT:
 
 
 def t2t_mini_32(pretrained: bool = False, **kwargs) -> T2TViT:
-    "A T2T-ViT for crops of 16 to 96 pixels: one token for 8 x 8 pixels, d = 96. See `t2t_vit_14`."
+    "A T2T-ViT for crops of 16 to 96 pixels: one token per 8 x 8 pixels, d = 96. See `t2t_vit_14`."
     small = dict(img_size=32, embed_dim=96, depth=2, num_heads=3, token_dim=32, splits=((3, 2),) * 3)
     return build_timm_model(T2TViT, 't2t_mini_32', 32, pretrained, **{**small, **kwargs})
 
@@ -204,7 +204,7 @@ class T2TBackbone(CvTBackbone):
 
 @patch
 def n_layers(self: T2TBackbone, blocks: bool = False) -> int:
-    "How many blocks there are."
+    "Number of blocks."
     return len(self.model.blocks)
 
 

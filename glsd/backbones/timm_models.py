@@ -24,13 +24,13 @@ from .features import Backbone, Features, as_pair
 
 # %% ../../nbs/3_backbones/8_timm_models.ipynb #d3311201
 def features_of_map(maps: Tensor, pooled: Tensor | None = None) -> Features:
-    "Features from a map [N, d, h, w]; pooled [N, d] is the mean over its places unless given."
+    "Features from a map [N, d, h, w]; pooled [N, d] is its spatial mean unless given."
     tokens = maps.flatten(2).mT
     return Features(tokens.mean(1) if pooled is None else pooled, tokens, tuple(maps.shape[-2:]))
 
 
 def features_of_module(out, name: str) -> Features:
-    "Features from what a module returned: Features, vectors [N, d] or maps [N, d, h, w]; else a ValueError."
+    "Features from a module's output: Features, vectors [N, d] or maps [N, d, h, w]; else raises ValueError."
     if isinstance(out, Features):
         return out
     if isinstance(out, Tensor) and out.ndim == 2:
@@ -42,7 +42,7 @@ def features_of_module(out, name: str) -> Features:
 
 # %% ../../nbs/3_backbones/8_timm_models.ipynb #25c41a39
 def warn_of_assumption(name: str):
-    "A warning that a network is taken to want ImageNet's mean and std."
+    "Warn that ImageNet's mean and std are assumed for a network."
     warnings.warn(
         f"{name} does not say how its images are normalised: ImageNet's mean and std are assumed; "
         'give mean and std if it was trained with others',
@@ -51,15 +51,15 @@ def warn_of_assumption(name: str):
 
 # %% ../../nbs/3_backbones/8_timm_models.ipynb #02501c5f
 class TimmBackbone(Backbone):
-    # A long cell, as each of its options has a line.
-    """Any network in hand as a backbone: a timm model, with its weights, or another torch.nn.Module.
+    # A long cell: one line per option.
+    """Wrap an existing network as a backbone: a timm model, with its weights, or any other torch.nn.Module.
 
-    timm model: pooled is what its classifier reads; tokens are its last map, or the patches of a ViT without
-    CLS and registers. Other modules: what they return, see `features_of_module`; take off their classifier.
-    input_size (one number, (h, w) or (3, h, w)), mean, std, crop_pct, interpolation: how its images should
-    come, from the model's `pretrained_cfg` unless given. A warning if it has none and mean or std are not
+    timm model: pooled is the input of its classifier; tokens are its last map, or the patches of a ViT (no
+    CLS, no registers). Other modules: their output, see `features_of_module`; remove their classifier first.
+    input_size (one number, (h, w) or (3, h, w)), mean, std, crop_pct, interpolation: how its images must be
+    prepared, from the model's `pretrained_cfg` unless given. Warns if it has none and mean or std are not
     given. antialias=False: a ViT resizes its positions like DINO's code (changes `model` in place).
-    dim, stride: None where the model does not say.
+    dim, stride: None if the model does not state them.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class TimmBackbone(Backbone):
 # %% ../../nbs/3_backbones/8_timm_models.ipynb #556c8fff
 @patch
 def read_sizes(self: TimmBackbone):
-    "Widths, stride and patch, as far as the model says."
+    "Set dim, embed_dim, stride and patch, as far as the model states them."
     model = self.model
     widths = (getattr(model, name, None) for name in ('head_hidden_size', 'num_features', 'dim'))
     self.dim = self.embed_dim = next((w for w in widths if w), None)
@@ -104,7 +104,7 @@ def read_sizes(self: TimmBackbone):
 # %% ../../nbs/3_backbones/8_timm_models.ipynb #9c82c1a2
 @patch
 def check_size(self: TimmBackbone, x: Tensor):
-    "ValueError unless crops x [N, 3, h, w] divide into patches, and have the size that a model insists on."
+    "Raises ValueError unless crops x [N, 3, h, w] divide into patches and have a size the model takes."
     Backbone.check_size(self, x)
     embed = getattr(self.model, 'patch_embed', None)
     only = getattr(embed, 'img_size', None) if getattr(embed, 'strict_img_size', False) else None
@@ -118,10 +118,10 @@ def check_size(self: TimmBackbone, x: Tensor):
 # %% ../../nbs/3_backbones/8_timm_models.ipynb #223fceb2
 @patch
 def forward(self: TimmBackbone, x: Tensor, **inputs) -> Features:
-    "The features of normalised float crops x [N, 3, h, w]. ValueError for a size that the model cannot take."
+    "Features of normalised float crops x [N, 3, h, w]. Raises ValueError for a size the model cannot take."
     try:
         return Backbone.forward(self, x, **inputs)
-    except (AssertionError, RuntimeError) as e:  # how networks fail at a size that they were not built for
+    except (AssertionError, RuntimeError) as e:  # how networks fail at sizes they were not built for
         h, w = x.shape[-2:]
         if isinstance(e, torch.OutOfMemoryError) or (h, w) == self.input_size:
             raise
@@ -131,7 +131,7 @@ def forward(self: TimmBackbone, x: Tensor, **inputs) -> Features:
 # %% ../../nbs/3_backbones/8_timm_models.ipynb #a70893f7
 @patch
 def features(self: TimmBackbone, x: Tensor) -> Features:
-    "Crops [N, 3, h, w] -> Features; tokens and grid are None for a model without places."
+    "Crops [N, 3, h, w] -> Features; tokens and grid are None for a model without a map."
     model = self.model
     if not hasattr(model, 'forward_features'):
         return features_of_module(model(x), self.timm_name)
@@ -150,7 +150,7 @@ def features(self: TimmBackbone, x: Tensor) -> Features:
 # %% ../../nbs/3_backbones/8_timm_models.ipynb #a4f40a3c
 @patch
 def sequence_grid(self: TimmBackbone, x: Tensor, n: int) -> tuple[int, int] | None:
-    "The grid of n tokens that crops x became, by the stride or the patch of the model; None if neither fits."
+    "The grid of the n tokens of crops x, from the stride or the patch of the model; None if neither fits."
     for side in (self.stride, self.patch):
         grid = side and (-(-x.shape[-2] // side), -(-x.shape[-1] // side))
         if grid and grid[0] * grid[1] == n:
@@ -159,7 +159,7 @@ def sequence_grid(self: TimmBackbone, x: Tensor, n: int) -> tuple[int, int] | No
 
 # %% ../../nbs/3_backbones/8_timm_models.ipynb #527e2f15
 def _positions_like_dino(model: nn.Module, x: Tensor) -> Tensor:
-    "In place of `_pos_embed` of a timm ViT: the same without antialiasing."
+    "Replaces `_pos_embed` of a timm ViT: the same, but resized as in DINO's code."
     from glsd.backbones.vit import with_positions  # here, as it imports timm
 
     grid = model.patch_embed.grid_size
@@ -171,7 +171,7 @@ def _positions_like_dino(model: nn.Module, x: Tensor) -> Tensor:
 def resize_like_dino(model: nn.Module):
     """Make a timm VisionTransformer resize its positions like DINO's code, without antialiasing. In place.
 
-    ValueError for another network, and for variants with a method of their own (DeiT with distillation).
+    Raises ValueError for other networks and variants with their own `_pos_embed` (DeiT with distillation).
     """
     from timm.models.vision_transformer import VisionTransformer
 
@@ -190,7 +190,7 @@ def _is_swin(model: nn.Module) -> bool:
 
 @patch
 def n_layers(self: TimmBackbone, blocks: bool = False) -> int:
-    "How many maps the model can give: what timm counts, or with `blocks` the blocks of a ViT or Swin."
+    "Number of maps the model can return: timm's own count, or with `blocks` the blocks of a ViT or Swin."
     model = self.model
     if not hasattr(model, 'forward_intermediates'):
         raise ValueError(
@@ -237,12 +237,12 @@ _timm_models = dict(
 
 # %% ../../nbs/3_backbones/8_timm_models.ipynb #c92393ca
 def _entrypoint(name: str, module: str) -> Callable:
-    "What timm calls to build the model `name`: it imports our module and calls the function of this name."
+    "The function timm calls to build the model `name`: imports our module, calls its function of that name."
 
     def build(*args, **kwargs):
         return getattr(importlib.import_module(f'glsd.backbones.{module}'), name)(*args, **kwargs)
 
-    # timm adds the name to the `__all__` of this module, so the module has to have it: see `__getattr__`.
+    # timm adds the name to the `__all__` of this module, so it must be an attribute: see `__getattr__`.
     build.__name__, build.__module__ = name, 'glsd.backbones.timm_models'
     return build
 
@@ -263,7 +263,7 @@ def _tell_timm():
 
 # %% ../../nbs/3_backbones/8_timm_models.ipynb #b5dbf267
 class _WaitForTimm(importlib.abc.MetaPathFinder):
-    "Adds `_tell_timm` to the end of timm's import."
+    "Import hook that runs `_tell_timm` at the end of timm's import."
 
     def find_spec(self, fullname, path=None, target=None):
         if fullname != 'timm':
@@ -282,7 +282,7 @@ class _WaitForTimm(importlib.abc.MetaPathFinder):
 
 # %% ../../nbs/3_backbones/8_timm_models.ipynb #0ae77077
 def register_with_timm():
-    "Make `timm.create_model` know our own models: now, or as soon as timm is imported."
+    "Register our own models for `timm.create_model`: now, or as soon as timm is imported."
     if 'timm' in sys.modules:
         _tell_timm()
     elif not any(isinstance(finder, _WaitForTimm) for finder in sys.meta_path):

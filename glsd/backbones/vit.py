@@ -20,11 +20,11 @@ from .features import Backbone, Features, build_timm_model, register_backbone, t
 def resize_positions(
     table: Tensor, old: tuple[int, int], new: tuple[int, int], antialias: bool = True, offset: float = 0.1
 ) -> Tensor:
-    """Stretch a position embedding [1, p + H*W, d] from grid `old` to grid `new`, bicubic; the first p stay.
+    """Resize a position embedding [1, p + H*W, d] from grid `old` to grid `new`, bicubic; the first p stay.
 
-    antialias=True is timm's way, False that of DINO's code. That also adds an `offset` of 0.1 to the new size
-    before it divides (so that rounding cannot lose a row): its sample points lie that much closer together.
-    Other code without antialiasing has an offset of 0.
+    antialias=True: as timm. antialias=False: as DINO's code, which adds an `offset` of 0.1 to the new size
+    before dividing it by the old one, so that rounding cannot lose a row; this moves the sample points
+    slightly closer together. Other code without antialiasing uses offset=0.
     """
     if tuple(old) == tuple(new):
         return table
@@ -41,9 +41,9 @@ def resize_positions(
 def with_positions(
     model: VisionTransformer, x: Tensor, grid: tuple[int, int], antialias: bool = True
 ) -> Tensor:
-    """Patches x [N, H*W, d] -> [N, p + H*W, d]: p prefix tokens (CLS, registers) in front, positions added.
+    """Patches x [N, H*W, d] -> [N, p + H*W, d]: prepend p prefix tokens (CLS, registers), add positions.
 
-    What timm's `_pos_embed` does, with the choice of how the table is resized: see `resize_positions`.
+    As timm's `_pos_embed`, with a choice of how the table is resized: see `resize_positions`.
     """
     prefix = [t.expand(len(x), -1, -1) for t in (model.cls_token, model.reg_token) if t is not None]
     table = model.pos_embed
@@ -57,9 +57,9 @@ def with_positions(
 
 # %% ../../nbs/3_backbones/2_vit.ipynb #29980bcc
 def apply_mask(x: Tensor, mask: Tensor | None, mask_token: Tensor | None) -> Tensor:
-    """Tokens x [N, T, d] with `mask_token` [d] wherever mask [N, T] is True; without a mask, x itself.
+    """Replace tokens x [N, T, d] by `mask_token` [d] where mask [N, T] is True; without a mask, return x.
 
-    ValueError if they do not fit.
+    Raises ValueError if the shapes do not fit.
     """
     if mask is None:
         return x
@@ -73,9 +73,9 @@ def apply_mask(x: Tensor, mask: Tensor | None, mask_token: Tensor | None) -> Ten
 
 # %% ../../nbs/3_backbones/2_vit.ipynb #a806e59e
 def keep_patches(x: Tensor, index: Tensor, first: int) -> Tensor:
-    """The `first` prefix tokens and the patches number `index` [N, n] of sequences x [N, first + T, d].
+    """Keep the `first` prefix tokens and the patches `index` [N, n] of x [N, first + T, d].
 
-    [N, first + n, d]. ValueError for an index of another shape.
+    Returns [N, first + n, d]. Raises ValueError for an index of another shape.
     """
     if index.ndim != 2 or len(index) != len(x):
         raise ValueError(f'an index for {len(x)} crops must be [{len(x)}, n]; it is {list(index.shape)}')
@@ -84,13 +84,13 @@ def keep_patches(x: Tensor, index: Tensor, first: int) -> Tensor:
 
 # %% ../../nbs/3_backbones/2_vit.ipynb #b6028d86
 class ViTBackbone(Backbone):
-    """Vision Transformer on timm's weights (Dosovitskiy et al. 2021); LayerNorm eps is 1e-6 as in DINO.
+    """timm's Vision Transformer (Dosovitskiy et al. 2021); LayerNorm eps is 1e-6 as in DINO.
 
     pooled is CLS, tokens are the patches, both after the last LayerNorm; without a CLS (`_mean`, `vit_mini`)
     pooled is the mean of the tokens. Registers are in `extra['registers']`. antialias: how positions are
-    resized for other crop sizes, see `resize_positions`. Inputs: `mask` hides patches after the patch
-    embedding; only those in `index` [N, n] go through the blocks.
-    ValueError for models of timm that are no plain VisionTransformer.
+    resized for other crop sizes, see `resize_positions`. Inputs: `mask` replaces patches after the
+    patch embedding; with `index` [N, n], only those patches go through the blocks.
+    Raises ValueError for a timm model that is not a plain VisionTransformer.
     """
 
     accepts = 'mask', 'mask_token', 'index'
@@ -139,7 +139,7 @@ def embed(
     mask_token: Tensor | None = None,
     index: Tensor | None = None,
 ) -> tuple[Tensor, tuple[int, int]]:
-    "Crops [N, 3, h, w] -> what goes into the first block [N, p + n, d], and the grid (H, W) of all patches."
+    "Crops [N, 3, h, w] -> input of the first block [N, p + n, d], and the grid (H, W) of all patches."
     x = self.model.patch_embed(x)
     grid = tuple(x.shape[1:3])
     x = apply_mask(x.flatten(1, 2), mask, mask_token)
@@ -164,7 +164,7 @@ def features(
 
 @patch
 def read_out(self: ViTBackbone, x: Tensor, grid: tuple[int, int], index: Tensor | None) -> Features:
-    "What comes out of the last block [N, p + n, d] -> Features."
+    "Output of the last block [N, p + n, d] -> Features."
     x = self.model.norm(x)
     pooled, first = self.model.forward_head(x, pre_logits=True), self.model.num_prefix_tokens
     registers = x[:, first - self.model.num_reg_tokens : first]
@@ -174,7 +174,7 @@ def read_out(self: ViTBackbone, x: Tensor, grid: tuple[int, int], index: Tensor 
 # %% ../../nbs/3_backbones/2_vit.ipynb #dbc578c3
 @patch
 def n_layers(self: ViTBackbone, blocks: bool = False) -> int:
-    "How many blocks there are."
+    "Number of blocks."
     return len(self.model.blocks)
 
 
@@ -192,10 +192,10 @@ def layer_maps(self: ViTBackbone, x: Tensor, layers: set[int], norm: bool, block
 
 # %% ../../nbs/3_backbones/2_vit.ipynb #dd1b895a
 class ConvStem(PatchEmbed):
-    """Patches of 4 or 8 pixels from four small convolutions with BatchNorm in place of a large one.
+    """Patch embedding for patches of 4 or 8 pixels: four small convolutions in place of a large one.
 
-    The first shrinks by half the patch, the second by two, the third looks around, the last (1 x 1) sets the
-    width. Images [N, 3, h, w] -> [N, H*W, embed_dim], or what else timm's `PatchEmbed` is asked for.
+    The first has stride patch / 2, the second stride 2, the third stride 1; each with BatchNorm and GELU. The
+    last (1 x 1) sets the width. Images [N, 3, h, w] -> [N, H*W, embed_dim], or as timm's `PatchEmbed`.
     """
 
     def __init__(self, *args, patch_size: int = 8, in_chans: int = 3, embed_dim: int = 96, **kwargs):
@@ -218,7 +218,7 @@ _mini = dict(img_size=32, mlp_ratio=2, class_token=False, global_pool='avg', fc_
 
 
 def vit_mini_patch8_32(pretrained: bool = False, **kwargs) -> VisionTransformer:
-    """A ViT for crops of 16 to 96 pixels: convolutional stem, two blocks, d = 96, mean of the tokens.
+    """A ViT for crops of 16 to 96 pixels: convolutional stem, two blocks, d = 96, mean pooling.
 
     kwargs: further arguments of `VisionTransformer`. RuntimeError for pretrained=True without weights.
     """
@@ -229,7 +229,7 @@ def vit_mini_patch8_32(pretrained: bool = False, **kwargs) -> VisionTransformer:
 
 
 def vit_mini_patch4_32(pretrained: bool = False, **kwargs) -> VisionTransformer:
-    """A ViT for crops of 16 to 64 pixels: plain patches of 4, four blocks, d = 128, mean of the tokens.
+    """A ViT for crops of 16 to 64 pixels: plain patches of 4, four blocks, d = 128, mean pooling.
 
     kwargs: further arguments of `VisionTransformer`. RuntimeError for pretrained=True without weights.
     """

@@ -28,11 +28,11 @@ from ..objectives.method import ViewOptions, register_method
 from ..views.multicrop import MultiCrop, Sample, crop
 
 # %% ../../nbs/6_contrastive/9_dilo.ipynb #48bf13a5
-BLENDS = 'none', 'gaussian', 'mix'  # mix: one of the two, by chance
+BLENDS = 'none', 'gaussian', 'mix'  # mix: one of the other two, at random
 
 
 def paste(image: Tensor, mask: Tensor, background: Tensor, blend: str = 'none', sigma: float = 1.0) -> Tensor:
-    """The object of an image before another background: uint8 [3, H, W], three times.
+    """Pastes an image's object onto another background; image, background and result: uint8 [3, H, W].
 
     mask bool [H, W]: the object; blend: none, or gaussian (edge softened over sigma pixels). DiLo, Sec. 3.3.
     ValueError for shapes that differ."""
@@ -44,11 +44,11 @@ def paste(image: Tensor, mask: Tensor, background: Tensor, blend: str = 'none', 
     return (background + (image.float() - background) * m).round().to(torch.uint8)
 
 # %% ../../nbs/6_contrastive/9_dilo.ipynb #1e0f731a
-BACKGROUNDS = 'grey', 'texture', 'images'  # images: of a given pool
+BACKGROUNDS = 'grey', 'texture', 'images'  # images: from a given pool
 
 
 def _texture(size: tuple[int, int], rng: np.random.Generator) -> Tensor:
-    "Two colours, mixed by two crossing waves of a random direction and length: uint8 [3, H, W]."
+    "Two random colours, mixed by two sine waves of random direction and length: uint8 [3, H, W]."
     at = [torch.arange(n) / max(size) for n in size]
     angle, periods, phase = rng.uniform(0, 2 * np.pi, 2), rng.uniform(2, 10, 2), rng.uniform(0, 2 * np.pi, 2)
     waves = [
@@ -61,9 +61,9 @@ def _texture(size: tuple[int, int], rng: np.random.Generator) -> Tensor:
 
 
 def draw_background(kind: str, size: tuple[int, int], rng: np.random.Generator, pool: Any = None) -> Tensor:
-    """A background uint8 [3, H, W] of a kind of BACKGROUNDS. pool: a data set, for 'images'.
+    """A random background uint8 [3, H, W]; kind: one of BACKGROUNDS; pool: a data set, for 'images'.
 
-    DiLo, Sec. 3.3. ValueError for another kind, or no pool."""
+    DiLo, Sec. 3.3. ValueError for another kind, or 'images' without a pool."""
     if kind == 'grey':
         return torch.full((3, *size), int(rng.integers(256)), dtype=torch.uint8)
     if kind == 'texture':
@@ -77,17 +77,17 @@ def draw_background(kind: str, size: tuple[int, int], rng: np.random.Generator, 
 
 # %% ../../nbs/6_contrastive/9_dilo.ipynb #c9a85179
 def image_key(image: Tensor) -> str:
-    "The name of an image uint8 [3, H, W]: 24 hexadecimal digits of its shape and pixels."
+    "A key for an image uint8 [3, H, W]: a hash of its shape and pixels, 24 hexadecimal digits."
     content = hashlib.blake2b(repr(tuple(image.shape)).encode(), digest_size=12)
     content.update(image.contiguous().numpy().tobytes())
     return content.hexdigest()
 
 # %% ../../nbs/6_contrastive/9_dilo.ipynb #a42ee026
-# a few lines too many for one cell: type checkers know only the methods that stand in the class
+# a long cell: type checkers see only the methods that are defined inside the class
 class Foregrounds:
-    """Where the object of an image is; source: a method of SALIENCY, or a folder that `save_masks` wrote.
+    """Finds and caches object masks; source: a key of SALIENCY, or a folder written by `save_masks`.
 
-    n: superpixels; `keep`: bytes of masks that are kept in memory. ValueError for another source."""
+    n: number of superpixels; `keep`: size of the cache in bytes. ValueError for another source."""
 
     def __init__(self, source: str = 'rbd', n: int = 250, keep: int = 2**28):
         if source not in SALIENCY and not Path(source).is_dir():
@@ -97,14 +97,14 @@ class Foregrounds:
         self.known: dict[str, np.ndarray] = {}
 
     def remember(self, image: Tensor, mask: Tensor) -> None:
-        "The mask [H, W] of this image is known from now on, as long as there is room."
+        "Caches the mask [H, W] of an image, if there is room."
         bits = np.packbits(mask.numpy())
         if bits.nbytes <= self.room:
             self.room -= bits.nbytes
             self.known[image_key(image)] = bits
 
     def __call__(self, image: Tensor) -> Tensor:
-        "The object of an image uint8 [3, H, W]: bool [H, W]. ValueError where a folder has no mask for it."
+        "Object mask, bool [H, W], of an image uint8 [3, H, W]. ValueError if a folder has no mask for it."
         bits, (H, W) = self.known.get(image_key(image)), image.shape[1:]
         if bits is not None:
             return torch.from_numpy(np.unpackbits(bits, count=H * W).astype(bool)).view(H, W)
@@ -136,9 +136,9 @@ def save_masks(
     masks: Callable[[int, Tensor], Tensor] | None = None,
     n: int = 250,
 ) -> None:
-    """Writes the mask of every image of a data set into a folder, as PNG; what is there is kept.
+    """Writes the mask of every image of a data set into a folder, as PNG; skips those that exist.
 
-    masks: (number, image uint8 [3, H, W]) -> bool [H, W]; by default RBD with n superpixels."""
+    masks: (index, image uint8 [3, H, W]) -> bool [H, W]; by default RBD with n superpixels."""
     find, folder = masks or (lambda i, image: Foregrounds('rbd', n, keep=0)(image)), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(len(dataset)):
@@ -151,28 +151,28 @@ def save_masks(
 # %% ../../nbs/6_contrastive/9_dilo.ipynb #c6f0ceaa
 @dataclass(frozen=True)
 class PasteViews(ViewOptions):
-    "What DiLo adds to the options of views; the defaults are its paper's best (Table 2)."
+    "What DiLo adds to the options of views; the defaults are the best in the paper's Table 2."
 
-    p_paste: float = 0.3  # share of views with another background (Table 2b)
-    foreground: str = 'rbd'  # rbd, mc, gs, or a folder of masks (Table 2a)
-    background: str = 'grey'  # grey, texture, or a folder of images (Table 2c)
-    blend: str = 'mix'  # none, gaussian, mix (Table 2d)
-    blend_sigma: float = 1.0  # pixels of the image, of the soft edge
-    superpixels: int = 250
+    p_paste: float = 0.3  # share of views that get another background (Table 2b)
+    foreground: str = 'rbd'  # how objects are found: rbd, mc, gs, or a folder of masks (Table 2a)
+    background: str = 'grey'  # the new background: grey, texture, or a folder of images (Table 2c)
+    blend: str = 'mix'  # edge of the object: none (hard), gaussian (soft), or mix, one at random (Table 2d)
+    blend_sigma: float = 1.0  # blur of the soft edge, in pixels of the image
+    superpixels: int = 250  # number of superpixels per image, for rbd, mc and gs
 
     def multicrop(self, **more: Any) -> MultiCrop:
-        "The `PastingMultiCrop` of these options; `more` are further arguments of it."
+        "`PastingMultiCrop` with these options; `more`: its further arguments."
         return PastingMultiCrop(**asdict(self), **more)
 
 # %% ../../nbs/6_contrastive/9_dilo.ipynb #86b81dc2
 @dataclass
 class PastingMultiCrop(MultiCrop):
-    """A `MultiCrop` that shows some views before another background. Options as in `PasteViews`.
+    """A `MultiCrop` that pastes the object onto another background in some views. Options: see `PasteViews`.
 
-    `pool`: images for background='images'. ValueError for options that make no sense."""
+    `pool`: images for background='images'. ValueError as in `check_pasting`."""
 
     p_paste: float = 0.3
-    foreground: Any = 'rbd'  # or what gives a mask for an image
+    foreground: Any = 'rbd'  # or a callable: image -> mask
     background: str = 'grey'
     blend: str = 'mix'
     blend_sigma: float = 1.0
@@ -189,7 +189,7 @@ class PastingMultiCrop(MultiCrop):
 
 # %% ../../nbs/6_contrastive/9_dilo.ipynb #6ad02794
 def check_pasting(o: Any) -> None:
-    "ValueError, in one line, for options of pasting that make no sense."
+    "Raises ValueError for pasting options that are unknown or out of range."
     if not 0 <= o.p_paste <= 1:
         raise ValueError(f'p_paste={o.p_paste} is a share of the views: choose it between 0 and 1')
     if o.blend not in BLENDS:
@@ -208,9 +208,9 @@ def check_pasting(o: Any) -> None:
 # %% ../../nbs/6_contrastive/9_dilo.ipynb #df5c7e72
 @patch
 def sample(self: PastingMultiCrop, image: Tensor, rng: np.random.Generator) -> Sample:
-    """Draws and crops the views of one image uint8 [3, H, W]; some show its object before another background.
+    """Draws and crops the views of an image uint8 [3, H, W]; some show its object on another background.
 
-    An image without an object, or all object, stays as it is. `w_geo` is what it would be without."""
+    Images that are nearly all object or nearly all background stay as they are, and so does `w_geo`."""
     views = MultiCrop.sample(self, image, rng)
     chosen = [rng.random(len(w)) < self.p_paste for w in views.w_geo]
     if not any(c.any() for c in chosen):
@@ -226,7 +226,7 @@ def sample(self: PastingMultiCrop, image: Tensor, rng: np.random.Generator) -> S
 
 
 def _pasted(o: PastingMultiCrop, image: Tensor, mask: Tensor, rng: np.random.Generator) -> Tensor:
-    "The image before a background that is drawn here: uint8 [3, H, W]."
+    "The image's object on a randomly drawn background: uint8 [3, H, W]."
     soft = dict(none=False, gaussian=True).get(o.blend, bool(rng.random() < 0.5))
     size = image.shape[1], image.shape[2]
     background = draw_background(o.background, size, rng, o.pool)
@@ -235,12 +235,12 @@ def _pasted(o: PastingMultiCrop, image: Tensor, mask: Tensor, rng: np.random.Gen
 # %% ../../nbs/6_contrastive/9_dilo.ipynb #20a0fa01
 @register_method('dilo')
 class DiLo(SimCLR):
-    "Copy-and-paste (Zhao et al. 2021), on SimCLR: some views show the object before another background."
+    "SimCLR with copy-and-paste (Zhao et al. 2021): some views show the object on another background."
 
     Views = PasteViews
 
     @classmethod
     def check(cls, recipe: Any) -> None:
-        "ValueError, in one line, for options that do not go together."
+        "Raises ValueError for options that are out of range or contradict each other."
         super().check(recipe)
         check_pasting(recipe)

@@ -25,11 +25,11 @@ from ..objectives.similarity import Similarity
 from ..views.multicrop import Views
 
 # %% ../../nbs/6_contrastive/13_gram.ipynb #798e897b
-NEGATIVES = 'keep', 'drop', 'drop_teacher'  # cosines below zero: as they are, zero on both sides, or on one
+NEGATIVES = 'keep', 'drop', 'drop_teacher'  # negative cosines: kept, 0, or 0 in the teacher only
 
 
 def gram_matrix(tokens: Tensor, normalize: bool = True) -> Tensor:
-    "Cosines (or products) of all pairs of tokens [..., n, d]: [..., n, n], in float32 (float64 if given)."
+    "Cosines (or dot products) of all token pairs [..., n, d]: [..., n, n], in float32 (float64 if given)."
     tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
     tokens = F.normalize(tokens, dim=-1) if normalize else tokens
     return tokens @ tokens.mT
@@ -38,10 +38,10 @@ def gram_matrix(tokens: Tensor, normalize: bool = True) -> Tensor:
 def gram_loss(
     student: Tensor, teacher: Tensor, per_image: bool = True, normalize: bool = True, negatives: str = 'keep'
 ) -> Tensor:
-    """Mean squared difference of the Gram matrices of tokens [B, n, d] and [B, n, d']: a scalar.
+    """Mean squared difference between the Gram matrices of tokens [B, n, d] and [B, n, d']: a scalar.
 
-    per_image: pairs within an image, or over the whole batch; negatives: one of `NEGATIVES`. Gradient to the
-    student only. ValueError for others. DINOv3 (Siméoni et al. 2025)."""
+    per_image: pairs within an image, or in the whole batch; negatives: one of `NEGATIVES`. Gradient to the
+    student only. ValueError for other values or shapes that do not match. DINOv3 (Siméoni et al. 2025)."""
     if negatives not in NEGATIVES:
         raise ValueError(f'gram: negatives={negatives!r} is none of {", ".join(NEGATIVES)}')
     if student.shape[:-1] != teacher.shape[:-1]:
@@ -58,15 +58,15 @@ def gram_loss(
 class GramOptions(DistillationOptions):
     "What Gram anchoring adds to the options of self-distillation."
 
-    gram_weight: float = 2.0
-    gram_start: float = 0.2  # share of the run after which the anchor is taken; before, there is no such term
-    gram_every: float = 1.0  # share of the run after which it is taken anew
+    gram_weight: float = 2.0  # of the Gram term
+    gram_start: float = 0.2  # share of the run before the anchor is taken and the term counts
+    gram_every: float = 1.0  # share of the run between two updates of the anchor
 
 
 class GramAnchored(SelfDistillation):
-    "Adds to a method the term 'gram': similarities of tokens stay those of an earlier teacher. DINOv3."
+    "Adds a term 'gram' to a method: token similarities stay close to those of an earlier teacher. DINOv3."
 
-    anchor_tokens: Callable[[Views], Tensor]  # grows below, as do others
+    anchor_tokens: Callable[[Views], Tensor]  # added below with @patch, like others
 
     def __init__(self, options: Any = None, views: Any = None, classes: Any = ()):
         super().__init__(options, views, classes)
@@ -79,18 +79,18 @@ class GramAnchored(SelfDistillation):
         self.take_anchor()
 
     def take_anchor(self) -> None:
-        "The teacher's backbone as it is now."
+        "Copies the teacher's current backbone into the anchor."
         self.anchor.load_state_dict(cast(nn.Module, self.teacher.backbone).state_dict())
 
     def load_backbone(self, load: Any) -> None:
-        "Student, teacher and anchor start from the given weights."
+        "Loads the given weights into student, teacher and anchor."
         super().load_backbone(load)
         self.take_anchor()
 
 # %% ../../nbs/6_contrastive/13_gram.ipynb #17f6e497
 @patch
 def schedules(self: GramAnchored, steps: int) -> dict[str, np.ndarray]:
-    "Also whether the term counts at a step (`gram_on`), and whether the anchor is taken after it."
+    "Adds `gram_on` (the term counts at a step) and `gram_anchor` (the anchor is taken after it), 1 or 0."
     first, every = round(self.options.gram_start * steps), max(1, round(self.options.gram_every * steps))
     step = np.arange(steps)
     taken = (step + 1 >= first) & ((step + 1 - first) % every == 0)
@@ -100,14 +100,14 @@ def schedules(self: GramAnchored, steps: int) -> dict[str, np.ndarray]:
 
 @patch
 def after_step(self: GramAnchored, values: dict) -> None:
-    "The teacher follows; at times the anchor is taken."
+    "Updates the teacher, and the anchor when the schedule says so."
     super(GramAnchored, self).after_step(values)
-    if values.get('gram_anchor'):  # in a loop without schedules it stays
+    if values.get('gram_anchor'):  # without schedules, the anchor stays
         self.take_anchor()
 
 # %% ../../nbs/6_contrastive/13_gram.ipynb #a7b828b6
 def global_tokens(out: Any) -> Tensor:
-    "Tokens of the global views of `Outputs`, each view for itself: [B * n_global, n, d]."
+    "Tokens of the global views in `Outputs`, one row per view: [B * n_global, n, d]."
     n = sum(h * w for h, w in out.grids[: out.n_global])
     return out.tokens[:, :n].unflatten(1, (out.n_global, -1)).flatten(0, 1)
 
@@ -121,7 +121,7 @@ def anchor_tokens(self: GramAnchored, views: Views) -> Tensor:
 
 @patch
 def training_step(self: GramAnchored, views: Views, values: dict) -> dict[str, Tensor]:
-    "The method's terms, and `gram`."
+    "The method's terms, and 'gram', which is 0 before the anchor is taken."
     student, teacher = self.outputs(views)
     terms = self.objective(student, teacher, values['teacher_temp'], views, overwrite=True)
     own = global_tokens(student)
@@ -131,13 +131,13 @@ def training_step(self: GramAnchored, views: Views, values: dict) -> dict[str, T
 
 @patch
 def dry_step(self: GramAnchored, views: Views, values: dict) -> Tensor:
-    "Also the anchor's pass."
+    "The method's dry step, plus the anchor's forward pass."
     return super(GramAnchored, self).dry_step(views, values) + self.anchor_tokens(views).sum()
 
 # %% ../../nbs/6_contrastive/13_gram.ipynb #b0a34276
 @dataclass(frozen=True)
 class GramSimilarityOptions(GramOptions, Similarity.Options):
-    "Those of both."
+    "Options of matching by similarity and of Gram anchoring."
 
 
 @register_method('gram')

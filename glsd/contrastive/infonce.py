@@ -23,8 +23,8 @@ from ..views.multicrop import Views
 
 # %% ../../nbs/6_contrastive/1_infonce.ipynb #c2780fc9
 def nt_xent_part(z: Tensor, everyone: Tensor, place: int = 0, temperature: float = 0.1) -> Tensor:
-    """NT-Xent of the views z [2, n, c] of images number `place` to place + n, among those of all N images,
-    everyone [2, N, c]. A scalar, the mean over the 2n views.
+    """NT-Xent loss of the views z [2, n, c] of n images among the views `everyone` [2, N, c] of all N images:
+    a scalar, the mean over the 2n views. The n images are numbers `place` to place + n - 1 of the N.
 
     SimCLR (Chen et al. 2020), Eq. 1. Computes in float32 (float64 if given), also under autocast.
     ValueError if `temperature` is not positive."""
@@ -39,16 +39,16 @@ def nt_xent_part(z: Tensor, everyone: Tensor, place: int = 0, temperature: float
 
 
 def check_temperature(temperature: float) -> None:
-    "ValueError unless it is positive."
+    "Raises ValueError unless `temperature` is positive."
     if not temperature > 0:
         raise ValueError(f'temperature must be positive, not {temperature}')
 
 # %% ../../nbs/6_contrastive/1_infonce.ipynb #34e34ede
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.1, gather: bool = False) -> Tensor:
-    """NT-Xent between the projections z1, z2 [n, c] of two views of n images: a scalar, the mean over 2n
-    views.
+    """NT-Xent loss of the projections z1, z2 [n, c] of two views of n images: a scalar, the mean over the
+    2n views.
 
-    Any length: cosines are compared. `gather`: among the views of all processes, with gradients to all.
+    Vectors are normalised here. `gather`: contrast with the views of all processes; all receive gradients.
     SimCLR (Chen et al. 2020), Eq. 1. ValueError if the shapes differ or `temperature` is not positive."""
     if z1.shape != z2.shape or z1.ndim != 2:
         raise ValueError(
@@ -65,10 +65,10 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.1, gather: bool = Fal
 def info_nce(
     queries: Tensor, keys: Tensor, negatives: Tensor | None = None, temperature: float = 0.1, place: int = 0
 ) -> Tensor:
-    """Mean over queries [n, c] of the cross-entropy of finding their key: a scalar.
+    """InfoNCE loss: cross-entropy of picking each query's key by cosine, mean over queries [n, c]; a scalar.
 
-    Key i is that of query i - place. Without negatives: among keys [N, c], gathered perhaps. With
-    negatives [K, c], of length 1: among its own key (keys [n, c]) and those. Cosines; gradient to all three.
+    Query i belongs to key place + i. Candidates: all keys [N, c], which may be gathered from all processes;
+    or, with negatives [K, c] (of length 1), the query's own key and these. Gradient to all three.
     CPC (van den Oord et al. 2018), Eq. 4. ValueError for too few keys or a temperature that is not positive.
     """
     check_temperature(temperature)
@@ -86,10 +86,10 @@ def info_nce(
 
 # %% ../../nbs/6_contrastive/1_infonce.ipynb #83684030
 class MLP(nn.Sequential):
-    """Projector or predictor: linear layers with ReLU between, [n, dim] -> [n, out].
+    """Projector or predictor: linear layers with ReLU in between, [n, dim] -> [n, out].
 
-    norm: BatchNorm before each ReLU. norm_last: BatchNorm after the last layer as well, 'none', 'plain'
-    (without scale and shift, as MoCo v3) or 'affine' (NNCLR's projector). ValueError for other words."""
+    norm: BatchNorm before each ReLU. norm_last: BatchNorm after the last layer: 'none', 'plain' (without
+    scale and shift, as in MoCo v3) or 'affine' (as in NNCLR's projector). ValueError for other values."""
 
     def __init__(
         self, dim: int, hidden: int, out: int, layers: int = 2, norm: bool = True, norm_last: str = 'none'
@@ -98,7 +98,7 @@ class MLP(nn.Sequential):
             raise ValueError(f'an MLP has 1 or more layers and norm_last none, plain or affine, '
                              f'not layers={layers}, norm_last={norm_last!r}')  # fmt: skip
         parts: list[nn.Module] = []
-        for i in range(layers - 1):  # a bias before BatchNorm would be taken away again
+        for i in range(layers - 1):  # no bias before BatchNorm, which would subtract it
             parts.append(nn.Linear(dim if i == 0 else hidden, hidden, bias=not norm))
             parts += [nn.BatchNorm1d(hidden)] * norm + [nn.ReLU()]
         parts.append(nn.Linear(dim if layers == 1 else hidden, out, bias=norm_last == 'none'))
@@ -108,7 +108,7 @@ class MLP(nn.Sequential):
 
 # %% ../../nbs/6_contrastive/1_infonce.ipynb #685619a8
 class _Gather(torch.autograd.Function):
-    "Rows of all processes; backwards, each gets the sum of the gradients that all have for its rows."
+    "Rows of all processes; backward sums the gradients from all processes and returns this one's rows."
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -124,10 +124,10 @@ class _Gather(torch.autograd.Function):
 
 
 def all_gather_with_gradient(x: Tensor) -> Tensor:
-    """x [n, ...] of all processes, one process after the other, [W n, ...]; equal n in each.
+    """x [n, ...] of all W processes, concatenated in rank order: [W n, ...]; n must be the same in each.
 
-    The gradient is that of the *sum* over processes of what each makes of it, so a mean over processes of
-    parameters' gradients, as torch's DistributedDataParallel takes, is that of the mean of their losses."""
+    The gradient is that of the *sum* of all processes' losses. Averaging parameter gradients over processes,
+    as DistributedDataParallel does, therefore gives the gradient of the mean loss."""
     return _Gather.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
 
 # %% ../../nbs/6_contrastive/1_infonce.ipynb #994bcd2d
@@ -136,15 +136,15 @@ class SimCLROptions(Method.Options):
     "Options of SimCLR (Chen et al. 2020, Sec. 2.1 and B.1)."
 
     backbone: str = 'vit_small_p16'
-    drop_path: float = 0.0
+    drop_path: float = 0.0  # stochastic depth rate of the backbone
     temperature: float = 0.1
-    projector_hidden: int = 2048
-    projector_dim: int = 128
-    projector_layers: int = 2  # version 2 of SimCLR has 3
+    projector_hidden: int = 2048  # width of the projector's hidden layers
+    projector_dim: int = 128  # width of the projections
+    projector_layers: int = 2  # linear layers of the projector; SimCLR v2: 3
 
 
 def check_two_views(recipe: Any) -> None:
-    "ValueError, in one line, for a recipe whose method compares two global views and gets others."
+    "Raises ValueError unless a recipe has two global views, no local ones and more than one image a batch."
     if recipe.n_global != 2 or recipe.n_local:
         raise ValueError(f'recipe: {recipe.method} compares two views of an image, not {recipe.n_global} '
                          f'global and {recipe.n_local} local: set n_global=2 and n_local=0')  # fmt: skip
@@ -154,7 +154,7 @@ def check_two_views(recipe: Any) -> None:
 # %% ../../nbs/6_contrastive/1_infonce.ipynb #f5b0d220
 @register_method('simclr')
 class SimCLR(Method):
-    "One network; each view finds its other half among all views of the batch (Chen et al. 2020)."
+    "One network; each view must find its image's other view among all in the batch (Chen et al. 2020)."
 
     Options = SimCLROptions
     defaults = dict(
@@ -170,31 +170,31 @@ class SimCLR(Method):
         self.projector = MLP(width, o.projector_hidden, o.projector_dim, o.projector_layers)
 
     def project(self, views: Views) -> Tensor:
-        "Projections of both global views [2, B, c]; BatchNorm sees them as one batch."
+        "Projections of both global views, [2, B, c], in one pass: BatchNorm sees them as one batch."
         crops = views.crops[0]
         return self.projector(self.backbone(crops.flatten(0, 1)).pooled).unflatten(0, crops.shape[:2])
 
     def training_step(self, views: Views, values: dict) -> dict[str, Tensor]:
-        "NT-Xent among the views of all processes, called 'contrast'."
+        "{'contrast': NT-Xent over the views of all processes}."
         z1, z2 = self.project(views)
         return {'contrast': nt_xent(z1, z2, self.options.temperature, gather=True)}
 
 # %% ../../nbs/6_contrastive/1_infonce.ipynb #06d569fb
 @patch(cls_method=True)
 def check(cls: SimCLR, recipe: Any) -> None:
-    "ValueError, in one line, for options that do not go together."
+    "Raises ValueError for options that contradict each other or are out of range."
     check_two_views(recipe)
     check_temperature(recipe.temperature)
 
 
 @patch
 def stuck(self: SimCLR, views: Views, values: dict) -> dict[str, str]:
-    "The term, if all views have nearly the same projection."
+    "Reports 'contrast' as collapsed if all images have nearly the same projection."
     return same_for_all(self.project(views)[0], 'contrast')
 
 
 def same_for_all(z: Tensor, term: str, limit: float = 0.99) -> dict[str, str]:
-    "{term: one line} if the projections z [n, c] of different images have a mean cosine above `limit`."
+    "{term: message} if projections z [n, c] of different images have a mean cosine of `limit` or more."
     unit = F.normalize(z.float(), dim=-1)
     n = len(z)
     cosine = float((unit.sum(0).square().sum() - n) / max(1, n * (n - 1)))  # mean over pairs of images

@@ -8,7 +8,7 @@ __all__ = ['AUGMENTATIONS', 'chosen_augmentations', 'LooCViews', 'LooCCrops', 'l
 
 # %% ../../nbs/6_contrastive/7_looc.ipynb #683ad46e
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from ..objectives.method import Method, ViewOptions, ema_update, register_method
 from ..views.multicrop import MultiCrop, Views, crop
 
 # %% ../../nbs/6_contrastive/7_looc.ipynb #faa80a16
-AUGMENTATIONS = {  # name -> the numbers of w_geo and of w_pho that it is made of
+AUGMENTATIONS = {  # name -> its columns of w_geo and of w_pho
     'rotation': ([6], []),
     'colour': ([], [0, 1, 2, 3, 4, 5, 6, 7, 8, 10]),
     'blur': ([], [9]),
@@ -33,7 +33,7 @@ AUGMENTATIONS = {  # name -> the numbers of w_geo and of w_pho that it is made o
 
 
 def chosen_augmentations(names: str) -> list[str]:
-    "'rotation+colour' -> its names. ValueError, in one line, for none, an unknown one or one twice."
+    "'rotation+colour' -> ['rotation', 'colour']. ValueError for no, unknown or repeated names."
     chosen = [name.strip() for name in names.split('+') if name.strip()]
     known = ', '.join(AUGMENTATIONS)
     if not chosen:
@@ -52,18 +52,18 @@ def chosen_augmentations(names: str) -> list[str]:
 class LooCViews(ViewOptions):
     "Global views only: the query, key 0, and a key for each augmentation (LooC, Sec. 3.1)."
 
-    augmentations: str = 'rotation+colour'  # names of AUGMENTATIONS, with + between
+    augmentations: str = 'rotation+colour'  # one or more of rotation, colour and blur, joined by +
 
     def multicrop(self, **more: Any) -> MultiCrop:
-        "The `LooCCrops` of these options; `more` are further arguments of it."
+        "`LooCCrops` with these options; `more`: its further arguments."
         return LooCCrops(**asdict(self), **more)
 
 
 @dataclass
 class LooCCrops(MultiCrop):
-    """A `MultiCrop` of a query and n + 1 keys, key i sharing augmentation i with the query.
+    """A `MultiCrop` of a query and n + 1 keys; key i > 0 has the query's parameters of augmentation i.
 
-    `n_global` is set to n + 2; turns are drawn if rotation is one of the augmentations."""
+    Sets `n_global` to n + 2, and turns on `rotate` if rotation is one of the n augmentations."""
 
     augmentations: str = 'rotation+colour'
 
@@ -77,7 +77,7 @@ class LooCCrops(MultiCrop):
 # %% ../../nbs/6_contrastive/7_looc.ipynb #2fc9f822
 @patch
 def draw(self: LooCCrops, size: tuple[int, int], rng: np.random.Generator) -> tuple[list, list]:
-    "All random numbers of one image of `size` (H, W): w_geo [n + 2, 7] and w_pho [n + 2, 11]."
+    "Draws all view parameters of one image of `size` (H, W): [w_geo [n + 2, 7]], [w_pho [n + 2, 11]]."
     (w_geo,), (w_pho,) = MultiCrop.draw(self, size, rng)
     names = chosen_augmentations(self.augmentations)
     for key, name in enumerate(names, 2):  # view 0 is the query, view 1 is key 0
@@ -87,10 +87,10 @@ def draw(self: LooCCrops, size: tuple[int, int], rng: np.random.Generator) -> tu
 
 # %% ../../nbs/6_contrastive/7_looc.ipynb #66dd014e
 def looc_losses(q: Tensor, keys: Tensor, queues: Sequence[Tensor], temperature: float = 0.2) -> Tensor:
-    """The loss of each of S = n + 1 spaces [S]; their mean is LooC's (Xiao et al. 2021, Eq. 2).
+    """Losses [S] of the S = n + 1 embedding spaces; their mean is LooC's loss (Xiao et al. 2021, Eq. 2).
 
-    q [S, B, c]: queries; keys [S, S, B, c]: (space, key); queues: S times [K, c]. All of length 1. Gradient
-    to q only. ValueError for shapes that do not fit, or a temperature that is not positive."""
+    Queries q [S, B, c]; keys [S, S, B, c], keys[i, j] being key j in space i; S queues [K, c]. All of length
+    1. Gradient to q only. ValueError for shapes that do not fit, or a temperature that is not positive."""
     check_temperature(temperature)
     S, B, c = q.shape
     if keys.shape != (S, S, B, c) or len(queues) != S:
@@ -100,7 +100,7 @@ def looc_losses(q: Tensor, keys: Tensor, queues: Sequence[Tensor], temperature: 
     q, keys, *queues = (t.to(dtype) for t in (q, keys.detach(), *queues))
     with torch.autocast(q.device.type, enabled=False):
         for i in range(S):
-            own = torch.einsum('bc,jbc->bj', q[i], keys[i])  # of the image's keys
+            own = torch.einsum('bc,jbc->bj', q[i], keys[i])  # with all keys of the same image
             seen = own.roll(-i, 1) if i else own[:, :1]  # the positive first
             scores = torch.cat([seen, q[i] @ queues[i].detach().T], 1) / temperature
             losses.append(F.cross_entropy(scores, torch.zeros(B, dtype=torch.long, device=q.device)))
@@ -112,17 +112,17 @@ class LooCOptions(Method.Options):
     "Options of LooC; MoCo's where the paper does not say otherwise."
 
     backbone: str = 'resnet50'
-    drop_path: float = 0.0
-    queue: int = 16384  # keys of each space
+    drop_path: float = 0.0  # stochastic depth rate of the backbone
+    queue: int = 16384  # number of earlier keys to keep as negatives, in each embedding space
     temperature: float = 0.2
-    momentum: float = 0.999  # of the key encoder
-    projector_hidden: int = 2048
-    projector_dim: int = 128
+    momentum: float = 0.999  # of the key encoder, a moving average
+    projector_hidden: int = 2048  # width of each projector's hidden layer
+    projector_dim: int = 128  # width of the projections in each embedding space
 
 
 @register_method('looc')
 class LooC(Method):
-    "Leave-one-out contrastive learning: a space for each augmentation that matters (Xiao et al. 2021)."
+    "Leave-one-out contrastive learning: an embedding space for each augmentation (Xiao et al. 2021)."
 
     heads: Any
     key_heads: Any
@@ -141,19 +141,20 @@ class LooC(Method):
         self.heads = nn.ModuleList(
             MLP(width, o.projector_hidden, o.projector_dim, norm=False) for _ in self.spaces
         )
-        self.key_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
+        self.key_backbone = create_backbone(o.backbone).requires_grad_(False)  # no stochastic depth in keys
+        self.key_backbone.load_state_dict(self.backbone.state_dict())
         self.key_heads = copy.deepcopy(self.heads).requires_grad_(False)
         self.queues = nn.ModuleList(MemoryBank(o.queue, o.projector_dim) for _ in self.spaces)
 
 # %% ../../nbs/6_contrastive/7_looc.ipynb #1e342bae
 def _unit(x: Tensor) -> Tensor:
-    "Length 1, in float32 (float64 if given)."
+    "x scaled to length 1, in float32 (float64 if given)."
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
 
 @torch.no_grad()
 def encode_keys(method: LooC, x: Tensor) -> Tensor:
-    "Crops [S, B, 3, h, w] of the keys -> [S, S, B, c], (space, key), by the slow network; of length 1."
+    "Key crops [S, B, 3, h, w] -> keys of length 1, [S, S, B, c]: [i, j] is key j in space i. No gradient."
     features = method.key_backbone(x.flatten(0, 1)).pooled
     z = torch.stack([_unit(head(features)) for head in method.key_heads])
     return z.unflatten(1, x.shape[:2])
@@ -161,12 +162,12 @@ def encode_keys(method: LooC, x: Tensor) -> Tensor:
 
 @patch
 def training_step(self: LooC, views: Views, values: dict) -> dict[str, Tensor]:
-    "A term for each space; in training mode key i of each image goes into the queue of space i."
+    "A loss term for each space; in training mode, key i of each image enters the queue of space i."
     x, S = views.crops[0], len(self.spaces)
     keys = encode_keys(self, x[1:])
     features = self.backbone(x[0]).pooled
     q = torch.stack([_unit(head(features)) for head in self.heads])
-    old = [bank.rows.clone() for bank in self.queues]  # the gradient needs them after they were overwritten
+    old = [bank.rows.clone() for bank in self.queues]  # enqueue overwrites rows that backward needs
     losses = looc_losses(q, keys, old, self.options.temperature) / S
     if self.training:
         for i, bank in enumerate(self.queues):
@@ -176,14 +177,21 @@ def training_step(self: LooC, views: Views, values: dict) -> dict[str, Tensor]:
 
 @patch
 def after_step(self: LooC, values: dict) -> None:
-    "The key encoder follows."
+    "Updates the key encoder."
     ema_update(self.key_backbone, self.backbone, self.options.momentum)
     ema_update(self.key_heads, self.heads, self.options.momentum)
+
+
+@patch
+def load_backbone(self: LooC, load: Callable[[nn.Module], None]) -> None:
+    "Both networks start from the given weights."
+    load(self.backbone)
+    load(self.key_backbone)
 
 # %% ../../nbs/6_contrastive/7_looc.ipynb #f1c776bb
 @patch(cls_method=True)
 def check(cls: LooC, recipe: Any) -> None:
-    "ValueError, in one line, for options that do not go together."
+    "Raises ValueError for options that are out of range or contradict each other."
     names = chosen_augmentations(recipe.augmentations)
     if recipe.n_local:
         raise ValueError('recipe: looc has global views only: set n_local=0')
@@ -195,9 +203,15 @@ def check(cls: LooC, recipe: Any) -> None:
     check_temperature(recipe.temperature)
     check_queue(recipe.queue, recipe.batch_size)
 
+
+@patch(cls_method=True)
+def check_data(cls: LooC, recipe: Any, n_images: int) -> None:
+    "Warns of queues that are larger than the data set."
+    check_queue(recipe.queue, recipe.batch_size, n_images)
+
 # %% ../../nbs/6_contrastive/7_looc.ipynb #45015bb5
 @torch.no_grad()
 def joined_features(method: LooC, x: Tensor) -> Tensor:
-    "LooC++: the backbone's features of crops [N, 3, h, w] and those of all heads, [N, d + S * c]."
+    "LooC++: features of crops [N, 3, h, w] from the backbone and all heads, concatenated: [N, d + S * c]."
     features = method.backbone(x).pooled
     return torch.cat([features, *(head(features) for head in method.heads)], 1)

@@ -18,11 +18,11 @@ from ..objectives.moby import enqueue as write_ring
 
 # %% ../../nbs/6_contrastive/2_memory_bank.ipynb #83169ca4
 class MemoryBank(nn.Module):
-    """The last `size` keys of width `dim`, first in, first out (MoCo, He et al. 2020, Sec. 3.2).
+    """A FIFO queue of the last `size` keys of width `dim` (MoCo, He et al. 2020, Sec. 3.2).
 
-    normalize: keys are brought to length 1 when they come in. `rows` [size, dim]: random directions at
-    first; `place`: where the next key goes, which is the oldest of a full queue; `filled`: how many rows are
-    keys. All are buffers. ValueError for a size under 1."""
+    normalize: scale incoming keys to length 1. Buffers: `rows` [size, dim], random unit vectors at first;
+    `place`, the index that is written next (the oldest key once the queue is full); `filled`, the number of
+    rows that hold keys. ValueError for a size under 1."""
 
     rows: Tensor
     place: Tensor
@@ -41,9 +41,9 @@ class MemoryBank(nn.Module):
 @patch
 @torch.no_grad()
 def enqueue(self: MemoryBank, keys: Tensor) -> None:
-    """Keys [n, dim] of this process, and those of all others, replace the oldest rows.
+    """Replaces the oldest rows by keys [n, dim] of this process and those of all others.
 
-    Of more keys than places the last ones stay. ValueError for keys of another width."""
+    If there are more keys than rows, the last ones stay. ValueError for keys of another width."""
     if keys.ndim != 2 or keys.shape[1] != self.rows.shape[1]:
         raise ValueError(f'a queue of width {self.rows.shape[1]} takes keys [n, {self.rows.shape[1]}], '
                          f'not {list(keys.shape)}')  # fmt: skip
@@ -55,10 +55,10 @@ def enqueue(self: MemoryBank, keys: Tensor) -> None:
 @patch
 @torch.no_grad()
 def nearest(self: MemoryBank, z: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
-    """The k rows with the largest cosine to each of z [n, dim]: their numbers [n, k], and they [n, k, dim].
+    """The k rows with the largest cosine to each of z [n, dim]: indices [n, k] and rows [n, k, dim].
 
-    The nearest first; rows that hold no key yet come last. NNCLR (Dwibedi et al. 2021), Eq. 2. ValueError
-    for a k that the queue does not have."""
+    Nearest first; rows that hold no key yet come last. NNCLR (Dwibedi et al. 2021), Eq. 2. ValueError
+    unless 1 <= k <= size."""
     size = len(self.rows)
     if not 1 <= k <= size:
         raise ValueError(f'k={k} neighbours out of a queue of {size}: choose k between 1 and {size}')
@@ -71,10 +71,10 @@ def nearest(self: MemoryBank, z: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
 
 # %% ../../nbs/6_contrastive/2_memory_bank.ipynb #b7b4e6c7
 def check_queue(size: int, batch: int, n_images: int = 0, name: str = 'queue') -> None:
-    """ValueError, in one line, for a queue smaller than a batch (over all processes); a warning for one
-    larger than the data, if their number is given.
+    """Raises ValueError for a queue smaller than a batch (over all processes); warns about one larger than
+    the data, if `n_images` is given.
 
-    A size that is no multiple of the batch is fine: the queue wraps round."""
+    The size need not be a multiple of the batch: the queue wraps around."""
     if size < batch:
         raise ValueError(f'recipe: {name}={size} is smaller than a batch of {batch}, of which only the last '
                          f'{size} keys would stay: choose at least {batch}')  # fmt: skip

@@ -28,7 +28,7 @@ from ..views.multicrop import Views
 
 # %% ../../nbs/6_contrastive/3_moco.ipynb #459c9df6
 class Encoder(nn.Module):
-    "A backbone and a projector on what it pools: crops [N, 3, h, w] -> [N, c]."
+    "A backbone and a projector on its pooled features: crops [N, 3, h, w] -> [N, c]."
 
     def __init__(self, backbone: nn.Module, projector: nn.Module):
         super().__init__()
@@ -40,10 +40,10 @@ class Encoder(nn.Module):
 
 # %% ../../nbs/6_contrastive/3_moco.ipynb #c6b41a61
 class MomentumMethod(Method):
-    """An encoder, and a second one that follows it slowly; the first is kept. `momentum`, `momentum_final`
-    of its options: a cosine between them over the run. `make_projector(options, dim)` makes the head.
+    """An encoder, whose backbone is the result, and a momentum encoder, its moving average.
 
-    MoCo (He et al. 2020), Eq. 2; the schedule is MoCo v3's and BYOL's."""
+    Subclasses define `make_projector(options, dim)`. The momentum follows a cosine from `options.momentum`
+    to `options.momentum_final`. MoCo (He et al. 2020), Eq. 2; the schedule is MoCo v3's and BYOL's."""
 
     make_projector: Callable[[Any, int], nn.Module]
 
@@ -57,12 +57,12 @@ class MomentumMethod(Method):
         self.momentum_encoder.load_state_dict(self.encoder.state_dict())
 
     @property
-    def backbone(self) -> nn.Module:  # type: ignore[override]  # a property in the attribute's place
-        "The encoder's."
+    def backbone(self) -> nn.Module:  # type: ignore[override]  # a property where Method has an attribute
+        "The encoder's backbone."
         return self.encoder.backbone
 
     def after_step(self, values: dict) -> None:
-        "The momentum encoder follows."
+        "Updates the momentum encoder."
         ema_update(self.momentum_encoder, self.encoder, values['momentum'])
 
     def schedules(self, steps: int) -> dict[str, np.ndarray]:
@@ -70,26 +70,26 @@ class MomentumMethod(Method):
         return dict(momentum=cosine_schedule(self.options.momentum, self.options.momentum_final, steps))
 
     def load_backbone(self, load: Callable[[nn.Module], None]) -> None:
-        "Both start from the given weights."
+        "Loads the given weights into both backbones."
         load(self.encoder.backbone)
         load(self.momentum_encoder.backbone)
 
     def stuck(self, views: Views, values: dict) -> dict[str, str]:
-        "The term, if all images have nearly the same projection."
+        "Reports 'contrast' as collapsed if all images have nearly the same projection."
         return same_for_all(self.encoder(views.crops[0][0]), 'contrast')
 
     @classmethod
     def check(cls, recipe: Any) -> None:
-        "ValueError, in one line, for options that do not go together."
+        "Raises ValueError for options that contradict each other or are out of range."
         check_two_views(recipe)
         check_temperature(recipe.temperature)
 
 # %% ../../nbs/6_contrastive/3_moco.ipynb #8441cb6c
 def in_groups(encode: Callable[[Tensor], Tensor], x: Tensor, groups: int, shuffle: bool = False) -> Tensor:
-    """encode(x) for x [n, ...], group by group, so that BatchNorm sees one group at a time; [n, c].
+    """encode(x) for x [n, ...], one group after the other, so that BatchNorm sees one at a time; [n, c].
 
-    shuffle: images are dealt to the groups at random, and put back into order afterwards. MoCo (He et al.
-    2020), Sec. 3.3, where a group is a GPU."""
+    shuffle: deal images to the groups at random, and restore their order afterwards. MoCo (He et al. 2020),
+    Sec. 3.3, where a group is a GPU."""
     if groups == 1:
         return encode(x)
     order = torch.randperm(len(x)).to(x.device) if shuffle else torch.arange(len(x), device=x.device)
@@ -101,18 +101,18 @@ BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
 def world_size() -> int:
-    "How many processes share this run."
+    "The number of processes in this run."
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def plain_norms(module: nn.Module) -> list[str]:
-    "Names of the BatchNorms of a module that see the batch of one process only."
+    "Names of a module's BatchNorm layers that are not synchronised across processes."
     norms = [(name, m) for name, m in module.named_modules() if isinstance(m, BATCH_NORM)]
     return [name for name, m in norms if 'Sync' not in type(m).__name__]
 
 
 def check_norms(module: nn.Module, method: str) -> None:
-    "ValueError, in one line, for several processes with a BatchNorm for each of them."
+    "Raises ValueError if there are several processes and a BatchNorm that is not synchronised."
     if world_size() > 1 and (found := plain_norms(module)):
         raise ValueError(
             f'{method}: {found[0]} and {len(found) - 1} other BatchNorms see the images of one process only, '
@@ -122,25 +122,25 @@ def check_norms(module: nn.Module, method: str) -> None:
 # %% ../../nbs/6_contrastive/3_moco.ipynb #56f5d694
 @dataclass(frozen=True)
 class MoCoOptions(Method.Options):
-    "Options of MoCo v2 (Chen et al. 2020, its code)."
+    "Options of MoCo v2 (Chen et al. 2020 and its code)."
 
     backbone: str = 'resnet50'
-    drop_path: float = 0.0
-    queue: int = 65536  # keys that are kept
-    temperature: float = 0.2  # version 1: 0.07
-    momentum: float = 0.999
-    momentum_final: float = 0.999
-    projector_hidden: int = 2048
-    projector_dim: int = 128
-    symmetric: bool = False  # both directions, with a queue for each view, as the mean
-    bn_group: int = 32  # images that share BatchNorm's statistics; 0: all of the batch
+    drop_path: float = 0.0  # stochastic depth rate of the encoder's backbone
+    queue: int = 65536  # number of earlier keys to keep as negatives
+    temperature: float = 0.2  # MoCo v1: 0.07
+    momentum: float = 0.999  # of the momentum encoder, at the start of the run
+    momentum_final: float = 0.999  # of the momentum encoder, at the end of the run
+    projector_hidden: int = 2048  # width of the projector's hidden layer
+    projector_dim: int = 128  # width of the projections
+    symmetric: bool = False  # average the loss over both directions, with a queue for each view
+    bn_group: int = 32  # number of images that share BatchNorm statistics; 0: the whole batch
 
 # %% ../../nbs/6_contrastive/3_moco.ipynb #b0e7ceb3
 @register_method('moco', 'mocov2')
 class MoCo(MomentumMethod):
-    "A query finds its key among those of a queue (He et al. 2020; version 2: Chen et al. 2020)."
+    "A query must tell its key from those of a queue (He et al. 2020; version 2: Chen et al. 2020)."
 
-    groups: Callable[[int], int]  # grows below, as do others
+    groups: Callable[[int], int]  # added below with @patch, like others
     Options = MoCoOptions
     defaults = dict(
         n_local=0, global_scale=(0.2, 1.0), batch_size=256, lr_final=0.0, warmup=0.0, weight_decay=0.05,
@@ -151,7 +151,7 @@ class MoCo(MomentumMethod):
         super().__init__(options, views, classes)
         o = self.options
         banks = [MemoryBank(o.queue, o.projector_dim, normalize=True) for _ in range(1 + o.symmetric)]
-        self.banks: Any = nn.ModuleList(banks)  # of view b; with both directions of views a and b
+        self.banks: Any = nn.ModuleList(banks)  # keys of view b; if symmetric, of views a and b
         self.fresh: list[Tensor] = []  # keys of this step, between training_step and after_step
 
     @staticmethod
@@ -162,7 +162,7 @@ class MoCo(MomentumMethod):
 # %% ../../nbs/6_contrastive/3_moco.ipynb #3d799d02
 @patch
 def groups(self: MoCo, n: int) -> int:
-    "How many groups of the n images of this process get BatchNorm statistics of their own."
+    "Into how many groups with separate BatchNorm statistics this process splits its n images."
     if not self.options.bn_group or not any(isinstance(m, BATCH_NORM) for m in self.encoder.modules()):
         return 1
     return min(n, max(1, n * world_size() // self.options.bn_group))
@@ -170,7 +170,7 @@ def groups(self: MoCo, n: int) -> int:
 
 @patch
 def training_step(self: MoCo, views: Views, values: dict) -> dict[str, Tensor]:
-    "InfoNCE against the queue, called 'contrast'; in training mode the keys wait for `after_step`."
+    "{'contrast': InfoNCE against the queue}; in training mode, keeps the keys for `after_step`."
     check_norms(self.encoder, 'moco')
     a, b = views.crops[0]
     pairs = [(a, b), (b, a)][: len(self.banks)]
@@ -185,7 +185,7 @@ def training_step(self: MoCo, views: Views, values: dict) -> dict[str, Tensor]:
 # %% ../../nbs/6_contrastive/3_moco.ipynb #f13c3e31
 @patch
 def after_step(self: MoCo, values: dict) -> None:
-    "The momentum encoder follows, and the new keys replace the oldest ones."
+    "Updates the momentum encoder and replaces the oldest keys by this step's."
     ema_update(self.momentum_encoder, self.encoder, values['momentum'])
     for bank, keys in zip(self.banks, self.fresh):
         bank.enqueue(keys)
@@ -194,7 +194,7 @@ def after_step(self: MoCo, values: dict) -> None:
 # %% ../../nbs/6_contrastive/3_moco.ipynb #f2fc7a1f
 @patch(cls_method=True)
 def check(cls: MoCo, recipe: Any) -> None:
-    "ValueError, in one line, for options that do not go together."
+    "Raises ValueError for options that contradict each other or are out of range."
     check_two_views(recipe)
     check_temperature(recipe.temperature)
     check_queue(recipe.queue, recipe.batch_size)
@@ -206,16 +206,16 @@ def check(cls: MoCo, recipe: Any) -> None:
 
 @patch(cls_method=True)
 def check_data(cls: MoCo, recipe: Any, n_images: int) -> None:
-    "A warning for a queue that is larger than the data."
+    "Warns about a queue larger than the data."
     check_queue(recipe.queue, recipe.batch_size, n_images)
 
 # %% ../../nbs/6_contrastive/3_moco.ipynb #44ac3240
 def mocov3_loss(
     q1: Tensor, q2: Tensor, k1: Tensor, k2: Tensor, temperature: float = 0.2, gather: bool = False
 ) -> Tensor:
-    """2 tau times the sum of both directions; predictions q and keys k [n, c] of views 1 and 2. A scalar.
+    """2 * temperature * (InfoNCE of q1 with k2 + q2 with k1): a scalar. Predictions q, keys k, all [n, c].
 
-    Any length: cosines are compared. No gradient to keys. `gather`: among the keys of all processes. MoCo v3
+    Vectors are normalised here; no gradient to keys. `gather`: pick among the keys of all processes. MoCo v3
     (Chen et al. 2021), Algorithm 1."""
     place = dist.get_rank() * len(q1) if gather and world_size() > 1 else 0
     keys1, keys2 = (all_gather_keys(k.detach()) if gather else k.detach() for k in (k1, k2))
@@ -224,9 +224,9 @@ def mocov3_loss(
 
 # %% ../../nbs/6_contrastive/3_moco.ipynb #96155a5a
 def freeze_patches(backbone: Any) -> bool:
-    """Draws the patch projection of a ViT anew (Xavier) and freezes it; False, and nothing done, for others.
+    """Reinitialises a ViT's patch projection (Xavier uniform) and freezes it; returns whether it did.
 
-    A stem of several convolutions is left as it is. MoCo v3 (Chen et al. 2021), Sec. 4.1, its code."""
+    Leaves other backbones and multi-layer stems alone. MoCo v3 (Chen et al. 2021), Sec. 4.1 and its code."""
     proj = backbone.model.patch_embed.proj if isinstance(backbone, ViTBackbone) else None
     if not isinstance(proj, nn.Conv2d):
         return False
@@ -239,24 +239,24 @@ def freeze_patches(backbone: Any) -> bool:
 # %% ../../nbs/6_contrastive/3_moco.ipynb #a1e3475f
 @dataclass(frozen=True)
 class MoCoV3Options(Method.Options):
-    "Options of MoCo v3 (Chen et al. 2021, its code for ViTs)."
+    "Options of MoCo v3 (Chen et al. 2021 and its code for ViTs)."
 
     backbone: str = 'vit_small_p16'
-    drop_path: float = 0.0
+    drop_path: float = 0.0  # stochastic depth rate of the encoder's backbone
     temperature: float = 0.2
-    momentum: float = 0.99
-    momentum_final: float = 1.0
-    projector_hidden: int = 4096
-    projector_dim: int = 256
-    projector_layers: int = 3
-    predictor_hidden: int = 4096
-    predict: bool = True  # False: queries are projections, without a predictor
-    freeze_patches: bool = True  # of a ViT
+    momentum: float = 0.99  # of the momentum encoder, at the start of the run
+    momentum_final: float = 1.0  # of the momentum encoder, at the end of the run
+    projector_hidden: int = 4096  # width of the projector's hidden layers
+    projector_dim: int = 256  # width of projections and predictions
+    projector_layers: int = 3  # linear layers of the projector
+    predictor_hidden: int = 4096  # width of the predictor's hidden layer
+    predict: bool = True  # use a predictor; False: the projections are the queries
+    freeze_patches: bool = True  # keep a ViT's patch projection at its random initialisation
 
 # %% ../../nbs/6_contrastive/3_moco.ipynb #6a649cb0
 @register_method('mocov3')
 class MoCoV3(MomentumMethod):
-    "No queue: the keys of the batch, in both directions, and a predictor (Chen et al. 2021)."
+    "MoCo with a predictor and the batch's keys, in both directions, instead of a queue (Chen et al. 2021)."
 
     Options = MoCoV3Options
     defaults = dict(
@@ -275,12 +275,12 @@ class MoCoV3(MomentumMethod):
 
     @staticmethod
     def make_projector(options: Any, dim: int) -> nn.Module:
-        "BatchNorm after each layer, the last one without scale and shift."
+        "An MLP with BatchNorm after each layer, the last one without scale and shift."
         o = options
         return MLP(dim, o.projector_hidden, o.projector_dim, o.projector_layers, norm_last='plain')
 
     def training_step(self, views: Views, values: dict) -> dict[str, Tensor]:
-        "Both directions among the keys of all processes, called 'contrast'. A view a BatchNorm."
+        "{'contrast': `mocov3_loss` over the keys of all processes}. BatchNorm sees one view at a time."
         check_norms(self, 'mocov3')
         crops = views.crops[0]
         q1, q2 = (self.predictor(self.encoder(x)) for x in crops)

@@ -19,9 +19,10 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..backbones import create_backbone
-from .byol import Projected, need_two_views
+from .byol import need_two_views
 from .infonce import MLP, all_gather_with_gradient, info_nce, nt_xent
 from .memory_bank import MemoryBank, check_queue
+from .moco import Encoder
 from ..objectives.method import Method, ema_update, register_method
 from ..objectives.moby import all_gather_keys, enqueue
 from ..objectives.schedules import cosine_schedule
@@ -31,11 +32,11 @@ from ..views.multicrop import Views
 def nnclr_loss(
     nn1: Tensor, nn2: Tensor, p1: Tensor, p2: Tensor, temperature: float = 0.1, both_ways: bool = False
 ) -> Tensor:
-    """Half of finding p2 by the neighbours nn1 of view 1, plus half of p1 by nn2; all [n, c]. A scalar.
+    """Mean of InfoNCE of neighbours nn1 (of view 1) with predictions p2 and of nn2 with p1; a scalar.
 
-    Cosines; among the predictions of all processes. both_ways: neighbours and predictions look for each
-    other, among both (lightly's loss). NNCLR (Dwibedi et al. 2021), Sec. 3.2. ValueError if temperature is
-    not positive."""
+    All [n, c], compared by cosine; candidates: the predictions of all processes. both_ways: NT-Xent instead,
+    as in lightly. No gradient to neighbours. NNCLR (Dwibedi et al. 2021), Sec. 3.2. ValueError if temperature
+    is not positive."""
     nn1, nn2 = nn1.detach(), nn2.detach()
     if both_ways:
         return (nt_xent(nn1, p2, temperature, True) + nt_xent(nn2, p1, temperature, True)) / 2
@@ -48,7 +49,7 @@ def nnclr_loss(
 
 # %% ../../nbs/6_contrastive/6_nnclr.ipynb #364f7f5d
 def draw_one(found: Tensor) -> Tensor:
-    "One of the k rows found [n, k, c] for each of n, at random: [n, c]."
+    "Draws one of the k rows of each sample at random: found [n, k, c] -> [n, c]."
     n, k, _ = found.shape
     if k == 1:
         return found[:, 0]
@@ -58,12 +59,12 @@ def draw_one(found: Tensor) -> Tensor:
 
 @torch.no_grad()
 def soft_neighbours(z: Tensor, rows: Tensor, temperature: float = 0.1) -> Tensor:
-    "Means [n, c] of rows [K, c], weighted by a softmax of their cosines to each of z [n, c]."
+    "Means [n, c] of rows [K, c], weighted by the softmax of their cosines with each of z [n, c]."
     z = F.normalize(z.to(rows.dtype), dim=-1)
     return (z @ F.normalize(rows, dim=-1).T / temperature).softmax(-1) @ rows
 
 # %% ../../nbs/6_contrastive/6_nnclr.ipynb #72ce555d
-NEIGHBOURS = 'hard', 'soft', 'none'  # 'none': the view itself is the positive, as without a queue
+NEIGHBOURS = 'hard', 'soft', 'none'  # 'none': the view itself is the positive, as if there were no queue
 
 
 @dataclass(frozen=True)
@@ -71,31 +72,31 @@ class NNCLROptions(Method.Options):
     "Options of NNCLR; the defaults are the paper's (Sec. 3.3 and 4)."
 
     backbone: str = 'resnet50'
-    drop_path: float = 0.0
-    projector_hidden: int = 2048
-    projector_dim: int = 256
-    predictor_hidden: int = 4096
+    drop_path: float = 0.0  # stochastic depth rate of the online backbone
+    projector_hidden: int = 2048  # width of the projector's hidden layers
+    projector_dim: int = 256  # width of projections and predictions
+    predictor_hidden: int = 4096  # width of the predictor's hidden layer
     temperature: float = 0.1
-    queue: int = 98304
-    neighbours: str = 'hard'  # soft: a mean of all keys; none: the view itself (Table 4)
-    top_k: int = 1  # one of so many nearest is drawn
-    soft_temperature: float = 0.1
-    both_ways: bool = False  # lightly's loss
-    momentum: float = 0.0  # of an encoder that gives projections and keys; 0: none
-    momentum_final: float = 1.0
+    queue: int = 98304  # number of earlier keys to choose neighbours from
+    neighbours: str = 'hard'  # nearest keys; soft: weighted mean of all; none: the view itself (Table 4)
+    top_k: int = 1  # draw the positive from this many nearest keys
+    soft_temperature: float = 0.1  # of the weights with neighbours=soft
+    both_ways: bool = False  # use lightly's loss: NT-Xent between neighbours and predictions
+    momentum: float = 0.0  # of a momentum encoder that finds neighbours and fills the queue; 0: none
+    momentum_final: float = 1.0  # of the momentum encoder, at the end of the run
 
 # %% ../../nbs/6_contrastive/6_nnclr.ipynb #695ca36f
 @register_method('nnclr')
 class NNCLR(Method):
     """Contrastive learning with nearest neighbours as positives (Dwibedi et al. 2021).
 
-    `sources` [queue]: numbers of the images whose keys are in the queue; `served` [B]: those of the
-    neighbours of the last batch's first views; -1: not known. ValueError for options that cannot be."""
+    Data set indices of images, -1 if unknown: `sources` [queue], of the queue's keys; `served` [B], of the
+    neighbours of the last batch's first views. ValueError for options out of range."""
 
     bank: Any
     served: Tensor
     sources: Tensor
-    positives: Callable[..., tuple]  # grows below, as do others
+    positives: Callable[..., tuple]  # added below with @patch, like others
     Options = NNCLROptions
     defaults = dict(n_local=0, global_scale=(0.08, 1.0))
 
@@ -114,16 +115,16 @@ class NNCLR(Method):
         self.register_buffer('served', torch.zeros(0, dtype=torch.long), persistent=False)
 
 # %% ../../nbs/6_contrastive/6_nnclr.ipynb #295eeef3
-def encoder_of(options: Any, drop_path: float = 0.0) -> Projected:
+def encoder_of(options: Any, drop_path: float = 0.0) -> Encoder:
     "A backbone and NNCLR's projector."
     backbone = create_backbone(options.backbone, drop_path=drop_path)
     width: Any = backbone.dim
     sizes = options.projector_hidden, options.projector_dim
-    return Projected(backbone, MLP(width, *sizes, layers=3, norm_last='affine'))
+    return Encoder(backbone, MLP(width, *sizes, layers=3, norm_last='affine'))
 
 
 def check_neighbours(options: Any) -> None:
-    "ValueError, in one line, for neighbours that cannot be found."
+    "Raises ValueError for an unknown `neighbours`, or a `top_k` that does not go with it or with the queue."
     o = options
     if o.neighbours not in NEIGHBOURS:
         raise ValueError(f'nnclr: no neighbours {o.neighbours!r}; there are: {", ".join(NEIGHBOURS)}')
@@ -137,26 +138,28 @@ def check_neighbours(options: Any) -> None:
 # %% ../../nbs/6_contrastive/6_nnclr.ipynb #d29b58ae
 @patch(as_prop=True)
 def backbone(self: NNCLR) -> nn.Module:
-    "The online network's."
+    "The online network's backbone."
     return self.online.backbone
 
 
 @patch
 @torch.no_grad()
 def positives(self: NNCLR, z: Tensor) -> tuple[Tensor, Tensor]:
-    "What stands in for projections z [n, c], [n, c], and the numbers of the nearest images, [n]."
+    "Positives [n, c] for projections z [n, c], and the data set indices [n] of the nearest images."
     o = self.options
     if o.neighbours == 'none':
         return z, torch.full_like(z[:, 0], -1, dtype=torch.long)
-    index, found = self.bank.nearest(z, o.top_k)
+    index, _ = self.bank.nearest(z, o.top_k)
+    drawn = draw_one(index[..., None])[:, 0]
     if o.neighbours == 'soft':
-        found = soft_neighbours(z, self.bank.rows, o.soft_temperature)[:, None]
-    return draw_one(found), self.sources[index[:, 0]]
+        known = self.bank.rows[: int(self.bank.filled) or None]  # the first rows are filled first
+        return soft_neighbours(z, known, o.soft_temperature), self.sources[drawn]
+    return self.bank.rows[drawn], self.sources[drawn]
 
 # %% ../../nbs/6_contrastive/6_nnclr.ipynb #0470e9a0
 @patch
 def training_step(self: NNCLR, views: Views, values: dict) -> dict[str, Tensor]:
-    "Neighbours of each view find the prediction of the other; the first views' keys enter the queue."
+    "{'neighbour': `nnclr_loss`}; in training mode, the first views' keys enter the queue."
     x = views.crops[0]  # [2, B, 3, h, w]
     z = self.online(x.flatten(0, 1))
     p1, p2 = self.predictor(z).unflatten(0, x.shape[:2])
@@ -172,28 +175,28 @@ def training_step(self: NNCLR, views: Views, values: dict) -> dict[str, Tensor]:
 
 
 def remember(method: NNCLR, keys: Tensor, index: Tensor) -> None:
-    "Puts keys [n, c], and the numbers [n] of their images, into the queue."
+    "Puts keys [n, c], and the data set indices [n] of their images, into the queue."
     enqueue(method.sources[None, :, None], method.bank.place.clone(), all_gather_keys(index)[:, None, None])
     method.bank.enqueue(keys)
 
 # %% ../../nbs/6_contrastive/6_nnclr.ipynb #43a25ce7
 @patch
 def schedules(self: NNCLR, steps: int) -> dict[str, np.ndarray]:
-    "The momentum, if there is a momentum encoder."
+    "The momentum at each step, if there is a momentum encoder."
     o = self.options
     return {} if self.target is None else dict(momentum=cosine_schedule(o.momentum, o.momentum_final, steps))
 
 
 @patch
 def after_step(self: NNCLR, values: dict) -> None:
-    "The momentum encoder follows, if there is one."
+    "Updates the momentum encoder, if there is one."
     if self.target is not None:
         ema_update(self.target, self.online, values['momentum'])
 
 
 @patch
 def load_backbone(self: NNCLR, load: Callable[[nn.Module], None]) -> None:
-    "All networks start from the given weights."
+    "Loads the given weights into all backbones."
     for network in (self.online, self.target):
         if network is not None:
             load(network.backbone)
@@ -201,13 +204,19 @@ def load_backbone(self: NNCLR, load: Callable[[nn.Module], None]) -> None:
 # %% ../../nbs/6_contrastive/6_nnclr.ipynb #825f0c34
 @patch(cls_method=True)
 def check(cls: NNCLR, recipe: Any) -> None:
-    "ValueError, in one line, for options that do not go together."
+    "Raises ValueError for options that are out of range or contradict each other."
     need_two_views('recipe: nnclr', recipe)
     check_neighbours(recipe)
     check_queue(recipe.queue, recipe.batch_size)
 
 
+@patch(cls_method=True)
+def check_data(cls: NNCLR, recipe: Any, n_images: int) -> None:
+    "Warns of a queue that is larger than the data set."
+    check_queue(recipe.queue, recipe.batch_size, n_images)
+
+
 @patch
 def dry_step(self: NNCLR, views: Views, values: dict) -> Tensor:
-    "All predictions; neighbours need numbers."
+    "Sum of all predictions: a dry run has no values to find neighbours by."
     return self.predictor(self.online(views.crops[0].flatten(0, 1))).sum()

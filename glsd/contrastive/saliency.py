@@ -19,7 +19,7 @@ from torch import Tensor
 
 # %% ../../nbs/6_contrastive/8_saliency.ipynb #1353b9ef
 _SENSORS = (0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.019334, 0.119193, 0.950227)
-_DAYLIGHT = 0.95047, 1.0, 1.08883  # what they receive from white
+_DAYLIGHT = 0.95047, 1.0, 1.08883  # XYZ of white (D65)
 
 
 def rgb_to_lab(image: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def rgb_to_lab(image: Tensor) -> Tensor:
 
 # %% ../../nbs/6_contrastive/8_saliency.ipynb #e63354c3
 def blur(x: Tensor, sigma: float) -> Tensor:
-    "Gaussian blur of x [c, H, W], edges repeated, out to four sigmas."
+    "Gaussian blur of x [c, H, W], sigma in pixels; edges are replicated, the kernel ends at four sigmas."
     reach = min(math.ceil(4 * sigma), *(side - 1 for side in x.shape[1:]))
     if reach < 1:
         return x
@@ -49,7 +49,7 @@ def blur(x: Tensor, sigma: float) -> Tensor:
 
 # %% ../../nbs/6_contrastive/8_saliency.ipynb #72cee763
 def _nearby(home: tuple[Tensor, Tensor], grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    "For pixels at home in cells (row, column) of a grid: their nine nearest cells [P, 9], and which exist."
+    "Indices [P, 9] of the 3 x 3 grid cells around each pixel's home cell (row, column), and which exist."
     steps = torch.arange(-1, 2)
     down, right = (t.flatten() for t in torch.meshgrid(steps, steps, indexing='ij'))
     rows, columns = home[0][:, None] + down, home[1][:, None] + right
@@ -58,7 +58,7 @@ def _nearby(home: tuple[Tensor, Tensor], grid: tuple[int, int]) -> tuple[Tensor,
 
 
 def _means(values: Tensor, segments: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    "Means [n, c] of values [P, c] over each segment, and its number of pixels [n, 1]."
+    "Mean of values [P, c] over each of n segments, [n, c], and its number of pixels, [n, 1]."
     counts = torch.bincount(segments, minlength=n)[:, None]
     sums = values.new_zeros(n, values.shape[1]).index_add_(0, segments, values)
     return sums / counts.clamp(min=1), counts
@@ -69,8 +69,9 @@ def superpixels(
 ) -> Tensor:
     """About `n` superpixels of an image uint8 [3, H, W]: long [H, W], numbered from 0 without gaps.
 
-    SLIC (Achanta et al. 2012) with means that fetch pixels from fixed places; a superpixel need not be
-    connected. `sigma`: blur before, in pixels. ValueError unless 1 <= n <= pixels."""
+    SLIC (Achanta et al. 2012), but a pixel always chooses among the same nine centres; superpixels need not
+    be connected. `compactness`: weight of position against colour; `sigma`: of a blur beforehand, in pixels.
+    ValueError unless 1 <= n <= pixels."""
     H, W = image.shape[-2:]
     if not 1 <= n <= H * W:
         raise ValueError(f'{n} superpixels in an image of {H} x {W} pixels: choose between 1 and {H * W}')
@@ -96,13 +97,13 @@ class Regions(NamedTuple):
     colours: Tensor  # [n, 3] mean Lab
     centres: Tensor  # [n, 2] (x, y) in pixels
     border: Tensor  # [n] bool: touches the border of the image
-    neighbours: Tensor  # [n, n] bool: some pixel of one beside or above some pixel of the other
+    neighbours: Tensor  # [n, n] bool: the two share a pixel edge (4-connectivity)
 
 
 def regions_of(image: Tensor, segments: Tensor) -> Regions:
-    """The superpixels of an image uint8 [3, H, W], given as segments integer [H, W].
+    """`Regions` of an image uint8 [3, H, W] that is cut into superpixels: segments, integer [H, W].
 
-    ValueError unless segments are those of the image, numbered from 0 without gaps."""
+    ValueError unless segments have the image's size and are numbered from 0 without gaps."""
     _check_segments(image, segments)
     H, W, segments = *segments.shape, segments.long()
     rows, columns = torch.meshgrid(torch.arange(H).double(), torch.arange(W).double(), indexing='ij')
@@ -130,7 +131,7 @@ def _check_segments(image: Tensor, segments: Tensor) -> None:
 
 # %% ../../nbs/6_contrastive/8_saliency.ipynb #15b11563
 def shortest_paths(lengths: Tensor) -> Tensor:
-    "Lengths [n, n] of direct ways, inf where there is none -> those of the shortest ways (Floyd, Warshall)."
+    "Edge lengths [n, n], inf where there is no edge -> shortest path lengths [n, n] (Floyd-Warshall)."
     d = lengths.clone().fill_diagonal_(0)
     for k in range(len(d)):
         torch.minimum(d, d[:, k, None] + d[None, k], out=d)
@@ -138,20 +139,20 @@ def shortest_paths(lengths: Tensor) -> Tensor:
 
 
 def colour_distances(colours: Tensor) -> Tensor:
-    "Euclidean distances [n, n] of colours [n, 3], exact for equal ones."
+    "Euclidean distances [n, n] between colours [n, 3]; exactly 0 for equal ones."
     return torch.cdist(colours, colours, compute_mode='donot_use_mm_for_euclid_dist')
 
 
 def geodesic_distances(regions: Regions) -> Tensor:
-    "Shortest paths of colour [n, n] between superpixels; those of the border are neighbours. RBD, Sec. 3.2."
+    "Geodesic colour distances [n, n]; superpixels on the border count as neighbours. RBD, Sec. 3.2."
     joined = regions.neighbours | (regions.border[:, None] & regions.border)
     return shortest_paths(colour_distances(regions.colours).where(joined, torch.inf))
 
 # %% ../../nbs/6_contrastive/8_saliency.ipynb #68e84cd4
 def boundary_connectivity(distance: Tensor, border: Tensor, sigma: float = 10.0) -> Tensor:
-    """How strongly each of n superpixels hangs on the border [n] (RBD, Sec. 3.2).
+    """How strongly each of n superpixels is connected to the border: [n] (RBD, Sec. 3.2).
 
-    distance [n, n] in Lab, border bool [n]; sigma: how far apart two superpixels of one region may be."""
+    distance [n, n] in Lab, border bool [n]; sigma: distance up to which superpixels count as one region."""
     near = torch.exp(-(distance**2) / (2 * sigma**2))
     return (near * border).sum(1) / near.sum(1).sqrt()
 
@@ -162,7 +163,7 @@ def background_probability(connectivity: Tensor, sigma: float = 1.0) -> Tensor:
 
 # %% ../../nbs/6_contrastive/8_saliency.ipynb #9ef744e3
 def _scaled(x: Tensor) -> Tensor:
-    "x to 0..1; zeros where all of x is the same."
+    "x scaled to 0..1; zeros if x is constant."
     low, high = x.min(), x.max()
     return (x - low) / (high - low) if high > low else torch.zeros_like(x)
 
@@ -170,31 +171,31 @@ def _scaled(x: Tensor) -> Tensor:
 def weighted_contrast(
     distance: Tensor, centres: Tensor, background: Tensor, diagonal: float, sigma: float = 0.25
 ) -> Tensor:
-    """Contrast of each superpixel against the background near it, scaled to 0..1 [n] (RBD, Sec. 4.1).
+    """Contrast of each superpixel with the background near it, scaled to 0..1: [n] (RBD, Sec. 4.1).
 
-    distance [n, n], centres [n, 2] and diagonal in pixels, background [n]; sigma in diagonals."""
+    distance [n, n] in Lab; centres [n, 2], diagonal in pixels; background [n], 0..1; sigma in diagonals."""
     apart = torch.cdist(centres, centres, compute_mode='donot_use_mm_for_euclid_dist') / diagonal
     return _scaled((distance * torch.exp(-(apart**2) / (2 * sigma**2)) * background).sum(1))
 
 # %% ../../nbs/6_contrastive/8_saliency.ipynb #cfdeeaec
 def smoothness(distance: Tensor, neighbours: Tensor, sigma: float = 10.0, mu: float = 0.1) -> Tensor:
-    "How much two neighbours want to agree [n, n]; 0 for others. distance [n, n], neighbours bool [n, n]."
+    "Smoothness weights [n, n] of neighbours, 0 for other pairs. distance [n, n], neighbours bool [n, n]."
     return (torch.exp(-(distance**2) / (2 * sigma**2)) + mu) * neighbours
 
 
 def optimise(background: Tensor, contrast: Tensor, smooth: Tensor) -> Tensor:
-    "The saliency [n] that agrees best with background [n], contrast [n] and neighbours [n, n] (RBD, Eq. 9)."
+    "The saliency [n] that minimises RBD's Eq. 9 for background [n], contrast [n] and weights smooth [n, n]."
     matrix = torch.diag(background + contrast + smooth.sum(1)) - smooth
     return torch.linalg.solve(matrix, contrast)
 
 # %% ../../nbs/6_contrastive/8_saliency.ipynb #12cbef3a
 class Background(NamedTuple):
-    "What robust background detection finds out, one step after the other; each [n] for n superpixels."
+    "Results of the steps of robust background detection, in order; each [n] for n superpixels."
 
-    connectivity: Tensor
-    background: Tensor  # 0 to 1
-    contrast: Tensor  # 0 to 1
-    solution: Tensor
+    connectivity: Tensor  # to the border
+    background: Tensor  # probability, 0 to 1
+    contrast: Tensor  # with the background, 0 to 1
+    solution: Tensor  # of Eq. 9
     saliency: Tensor  # the solution, scaled to 0..1
 
 
@@ -212,15 +213,15 @@ def rbd_steps(image: Tensor, segments: Tensor) -> Background:
 
 
 def rbd(image: Tensor, segments: Tensor | None = None, n: int = 250) -> Tensor:
-    "Saliency [H, W], 0 to 1, by robust background detection; segments: by default about n superpixels."
+    "RBD saliency [H, W], 0 to 1, of an image uint8 [3, H, W]; segments: by default about n superpixels."
     segments = superpixels(image, n) if segments is None else segments
     return rbd_steps(image, segments).saliency[segments.long()].float()
 
 # %% ../../nbs/6_contrastive/8_saliency.ipynb #79d73e88
 def gs(image: Tensor, segments: Tensor | None = None, n: int = 250) -> Tensor:
-    """Geodesic saliency [H, W], 0 to 1: the shortest path of colour to the border (Wei et al. 2012).
+    """Geodesic saliency [H, W], 0 to 1: length of the shortest colour path to the border (Wei et al. 2012).
 
-    Steps below the mean difference of nearest neighbours cost nothing."""
+    Steps cost nothing up to the mean difference between a superpixel and its most similar neighbour."""
     segments = superpixels(image, n) if segments is None else segments
     regions = regions_of(image, segments)
     step = colour_distances(regions.colours).where(regions.neighbours, torch.inf)
@@ -231,10 +232,10 @@ def gs(image: Tensor, segments: Tensor | None = None, n: int = 250) -> Tensor:
 
 # %% ../../nbs/6_contrastive/8_saliency.ipynb #6d630002
 def absorbed_time(regions: Regions, scale: float = 10.0) -> Tensor:
-    """Expected steps [n] of a walker from each superpixel until a copy of the border absorbs it (MC, Sec. 4).
+    """Expected steps [n] of a random walk from each superpixel until a copy of the border absorbs it.
 
-    Steps go to superpixels at most two apart, between those of the border, and to the same one; their weights
-    fall with the distance of colours, of which the largest counts as `scale`."""
+    Steps lead to superpixels at most two apart, from border to border, and to the same one. Weights:
+    exp(-scale * colour distance / the largest distance). MC, Sec. 4."""
     step, touch = colour_distances(regions.colours), regions.neighbours.double()
     near = ((touch @ touch + touch) > 0).fill_diagonal_(True)
     joined = near | (regions.border[:, None] & regions.border)
@@ -246,7 +247,7 @@ def absorbed_time(regions: Regions, scale: float = 10.0) -> Tensor:
 
 
 def mc(image: Tensor, segments: Tensor | None = None, n: int = 250) -> Tensor:
-    """Saliency [H, W], 0 to 1, by an absorbing Markov chain (Jiang et al. 2013): how long a walker lives.
+    """Saliency [H, W], 0 to 1, by an absorbing Markov chain (Jiang et al. 2013): time to absorption.
 
     Without the paper's second pass. An image without any contrast has saliency 0 everywhere."""
     segments = superpixels(image, n) if segments is None else segments
@@ -260,9 +261,9 @@ SALIENCY: dict[str, Callable[..., Tensor]] = dict(gs=gs, mc=mc, rbd=rbd)
 
 
 def saliency(image: Tensor, method: str = 'rbd', n: int = 250) -> Tensor:
-    """Where the object of an image uint8 [3, H, W] is: [H, W] from 0 to 1.
+    """Saliency map [H, W] of an image uint8 [3, H, W], from 0 to 1: high where its object is.
 
-    method: of SALIENCY, ValueError for others; n: superpixels, at most one a pixel."""
+    method: a key of SALIENCY, ValueError for others; n: number of superpixels, at most one per pixel."""
     if method not in SALIENCY:
         raise ValueError(f'no saliency {method!r}; there are: {", ".join(SALIENCY)}')
     return SALIENCY[method](image, n=min(n, image.shape[-2] * image.shape[-1]))
@@ -275,14 +276,14 @@ def _check_map(found: Tensor, truth: Tensor) -> None:
 
 
 def object_of(found: Tensor) -> Tensor:
-    "The object, bool [H, W], of a map [H, W] from 0 to 1: where it is at least twice its mean (at most 1)."
+    "Object mask, bool [H, W], of a map [H, W] from 0 to 1: above 0 and at least min(1, 2 * its mean)."
     return (found >= (2 * found.mean()).clamp(max=1)) & (found > 0)
 
 
 def f_beta(found: Tensor, truth: Tensor, beta2: float = 0.3) -> float:
-    """F-measure of a map [H, W] from 0 to 1, cut at twice its mean, against a mask bool [H, W].
+    """F-measure of a map [H, W] from 0 to 1, thresholded at twice its mean, against a mask bool [H, W].
 
-    1 if both are empty. Achanta et al. 2009. ValueError for other shapes."""
+    1 if both are empty. Achanta et al. 2009. ValueError for shapes that differ."""
     _check_map(found, truth)
     ours = object_of(found)
     both, either = int((ours & truth).sum()), int(ours.sum()) + beta2 * int(truth.sum())

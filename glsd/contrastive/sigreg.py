@@ -27,14 +27,15 @@ from ..views.multicrop import Views
 
 # %% ../../nbs/6_contrastive/11_sigreg.ipynb #c24d07e8
 def mean_of_all(x: Tensor) -> Tensor:
-    "The mean of x over all processes, with its gradient."
+    "The mean of x over all processes, differentiable."
     return all_reduce(x) / dist.get_world_size() if dist.is_initialized() else x
 
 
 def epps_pulley(x: Tensor, t: Tensor) -> Tensor:
-    """How far points x [..., N, M] on M lines are from a standard normal: [..., M], not times N.
+    """Epps-Pulley statistic, without its factor N, of N points on each of M lines, x [..., N, M]: [..., M].
 
-    t [K]: where the characteristic functions are compared; the integral runs from the first to the last."""
+    It measures the distance from a standard normal distribution. t [K], ascending: where the characteristic
+    functions are compared; the integral runs from the first to the last."""
     angle, normal = x[..., None] * t, (-(t**2) / 2).exp()
     cos, sin = mean_of_all(torch.stack([angle.cos().mean(-3), angle.sin().mean(-3)]))
     return torch.trapezoid(((cos - normal) ** 2 + sin**2) * normal, t)
@@ -42,7 +43,7 @@ def epps_pulley(x: Tensor, t: Tensor) -> Tensor:
 # %% ../../nbs/6_contrastive/11_sigreg.ipynb #5ee658b2
 @torch.no_grad()
 def random_directions(width: int, n: int, device: Any = None) -> Tensor:
-    "n random unit vectors, as columns [width, n], the same on all processes."
+    "n random unit vectors as columns, [width, n], the same on all processes."
     lines = F.normalize(torch.randn(width, n), dim=0).to(device)
     if dist.is_initialized():
         dist.broadcast(lines, 0)
@@ -50,10 +51,10 @@ def random_directions(width: int, n: int, device: Any = None) -> Tensor:
 
 
 def sigreg(z: Tensor, directions: Tensor, points: int = 17, t_max: float = 3.0) -> Tensor:
-    """Mean over views and lines of the Epps-Pulley statistic of features z [V, N, D]: a scalar.
+    """Epps-Pulley statistic of features z [V, N, D], mean over views and directions [D, M]: a scalar.
 
-    directions [D, M]: unit columns. N counts the samples of all processes. ValueError if shapes disagree.
-    LeJEPA (Balestriero and LeCun 2025), Sec. 4, with its code's 17 points on half of the line."""
+    directions: unit columns. N includes the samples of all processes. ValueError if shapes disagree.
+    LeJEPA (Balestriero and LeCun 2025), Sec. 4; 17 points on the positive half-line, as in its code."""
     if z.ndim != 3 or directions.shape[:1] != z.shape[2:]:
         raise ValueError(
             f'sigreg needs z [V, N, D] and directions [D, M], not {tuple(z.shape)}, {tuple(directions.shape)}'
@@ -64,18 +65,18 @@ def sigreg(z: Tensor, directions: Tensor, points: int = 17, t_max: float = 3.0) 
 
 # %% ../../nbs/6_contrastive/11_sigreg.ipynb #9813da51
 def invariance(z: Tensor) -> Tensor:
-    "Mean squared distance of views z [V, N, D] to their mean: a scalar."
+    "Mean squared deviation of the views z [V, N, D] of each image from their mean: a scalar."
     return (z - z.mean(0)).square().mean()
 
 
 def lejepa_loss(z: Tensor, directions: Tensor, weight: float = 0.02) -> Tensor:
-    "`weight` times SIGReg and 1 - `weight` times the invariance, of views z [V, N, D]: a scalar. LeJEPA."
+    "weight * SIGReg + (1 - weight) * invariance, of views z [V, N, D]: a scalar. LeJEPA."
     return weight * sigreg(z, directions) + (1 - weight) * invariance(z)
 
 
 def bcs_loss(z1: Tensor, z2: Tensor, directions: Tensor, weight: float = 10.0, points: int = 10) -> Tensor:
-    """The same idea in the eb_jepa code, for two views [N, D]: squared difference, and `weight` times the
-    statistic, which is not multiplied by N and has 10 points on [-3, 3]. A scalar."""
+    """The variant in the eb_jepa code, for two views [N, D]: mean squared difference + weight * statistic,
+    without the statistic's factor N and with 10 points on [-3, 3]. A scalar."""
     t = torch.linspace(-3, 3, points, dtype=z1.dtype, device=z1.device)
     statistic = epps_pulley(torch.stack([z1, z2]) @ directions, t).mean()
     return F.mse_loss(z1, z2) + weight * statistic
@@ -85,15 +86,15 @@ def bcs_loss(z1: Tensor, z2: Tensor, directions: Tensor, weight: float = 10.0, p
 class LeJEPAOptions(Method.Options):
     "Options of LeJEPA."
 
-    sigreg_weight: float = 0.02  # lambda
-    directions: int = 256  # random lines a step
-    projector_hidden: int = 2048
-    projector_dim: int = 16
+    sigreg_weight: float = 0.02  # lambda of the paper; the invariance term gets 1 - lambda
+    directions: int = 256  # number of random directions, drawn anew at each step
+    projector_hidden: int = 2048  # width of the projector's hidden layer
+    projector_dim: int = 16  # width of the projections
 
 
 @register_method('lejepa')
 class LeJEPA(Method):
-    """All views of an image have one feature, and all features a normal distribution: no teacher.
+    """Views of an image get the same embedding, all embeddings a standard normal distribution; no teacher.
 
     LeJEPA (Balestriero and LeCun 2025). ValueError for a weight outside of (0, 1)."""
 
@@ -108,12 +109,12 @@ class LeJEPA(Method):
         self.projector = MoBYHead(self.backbone.dim, o.projector_hidden, o.projector_dim)
 
     def project(self, views: Views) -> Tensor:
-        "Projections of all crops, [V, B, projector_dim]."
+        "Projections of all crops: [V, B, projector_dim]."
         pooled = [self.backbone(crops.flatten(0, 1)).pooled for crops in views.crops]
         return self.projector(torch.cat(pooled)).float().unflatten(0, (-1, views.crops[0].shape[1]))
 
     def training_step(self, views: Views, values: dict) -> dict[str, Tensor]:
-        "Invariance and SIGReg, weighted."
+        "The two weighted terms, 'invariance' and 'sigreg'."
         z, o = self.project(views), self.options
         lines = random_directions(o.projector_dim, o.directions, z.device)
         return {
@@ -123,19 +124,19 @@ class LeJEPA(Method):
 
 # %% ../../nbs/6_contrastive/11_sigreg.ipynb #2e761d7b
 class TokenWorld:
-    "Smooth random fields on a 6 x 6 grid, and crops of 4 x 4 places: a small world to study tokens in."
+    "Toy data for studying tokens: smooth random fields on a 6 x 6 grid, and crops of 4 x 4 places."
 
     grid, side, width = 6, 4, 16
     noise, shade = 0.5, 0.3
 
     def fields(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        "n fields [n, 6, 6, 16]."
+        "n random fields, [n, 6, 6, 16]."
         coarse = torch.randn(n, self.width, 4, 4, generator=generator)
         size = (self.grid, self.grid)
         return F.interpolate(coarse, size, mode='bilinear', align_corners=True).permute(0, 2, 3, 1)
 
     def crops(self, fields: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        "Two crops of each field, tokens [B, 2, 16, 16], and the number of each token's place, [2, 16]."
+        "Two noisy crops of each field, [B, 2, 16, 16], and the grid index of each of their tokens, [2, 16]."
         n, g = self.side, generator
         corners = torch.randint(0, self.grid - n + 1, (2, 2), generator=g).tolist()
         x = torch.stack([fields[:, a : a + n, b : b + n].flatten(1, 2) for a, b in corners], 1)
@@ -168,7 +169,7 @@ class TokenNetwork(nn.Module):
         return self.last(x + self.mlp(x))
 
     def forward(self, x: Tensor) -> Any:
-        "What student or teacher give."
+        "The outputs of student or teacher, as listed above."
         tokens, side = self.tokens(x), math.isqrt(x.shape[2])
         read = dict(view=tokens.mean(2), region=tokens.flatten(1, 2))
         z = {name: self.heads[name](read[name]) for name in read}
@@ -178,10 +179,10 @@ class TokenNetwork(nn.Module):
 
 # %% ../../nbs/6_contrastive/11_sigreg.ipynb #ac9e7422
 def variance_rank(x: Tensor) -> Tensor:
-    """exp of the entropy of the shares of variance of x [..., n, d] around its mean over n: [...].
+    """In how many directions the n rows of x [..., n, d] vary around their mean: [...].
 
-    In how many directions rows vary; `effective_rank` has singular values in place of their squares, and the
-    mean stays in."""
+    exp(entropy of each direction's share of the variance). `effective_rank` uses singular values instead of
+    their squares, and does not subtract the mean."""
     x = x - x.mean(-2, keepdim=True)
     share = torch.linalg.eigvalsh(x @ x.mT).clamp(min=0)
     share = share / share.sum(-1, keepdim=True).clamp(min=1e-12)
@@ -190,7 +191,7 @@ def variance_rank(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def token_measures(tokens: Callable, world: TokenWorld, n: int = 64) -> dict[str, float]:
-    "Share of tokens found in the other crop, effective rank and cosine of a crop's tokens; 4 pairs of crops."
+    "Share of tokens `found` in the other crop; `rank` and `cosine` of a crop's tokens; mean of 4 crop pairs."
     g, found = torch.Generator().manual_seed(5), []
     fields = world.fields(n, g)
     for _ in range(4):
@@ -207,9 +208,10 @@ def token_measures(tokens: Callable, world: TokenWorld, n: int = 64) -> dict[str
 def train_tokens(
     loss: Callable, seed: int = 0, steps: int = 80, world: TokenWorld | None = None, batch: int = 16
 ) -> dict[str, float]:
-    """`token_measures` of the teacher after so many steps of `loss(student, teacher)`, a scalar.
+    """`token_measures` of the teacher after `steps` training steps on `loss(student, teacher)`, a scalar.
 
-    `loss` gets `TokenNetwork`'s outputs, with `place`, `step`, the crops `x` and the teacher `network`."""
+    `loss` gets `TokenNetwork`'s outputs with `place`; the student's with `step` and the crops `x`, too; the
+    teacher's with its `network`."""
     torch.manual_seed(seed)
     world, student = world or TokenWorld(), TokenNetwork()
     teacher = copy.deepcopy(student).requires_grad_(False)

@@ -26,10 +26,10 @@ if TYPE_CHECKING:  # a name only: a loss needs no backbone
 
 # %% ../../nbs/6_contrastive/12_simdino.ipynb #be35ca3c
 def coding_rate(z: Tensor, eps: float = 0.5) -> Tensor:
-    """How many directions vectors z [..., N, d] fill, in nats: [...].
+    """Coding rate of vectors z [..., N, d], in nats: [...]. It grows with the number of directions they fill.
 
-    N counts those of all processes, with their gradient. ValueError if eps is not positive. SimDINO (Wu et
-    al. 2025), with its code's factor and its eps in the place of the paper's square."""
+    Counts the vectors of all processes, with gradients. ValueError if eps is not positive. SimDINO (Wu et
+    al. 2025), with the factor in front and eps, not its square, as in its code."""
     if not eps > 0:
         raise ValueError(f'coding_rate needs eps > 0, not {eps}')
     gram, (n, d) = z.mT @ z, z.shape[-2:]
@@ -40,7 +40,7 @@ def coding_rate(z: Tensor, eps: float = 0.5) -> Tensor:
 
 # %% ../../nbs/6_contrastive/12_simdino.ipynb #2ebb25f6
 def compression(student: Tensor, teacher: Tensor, cosine: bool = True) -> Tensor:
-    "Mean cosine (or product) of views [V, N, d] of the student and other views [Q, N, d] of the teacher."
+    "Mean cosine (or dot product) of the student's views [V, N, d] with the teacher's other views [Q, N, d]."
     teacher, student = teacher.detach(), F.normalize(student, dim=-1) if cosine else student
     teacher = F.normalize(teacher, dim=-1) if cosine else teacher
     pairs = view_pairs(len(student), len(teacher), student.device)
@@ -48,7 +48,7 @@ def compression(student: Tensor, teacher: Tensor, cosine: bool = True) -> Tensor
 
 
 def expansion(student: Tensor, teacher: Tensor, eps: float = 0.5, with_teacher: bool = False) -> Tensor:
-    "Mean coding rate of the student's global views, or of their means with the teacher's [Q, N, d]."
+    "Mean coding rate of the student's global views, or of their averages with the teacher's [Q, N, d]."
     z = student[: len(teacher)]
     return coding_rate((z + teacher.detach()) / 2 if with_teacher else z, eps).mean()
 
@@ -61,10 +61,10 @@ def simdino_loss(
     with_teacher: bool = False,
     cosine: bool = True,
 ) -> Tensor:
-    """-gamma compression - expansion, of unit vectors [V, N, d] of a student and [Q, N, d] of its teacher.
+    """-gamma * compression - expansion, of unit vectors of student [V, N, d] and teacher [Q, N, d]: a scalar.
 
-    The teacher's views are the student's first ones. cosine: version 1; False: version 2, which does not
-    normalise. A scalar, which falls below zero. SimDINO (Wu et al. 2025)."""
+    The teacher's views are the student's first Q. cosine: True as in version 1, False as in version 2, which
+    does not normalise. The loss becomes negative. SimDINO (Wu et al. 2025)."""
     together = compression(student, teacher, cosine)
     return -gamma * together - expansion(student, teacher, eps, with_teacher)
 
@@ -95,13 +95,13 @@ class SimDINOLoss(Term):
 
     @property
     def heads(self) -> dict:
-        "A projector of all views."
+        "A projector on the pooled features of all views."
         return {self.name: 'pooled'}
 
 # %% ../../nbs/6_contrastive/12_simdino.ipynb #d0e19316
 @patch
 def extra_modules(self: SimDINOLoss, backbone: Any, **head_kwargs) -> dict:
-    "The projector."
+    "The projector, a three-layer MLP."
     sizes = backbone.dim, self.hidden, self.hidden, self.width
     layers = [nn.Linear(*pair) for pair in zip(sizes, sizes[1:])]
     return {self.name: nn.Sequential(layers[0], nn.GELU(), layers[1], nn.GELU(), layers[2])}
@@ -126,16 +126,16 @@ def forward(
 class SimDINOOptions(DistillationOptions):
     "What SimDINO adds to the options of self-distillation; it has no prototypes and no temperatures."
 
-    view_hidden: int = 2048  # of the projector
-    view_width: int = 256
-    view_eps: float = 0.5  # of the coding rate
-    view_gamma: float = 1.0  # weight of the compression
-    view_with_teacher: bool = False  # the coding rate of the mean of student and teacher
+    view_hidden: int = 2048  # width of the projector's hidden layers
+    view_width: int = 256  # width of the projections
+    view_eps: float = 0.5  # allowed error in the coding rate, above 0
+    view_gamma: float = 1.0  # weight of the compression term
+    view_with_teacher: bool = False  # take the coding rate of the average of student and teacher
 
 
 @register_method('simdino')
 class SimDINO(SelfDistillation):
-    "SimDINO (Wu et al. 2025): a coding rate in the place of prototypes, centre and temperatures."
+    "SimDINO (Wu et al. 2025): a coding rate instead of prototypes, centre and temperatures."
 
     Options = SimDINOOptions
     terms = (SimDINOLoss,)

@@ -26,10 +26,10 @@ from ..views.multicrop import Views
 
 # %% ../../nbs/6_contrastive/5_swav.ipynb #efbfba4c
 def swav_loss(scores: Tensor, codes: Tensor, temperature: float = 0.1) -> Tensor:
-    """Mean cross-entropy of codes [G, n, K] of the first G crops and predictions of all V: scores [V, n, K].
+    """Mean cross-entropy of the first G crops' codes [G, n, K] with all V crops' predictions: a scalar.
 
-    All pairs of different crops count the same. Codes are constants. SwAV (Caron et al. 2020), Eq. 2 and 6.
-    ValueError if there is no pair."""
+    scores [V, n, K]. All pairs of different crops count the same; no gradient to codes. ValueError if there
+    is no pair. SwAV (Caron et al. 2020), Eq. 2 and 6."""
     V, G = len(scores), len(codes)
     if not 1 <= G <= V or V < 2:
         raise ValueError(f'{G} crops with codes among {V}: at least one other crop must predict them')
@@ -42,21 +42,21 @@ def swav_loss(scores: Tensor, codes: Tensor, temperature: float = 0.1) -> Tensor
 def make_codes(
     scores: Tensor, kept: Tensor | None = None, epsilon: float = 0.05, iterations: int = 3
 ) -> Tensor:
-    """Codes [n, K] of scores [n, K], shared out together with the scores `kept` [m, K] of earlier images.
+    """Sinkhorn-Knopp codes [n, K] of scores [n, K]; kept [m, K]: earlier images' scores to balance with.
 
-    On several processes all their rows are one table. No gradient. SwAV (Caron et al. 2020), Eq. 3 to 5."""
+    The rows of all processes are balanced as one table. No gradient. SwAV (Caron et al. 2020), Eq. 3 to 5."""
     table = scores if kept is None else torch.cat([kept.to(scores.dtype), scores])
     return sinkhorn(table, epsilon, iterations)[-len(scores) :]
 
 # %% ../../nbs/6_contrastive/5_swav.ipynb #d356e6fb
 @torch.no_grad()
 def push(queue: Tensor, fresh: Tensor) -> None:
-    "Puts fresh [n, G, c] before the rows of queue [G, m, c], in place; as many drop out at the end."
+    "Puts fresh [n, G, c] in front of the rows of queue [G, m, c], in place; the last n rows drop out."
     queue.copy_(torch.cat([fresh.transpose(0, 1).to(queue.dtype), queue], 1)[:, : queue.shape[1]])
 
 
 def own_share(rows: Tensor) -> Tensor:
-    "Of rows [m, ...] that all processes have, those that this one brings into a common table."
+    "This process's share of rows [m, ...] that all processes hold: every W-th row, for W processes."
     if not dist.is_initialized():
         return rows
     return rows[dist.get_rank() :: dist.get_world_size()]
@@ -64,29 +64,29 @@ def own_share(rows: Tensor) -> Tensor:
 # %% ../../nbs/6_contrastive/5_swav.ipynb #d897b274
 @dataclass(frozen=True)
 class SwAVOptions(Method.Options):
-    "Options of SwAV; the defaults are the paper's (Sec. 3 and 4). Durations are shares of the run."
+    "Options of SwAV; the defaults are the paper's (Sec. 3 and 4). Durations are fractions of the run."
 
     backbone: str = 'resnet50'
-    drop_path: float = 0.0
-    projector_hidden: int = 2048
-    projector_dim: int = 128
-    prototypes: int = 3000
-    temperature: float = 0.1
-    epsilon: float = 0.05  # of the codes; smaller is sharper
+    drop_path: float = 0.0  # stochastic depth rate of the backbone
+    projector_hidden: int = 2048  # width of the projector's hidden layer
+    projector_dim: int = 128  # width of projections and prototypes
+    prototypes: int = 3000  # number of prototypes
+    temperature: float = 0.1  # of the predictions' softmax
+    epsilon: float = 0.05  # temperature of the codes; smaller is sharper
     iterations: int = 3  # rounds of Sinkhorn-Knopp; 0: a plain softmax, which collapses
-    freeze_prototypes: float = 1 / 200  # before they move
-    queue: int = 0  # projections of earlier batches, for batches smaller than the prototypes; 0: none
-    queue_start: float = 15 / 200
+    freeze_prototypes: float = 1 / 200  # share of the run during which the prototypes stay fixed
+    queue: int = 0  # earlier projections to keep, for batches smaller than `prototypes`; 0: none
+    queue_start: float = 15 / 200  # share of the run before the queue starts to fill; used once full
 
 # %% ../../nbs/6_contrastive/5_swav.ipynb #86968ecb
 @register_method('swav')
 class SwAV(Method):
     """Swapped assignments between views (Caron et al. 2020): each crop predicts the global crops' codes.
 
-    ValueError for options that leave nothing to predict."""
+    ValueError as in `check_swav`."""
 
-    queue: Any  # [G, queue, c], the newest first; None without
-    project: Callable[..., Tensor]  # grows below, as do others
+    queue: Any  # [G, queue, c], newest first; None if there is no queue
+    project: Callable[..., Tensor]  # added below with @patch, like others
     scores: Callable[..., Tensor]
     codes: Callable[..., Tensor]
     Options = SwAVOptions
@@ -104,7 +104,7 @@ class SwAV(Method):
 
 # %% ../../nbs/6_contrastive/5_swav.ipynb #dbb7e32b
 def check_swav(options: Any, views: Any) -> None:
-    "ValueError, in one line, for options of SwAV and its views that cannot be."
+    "Raises ValueError for options of SwAV or of its views that are out of range."
     o = options
     if views.n_global + views.n_local < 2:
         raise ValueError('swav: one crop has no other to predict it: set n_global=2, or more n_local')
@@ -129,7 +129,7 @@ def project(self: SwAV, views: Views) -> Tensor:
 
 @patch
 def scores(self: SwAV, z: Tensor) -> Tensor:
-    "Cosines of projections [..., width] and prototypes: [..., K], in float32 at least."
+    "Cosines of projections [..., width] with the prototypes: [..., K], in float32 at least."
     with torch.autocast(z.device.type, enabled=False):
         return self.prototypes(z)
 
@@ -137,7 +137,7 @@ def scores(self: SwAV, z: Tensor) -> Tensor:
 @patch
 @torch.no_grad()
 def codes(self: SwAV, scores: Tensor, with_queue: bool) -> Tensor:
-    "Codes [G, B, K] of the global crops' scores."
+    "Codes [G, B, K] of the global crops' scores [G, B, K]; with_queue: balanced with a full queue, too."
     o = self.options
     if not o.iterations:
         return (scores / o.epsilon).softmax(-1)
@@ -149,7 +149,7 @@ def codes(self: SwAV, scores: Tensor, with_queue: bool) -> Tensor:
 # %% ../../nbs/6_contrastive/5_swav.ipynb #10abd5f0
 @patch
 def training_step(self: SwAV, views: Views, values: dict) -> dict[str, Tensor]:
-    "The cross-entropy of codes and predictions; in training mode the projections enter the queue."
+    "{'swap': `swav_loss`}; in training mode, the global crops' projections enter the queue."
     z = self.project(views)
     scores, G = self.scores(z), len(views.crops[0])
     with_queue = self.queue is not None and bool(values.get('queued', 1.0))
@@ -161,7 +161,7 @@ def training_step(self: SwAV, views: Views, values: dict) -> dict[str, Tensor]:
 # %% ../../nbs/6_contrastive/5_swav.ipynb #fc4572fe
 @patch
 def schedules(self: SwAV, steps: int) -> dict[str, np.ndarray]:
-    "Whether prototypes are frozen (1) or not (0), and whether the queue is there."
+    "`frozen`: 1 while the prototypes are fixed, else 0; `queued`: 1 once the queue is on, else 0."
     o, step = self.options, np.arange(steps)
     frozen = step < round(o.freeze_prototypes * steps)
     return dict(frozen=frozen.astype(float), queued=(step >= round(o.queue_start * steps)).astype(float))
@@ -169,7 +169,7 @@ def schedules(self: SwAV, steps: int) -> dict[str, np.ndarray]:
 
 @patch
 def after_backward(self: SwAV, values: dict) -> None:
-    "The prototypes do not move while they are frozen."
+    "Drops the prototypes' gradient while they are frozen."
     if values.get('frozen'):
         self.prototypes.weight.grad = None
 
@@ -177,15 +177,15 @@ def after_backward(self: SwAV, values: dict) -> None:
 @patch
 @torch.no_grad()
 def after_step(self: SwAV, values: dict) -> None:
-    "Prototypes get back their length of 1."
+    "Scales the prototypes back to length 1."
     weight: Any = self.prototypes.weight
-    rows = weight.to_local() if hasattr(weight, 'to_local') else weight  # sharded by rows
+    rows = weight.to_local() if hasattr(weight, 'to_local') else weight  # may be a DTensor, sharded by rows
     rows.copy_(F.normalize(rows, dim=1))
 
 # %% ../../nbs/6_contrastive/5_swav.ipynb #bd387463
 @patch(cls_method=True)
 def check(cls: SwAV, recipe: Any) -> None:
-    "ValueError, in one line, for options that do not go together."
+    "Raises ValueError for options that are out of range or contradict each other."
     check_swav(recipe, recipe)
     if recipe.queue:
         check_queue(recipe.queue, recipe.batch_size)
@@ -193,16 +193,16 @@ def check(cls: SwAV, recipe: Any) -> None:
 
 @patch
 def dry_step(self: SwAV, views: Views, values: dict) -> Tensor:
-    "All scores; codes need numbers."
+    "Sum of all scores: a dry run has no values to compute codes from."
     return self.scores(self.project(views)).sum()
 
 
 @patch
 @torch.no_grad()
 def stuck(self: SwAV, views: Views, values: dict) -> dict[str, str]:
-    "All images at one prototype, and nothing left to predict."
+    "Reports 'swap' as collapsed if all images are at one prototype and the loss is near 0."
     used = self.scores(self.project(views))[0].argmax(1).unique()
-    loss = self.training_step(views, values)['swap']  # all processes ask for it: they share a table
+    loss = self.training_step(views, values)['swap']  # on every process, since Sinkhorn-Knopp needs them all
     if len(used) > 1 or loss > 0.05 * np.log(self.options.prototypes):
         return {}
     line = "'swap' has collapsed: all images are at one prototype. Keep iterations above 0"

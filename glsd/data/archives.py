@@ -32,7 +32,7 @@ NETWORK = (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTT
 
 
 def progress(*args: Any, **kwargs: Any) -> tqdm:
-    "A tqdm bar that shows only what takes longer than two seconds."
+    "A tqdm bar that appears only after two seconds."
     return tqdm(*args, delay=2, mininterval=1, **kwargs)
 
 
@@ -41,12 +41,12 @@ def _size(path: Path) -> int:
 
 # %% ../../nbs/2_data/6_archives.ipynb #ca148597
 def _append(url: str, part: Path) -> None:
-    "One request for what is missing in `part`; ConnectionError if the response ends early."
+    "Make one request for what `part` lacks. ConnectionError if the response ends early."
     have = _size(part)
     request = urllib.request.Request(url, headers={'Range': f'bytes={have}-'} if have else {})
     with urllib.request.urlopen(request, timeout=60) as response:
         if response.status != 206:
-            have = 0  # the server starts from the first byte
+            have = 0  # the server ignores the range and sends the whole file
         length = response.headers['Content-Length']
         total = have + int(length) if length else None
         bar = progress(desc=part.stem, initial=have, total=total, unit='B', unit_scale=True)
@@ -71,9 +71,9 @@ def md5sum(path: str | os.PathLike) -> str:
 
 # %% ../../nbs/2_data/6_archives.ipynb #35067efe
 def download(url: str, path: str | os.PathLike, md5: str | None = None) -> Path:
-    """url -> path, by way of `path.part`, from where an earlier call stopped; does nothing if `path` exists.
+    """Download url to `path` via `path.part`, resuming an earlier call; does nothing if `path` exists.
 
-    FetchError in one line: no network, an error of the server, a wrong sum. InUseError during another call.
+    Raises a one-line FetchError (no network, server error, wrong md5), InUseError during another call.
     """
     path, part = Path(path), Path(f'{path}.part')
     if path.exists():
@@ -91,7 +91,7 @@ def download(url: str, path: str | os.PathLike, md5: str | None = None) -> Path:
 
 # %% ../../nbs/2_data/6_archives.ipynb #870b183a
 def _request_more(url: str, part: Path) -> bool:
-    "One more request; whether `part` is whole now. FetchError if it brought nothing."
+    "Make one more request; returns whether `part` is complete. FetchError if it brought nothing."
     have = _size(part)
     try:
         _append(url, part)
@@ -99,7 +99,7 @@ def _request_more(url: str, part: Path) -> bool:
         if e.code != 416:
             raise FetchError(f'{url}: the server says {e.code} {e.reason}') from None
         if (e.headers['Content-Range'] or '') != f'bytes */{have}':
-            part.unlink()  # longer than the file
+            part.unlink()  # it is longer than the file
         return part.exists()
     except NETWORK as e:
         if _size(part) > have:
@@ -115,9 +115,9 @@ Member = tuple[str, Open]
 
 
 def members(source: Path | IO[bytes]) -> Iterator[Member]:
-    """(name, open function) of each file in a folder, a zip or a tar (a path, or a binary file).
+    """(name, open function) of each file in a folder, a zip or a tar (a path; a tar also as a binary file).
 
-    Read while iterating. FetchError on an absolute path, a `..`, a link or a bomb in an archive.
+    Open while iterating. FetchError for an absolute path, a `..`, a link or a decompression bomb.
     """
     if isinstance(source, Path) and source.is_dir():
         yield from _of_folder(source)
@@ -144,7 +144,7 @@ def _of_zip(path: Path) -> Iterator[Member]:
 
 def _of_tar(source: Path | IO[bytes]) -> Iterator[Member]:
     room = _room(source)
-    # a tar in a tar must not be compressed: its size is seen from outside, that of a bomb in it would not be
+    # a tar in a tar must be uncompressed: the outer size check would not see a bomb inside a compressed one
     opened = tarfile.open(source) if isinstance(source, Path) else tarfile.open(fileobj=source, mode='r:')
     with opened as tar:
         for m in tar:
@@ -161,7 +161,7 @@ def _name(source: Any) -> Any:
 
 
 def _room(source: Path | IO[bytes]) -> int:
-    "How many bytes an archive may unpack to: images hardly shrink, and what shrinks a lot is a bomb."
+    "How many bytes an archive may unpack to: images hardly compress, so a high ratio means a bomb."
     return max(2**30, 100 * (_size(source) if isinstance(source, Path) else 0))
 
 
@@ -176,7 +176,7 @@ def _inside(name: str, source: Any, room: int) -> str:
 
 # %% ../../nbs/2_data/6_archives.ipynb #b584c43d
 def copy_out(open_: Open, path: Path) -> None:
-    "Write what `open_()` reads to `path`, by way of `.NAME.part`, making its folder; not if it is there."
+    "Copy what `open_()` reads to `path` via `.NAME.part`; make its folder; skip if the size is the same."
     with open_() as f:
         if path.exists() and path.stat().st_size == f.seek(0, os.SEEK_END):
             return

@@ -38,7 +38,7 @@ ARCHIVE_ERRORS = (
     EOFError,
     zlib.error,
     lzma.LZMAError,
-    RuntimeError,  # of zipfile: encrypted, or packed in a way that it does not know
+    RuntimeError,  # from zipfile: encrypted, or an unknown compression
 )
 CONTENT_ERRORS = (pickle.UnpicklingError, struct.error, ValueError, TypeError, KeyError, IndexError)
 BROKEN = ARCHIVE_ERRORS + CONTENT_ERRORS
@@ -46,20 +46,20 @@ AS_IT_IS = 'verify=False, --no-verify: take it as it is'
 
 # %% ../../nbs/2_data/8_fetching.ipynb #5968db0b
 def get(name: str, root: str | os.PathLike, source: Any = None, verify: bool = True) -> Path:
-    """Fetch or lay out a data set as `root/name/{train,val}/CLASS/*` -> that folder; nothing if it is there.
+    """Fetch a data set, lay it out as `root/name/{train,val}/CLASS/*` (once) and return `root/name`.
 
-    `name`: of `DATASETS`. `source`: an archive (others that belong to it lie beside), a folder with the
-    archives or with their contents, or the URL of a mirror; None downloads. `verify=False` takes archives
-    whose sums and numbers of images differ. A call that was killed goes on with the same archives.
-    In one line: ValueError (an unknown name), FileNotFoundError (no such source), FetchError, or InUseError
-    while another process fetches the same.
+    `name`: one of `DATASETS`. `source`: an archive (with others that it needs beside it), a folder with the
+    archives or with their contents, or the URL of a mirror; None downloads. `verify=False` accepts archives
+    with other md5 sums or numbers of images. The same call resumes one that was killed.
+    Raises one-line errors: ValueError (unknown name), FileNotFoundError (no such source), FetchError, or
+    InUseError while another process fetches the same data set.
     """
     name = _known_name(name)
     data, out = DATASETS[name], Path(root) / name
     if _is_finished(out):
         return out
     with file_lock(out.with_name(f'.{name}.lock'), out), _errors_of_sources(name, root):
-        if not _is_finished(out):  # by another call, just now
+        if not _is_finished(out):  # another call may just have finished it
             _make(data, source, out, verify)
     return out
 
@@ -75,7 +75,7 @@ def _known_name(name: str) -> str:
 
 
 def _is_finished(out: Path) -> bool:
-    "Whether the data set is there. FetchError if something else is."
+    "Whether `out` is a finished data set. FetchError if it holds something else."
     if (out / 'dataset.json').exists():
         return True
     if out.exists() and any(out.iterdir()):
@@ -86,7 +86,7 @@ def _is_finished(out: Path) -> bool:
 # %% ../../nbs/2_data/8_fetching.ipynb #aebde860
 @contextmanager
 def _errors_of_sources(name: str, root: Any) -> Iterator[None]:
-    "What a broken archive or a full disk raises, as a FetchError of one line."
+    "Turn errors from a broken archive or a full disk into a one-line FetchError."
     try:
         yield
     except (FetchError, InUseError):
@@ -103,7 +103,7 @@ def _errors_of_sources(name: str, root: Any) -> Iterator[None]:
 
 # %% ../../nbs/2_data/8_fetching.ipynb #89a0a592
 def _make(data: DataSet, source: Any, out: Path, verify: bool) -> None:
-    "Lays out and counts. A failure leaves nothing; a kill leaves what the next call goes on from."
+    "Lay out and count the images. A failure leaves nothing behind; after a kill, the next call resumes."
     archive, others = _find(data, source, out.parent, verify)
     stage = out.with_name(f'.{out.name}.part')
     _begin(stage, [archive, *(a for a in others if a)])
@@ -122,11 +122,11 @@ def _make(data: DataSet, source: Any, out: Path, verify: bool) -> None:
         ours.unlink()
 
 # %% ../../nbs/2_data/8_fetching.ipynb #a38e8c85
-BEGUN = '.archives'  # in a folder that is being filled: from which archives
+BEGUN = '.archives'  # a file in a folder that is being filled: names the archives
 
 
 def _begin(stage: Path, archives: list[Path]) -> None:
-    "An empty folder `stage`; or what a killed call left there, if it came from the very same archives."
+    "Make an empty folder `stage`, or keep what a killed call left there from the very same archives."
     stats = [(str(a.resolve()), a.stat().st_size, a.stat().st_mtime_ns) for a in archives]
     note = stage / BEGUN
     if archives[0].is_dir() or not note.exists() or note.read_text() != repr(stats):
@@ -150,7 +150,7 @@ def _checked_counts(data: DataSet, archive: Path, stage: Path, verify: bool) -> 
 
 
 def _odd_class(splits: list[Path]) -> str:
-    "Words on a class that one split has and another has not."
+    "Text about a class that one split has and another lacks, or ''."
     classes = {d.name: {c.name for c in d.iterdir()} for d in splits}
     for split, names in classes.items():
         if missing := sorted(set.union(*classes.values()) - names):
@@ -158,7 +158,7 @@ def _odd_class(splits: list[Path]) -> str:
     return ''
 
 # %% ../../nbs/2_data/8_fetching.ipynb #dc286c24
-Found = tuple[Path, list[Path | None]]  # the archive, and those that belong to it: None where there is none
+Found = tuple[Path, list[Path | None]]  # the archive, and the others that it needs (None: missing)
 
 
 def _is_url(source: Any) -> bool:
@@ -166,11 +166,11 @@ def _is_url(source: Any) -> bool:
 
 
 def _downloaded(root: Path, file: str) -> Path:
-    return root / f'.{file}'  # hidden: an archive without the dot is the user's
+    return root / f'.{file}'  # hidden: an archive without the dot belongs to the user
 
 
 def _find(data: DataSet, source: Any, root: Path, verify: bool) -> Found:
-    "The archives of a data set (downloaded where needed; sums checked), or the folder with their contents."
+    "The archives of a data set (downloaded if needed, md5 checked), or the folder with their contents."
     if source is None or _is_url(source):
         return _download(data, source, root, verify)
     path = Path(source)
@@ -180,7 +180,7 @@ def _find(data: DataSet, source: Any, root: Path, verify: bool) -> Found:
         path = path / data.file
     others = [_beside(path, file) for file in data.others]
     missing = ' and '.join(file for file, other in zip(data.others, others) if not other)
-    if verify and missing and path.is_file():  # said before hours of work
+    if verify and missing and path.is_file():  # say so before hours of work
         raise FetchError(f'{missing} must lie beside {path} ({AS_IT_IS})')
     for archive, md5 in zip([path, *others], data.archives.values()):
         if verify and archive and archive.is_file():
@@ -189,7 +189,7 @@ def _find(data: DataSet, source: Any, root: Path, verify: bool) -> Found:
 
 # %% ../../nbs/2_data/8_fetching.ipynb #8e87461e
 def _download(data: DataSet, source: Any, root: Path, verify: bool) -> Found:
-    "From the address of the data set, or from a mirror: there the other archives are beside the first."
+    "Download the archives from the data set's site, or from a mirror that has all of them in one folder."
     if source is None and not data.url:
         advice = 'download it there, then give it, or the folder that it is in, as the source'
         raise FetchError(f'{data.file} needs an account at its site: {advice}')
@@ -199,13 +199,13 @@ def _download(data: DataSet, source: Any, root: Path, verify: bool) -> Found:
         url = first if file == data.file else f'{first.rpartition("/")[0]}/{file}'
         path, checked = _downloaded(root, file), verify or not source
         if checked and path.exists() and md5sum(path) != md5:
-            path.unlink()  # from a call that did not check
+            path.unlink()  # left by a call that did not check
         paths.append(download(url, path, md5 if checked else None))
     return paths[0], [*paths[1:]]
 
 
 def _beside(path: Path, file: str) -> Path | None:
-    "An archive in the folder `path`, or in the folder that `path` is in."
+    "Path of the archive `file` in `path`, or in the folder that holds `path`; None if there is none."
     return next((d / file for d in (path, path.parent) if (d / file).is_file()), None)
 
 
@@ -216,7 +216,7 @@ def _check(archive: Path, md5: str) -> None:
 
 # %% ../../nbs/2_data/8_fetching.ipynb #bd93b19a
 def command(name: str, argv: Sequence[str] | None = None) -> int:
-    "The command line of one data set -> exit code; wrong input ends with one line and 2."
+    "The command line of one data set -> exit code: 0, or 2 after a one-line message."
     parser = argparse.ArgumentParser(description=DATASETS[name].lay_out.__doc__)
     parser.add_argument('--root', required=True, help=f'the data set is written to ROOT/{name}')
     files = ' and '.join(DATASETS[name].archives)

@@ -15,16 +15,16 @@ from typing import IO, Any
 
 try:
     import fcntl
-except ImportError:  # Windows has no record locks: two processes in one folder go unnoticed there
+except ImportError:  # Windows has no record locks: two processes in one folder are not detected
     fcntl = None  # type: ignore[assignment]
 
 # %% ../../nbs/2_data/3_files.ipynb #52d0ce1c
 @contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[IO[bytes]]:
-    """A binary file that takes the place of `path` when the block ends well and its data are on the disk.
+    """Open a binary file that replaces `path` once the block has succeeded and the data are on disk.
 
-    Until then it is hidden beside `path`, under a name that no other call has: of several writers the last
-    to finish wins. If the block fails, what stood at `path` stays. OSError of one line for a full disk.
+    Until then it is a hidden file beside `path` with a unique name: of several writers, the last to finish
+    wins. If the block fails, `path` stays as it was. Raises a one-line OSError if the disk is full.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[IO[bytes]]:
 def _sync_folder(folder: Path) -> None:
     if os.name != 'posix':
         return
-    fd = os.open(folder, os.O_RDONLY)  # the new name is on the disk only once its folder is
+    fd = os.open(folder, os.O_RDONLY)  # the new name is on disk only after an fsync of its folder
     try:
         os.fsync(fd)
     finally:
@@ -61,10 +61,10 @@ def _is_disk_full(e: BaseException | None) -> bool:
 
 # %% ../../nbs/2_data/3_files.ipynb #2aabaab8
 class InUseError(ValueError):
-    "Another call or process is writing there; the message names the process."
+    "Another call or process holds the lock; the message names the process."
 
 
-_held: dict[str, tuple[int, object]] = {}  # lock file -> (process, the call that holds it)
+_held: dict[str, tuple[int, object]] = {}  # lock file -> (process id, the call that holds it)
 
 
 def _in_use(what: Any, process: Any) -> InUseError:
@@ -73,10 +73,10 @@ def _in_use(what: Any, process: Any) -> InUseError:
 # %% ../../nbs/2_data/3_files.ipynb #50f02216
 @contextmanager
 def file_lock(path: str | os.PathLike, what: Any = None) -> Iterator[None]:
-    """Holds the lock file `path` during the block. InUseError, at once, if another call or process holds it.
+    """Hold the lock file `path` during the block. InUseError, at once, if another call or process holds it.
 
-    `what` is the name of the thing in the message. The operating system drops the lock with the process,
-    so that a killed one leaves none behind; the file may stay, and means nothing then.
+    `what`: name of the locked thing, for the message. The operating system releases the lock when the
+    process ends, even if it is killed; a file that is left behind then locks nothing.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def file_lock(path: str | os.PathLike, what: Any = None) -> Iterator[None]:
     holder = _held.setdefault(key, me)
     if holder is not me and holder[0] == me[0]:
         raise _in_use(what or path, me[0])
-    _held[key] = me  # in place of an entry that a fork copied
+    _held[key] = me  # replaces an entry copied by a fork
     try:
         with _locked(path, what or path):
             yield
@@ -96,7 +96,7 @@ def file_lock(path: str | os.PathLike, what: Any = None) -> Iterator[None]:
 @contextmanager
 def _locked(path: Path, what: Any) -> Iterator[None]:
     f = _open_locked(path, what)
-    while not _stands_at(f, path):  # removed between our `open` and our `lockf`
+    while not _stands_at(f, path):  # the file was removed between our `open` and our `lockf`
         f.close()
         f = _open_locked(path, what)
     f.truncate(0)
@@ -106,7 +106,7 @@ def _locked(path: Path, what: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        if fcntl and os.getpid() == process:  # a fork has a copy of this frame, and no lock
+        if fcntl and os.getpid() == process:  # a forked child has this frame too, but not the lock
             path.unlink(missing_ok=True)
         f.close()
 
@@ -132,5 +132,5 @@ def _stands_at(f: IO[str], path: Path) -> bool:
 
 # %% ../../nbs/2_data/3_files.ipynb #03c4d421
 def folder_lock(folder: str | os.PathLike) -> Any:
-    "`file_lock` of the file `lock` in a folder, which is made if it is missing. InUseError if it is in use."
+    "`file_lock` on the file `lock` in a folder, created if missing. InUseError if the folder is in use."
     return file_lock(Path(folder) / 'lock', folder)

@@ -25,9 +25,9 @@ from .toyworld import Dataset, fingerprint_of
 
 # %% ../../nbs/2_data/4_folders.ipynb #97082381
 def to_rgb(img: Image.Image) -> Image.Image:
-    """Any PIL image -> 8-bit RGB as a viewer shows it: upright, alpha over white, of 16 bits the upper 8.
+    """Any PIL image -> 8-bit RGB as a viewer shows it: upright, alpha over white, upper 8 of 16 bits.
 
-    ValueError for float and 32-bit pixels, whose range a file does not tell.
+    Raises ValueError for float and 32-bit pixels, whose range is unknown.
     """
     img = ImageOps.exif_transpose(img)
     if img.mode == 'F':
@@ -67,8 +67,8 @@ def _decode(data: bytes) -> Tensor:
 def read_image(path: str | os.PathLike) -> Tensor:
     """File -> uint8 [3, H, W], RGB, upright (see `to_rgb`).
 
-    Plain JPEGs go through torchvision.io, all others through Pillow. Of an animation, the first frame.
-    FileNotFoundError, or ImageError naming the file: not an image, truncated, float pixels.
+    Plain JPEGs are decoded by torchvision.io, all others by Pillow (of an animation, the first frame).
+    Raises FileNotFoundError, or ImageError with the file's name: not an image, truncated, float pixels.
     """
     try:
         data = Path(path).read_bytes()
@@ -80,7 +80,7 @@ def read_image(path: str | os.PathLike) -> Tensor:
 
 # %% ../../nbs/2_data/4_folders.ipynb #3e939f92
 def decode_image(data: bytes, name: Any) -> Tensor:
-    "The bytes of an image file -> uint8 [3, H, W], as `read_image`; `name` is for the ImageError."
+    "Bytes of an image file -> uint8 [3, H, W], as `read_image`; the ImageError mentions `name`."
     try:
         return _decode(data)
     except Exception as e:  # decoders raise nearly anything on a broken file, SyntaxError included
@@ -88,7 +88,7 @@ def decode_image(data: bytes, name: Any) -> Tensor:
 
 
 def _reason(e: Exception) -> str:
-    text = str(e).rsplit('.cpp:', 1)[-1]  # torchvision puts its own source line in front
+    text = str(e).rsplit('.cpp:', 1)[-1]  # without torchvision's own source line in front
     if 'cannot identify' in text:
         return 'it is not an image, or of a format that Pillow does not know'
     if 'truncated' in text.lower():
@@ -100,7 +100,7 @@ SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.webp', '.tif', '.tiff', '
 
 
 def list_images(root: str | os.PathLike) -> list[str]:
-    "Sorted paths, relative to `root` and with forward slashes, of all image files below it (by suffix)."
+    "Sorted paths of all image files below `root` (by suffix), relative to it, with forward slashes."
     files = []
     for folder, below, names in os.walk(str(root), followlinks=True):
         here = os.path.realpath(folder)
@@ -112,21 +112,21 @@ def list_images(root: str | os.PathLike) -> list[str]:
 
 
 def _leads_up(folder: str, here: str) -> bool:
-    # a link to a folder that we are in would be walked without end
+    # a link to an enclosing folder would be walked forever
     return os.path.islink(folder) and (here + os.sep).startswith(os.path.realpath(folder) + os.sep)
 
 # %% ../../nbs/2_data/4_folders.ipynb #42555818
-KEPT = 2**28  # bytes: a folder whose decoded images fit into it decodes each once
+KEPT = 2**28  # bytes: if all decoded images fit, each is decoded once and kept in memory
 
 
-# In one cell, although it is long: type checkers know only the methods that stand in the class.
+# A long cell: type checkers see only methods that are defined inside the class.
 class ImageFolder:
     """The images below a folder, as a data set: `ds[i]` -> (uint8 [3, H, W], label).
 
-    The label is the first folder on an image's way from `root`, -1 for images directly in `root`.
-    `files`: only these, relative to `root` (a sequence, or a list file as `save_list` writes it).
-    `on_error='skip'` decodes each file once and leaves out what cannot be read (`.skipped`: messages).
-    FileNotFoundError (no folder, a listed file is missing) or ValueError (no image in it).
+    The label is the top-level folder below `root` that an image is in; -1 for images directly in `root`.
+    `files`: use only these, relative to `root` (a sequence, or a list file written by `save_list`).
+    `on_error='skip'` decodes each file once and leaves out unreadable ones (messages in `.skipped`).
+    Raises FileNotFoundError (folder, list or listed file missing) or ValueError (no readable image).
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class ImageFolder:
         return image, int(self.labels[i])
 
     def fingerprint(self) -> str:
-        "See `Dataset`; of a file count the name, the size and the time of the last change."
+        "See `Dataset`; computed from the files' names, sizes and modification times, and the labels."
         stats = [(self.root / f).stat() for f in self.files]
         files = [(f, s.st_size, s.st_mtime_ns) for f, s in zip(self.files, stats)]
         return fingerprint_of(type(self).__name__, files, self.labels.tolist())
@@ -173,8 +173,8 @@ def _labels(files: list[str]) -> tuple[list[str], np.ndarray]:
 
 
 def _readable(root: Path, files: list[str]) -> tuple[list[str], list[str]]:
-    "The files that can be read, and the messages about the others, with a warning."
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoders release the interpreter's lock
+    "The files that can be read, and messages about the others; warns if there are any."
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoders release the GIL
         problems = list(pool.map(lambda f: _problem(root / f), files))
     skipped = [p for p in problems if p]
     if skipped:
@@ -203,7 +203,7 @@ def _listed(root: Path, files: Sequence[str] | str | os.PathLike, on_error: str)
 
 # %% ../../nbs/2_data/4_folders.ipynb #bd5fb2c6
 def class_order(n: int, seed: int, c: int) -> np.ndarray:
-    "A permutation of range(n) fixed by (seed, class number): it sorts raw bits, which NumPy keeps stable."
+    "Permutation of range(n) fixed by seed and class c: sorts raw bits, the same in all NumPy versions."
     bits = np.random.Philox(key=np.array([seed, c], np.uint64)).random_raw(n)
     return np.argsort(bits, kind='stable')
 
@@ -227,9 +227,10 @@ class Subset:
 
 # %% ../../nbs/2_data/4_folders.ipynb #bd5a27be
 def balanced_subset(dataset: Dataset, per_class: int, seed: int = 0) -> Subset:
-    """`per_class` samples of each class, in the data set's order; nested in `per_class` for a seed.
+    """`per_class` samples of each class, in the data set's order.
 
-    ValueError without labels, or naming the class that has too few.
+    For one `seed`, larger subsets contain smaller ones. Raises ValueError if there are no labels or a class
+    has too few images.
     """
     if per_class < 1:
         raise ValueError(f'per_class is {per_class}: take at least one image a class')
@@ -246,9 +247,9 @@ def balanced_subset(dataset: Dataset, per_class: int, seed: int = 0) -> Subset:
 
 # %% ../../nbs/2_data/4_folders.ipynb #bb93961b
 def save_list(dataset: Dataset, path: str | os.PathLike) -> None:
-    """Writes the relative paths of an ImageFolder, or of a Subset of one, one a line.
+    """Write the relative paths of an ImageFolder, or of a Subset of one, one per line.
 
-    Load it with `ImageFolder(root, files=path)`. ValueError for images that are not files of their own.
+    Load with `ImageFolder(root, files=path)`. Raises ValueError if the images are not single files.
     """
     text = ''.join(f'{f}\n' for f in _relative_paths(dataset))
     with atomic_write(path) as f:

@@ -23,7 +23,7 @@ WNID = r'n\d{8}'
 
 
 def _entries(source: Path) -> Iterator[tuple[str, Path | Open]]:
-    "(name, folder or how to open it) of what is in a tar or a folder; a class beside its own tar only once."
+    "(name, folder or open function) of each entry of a tar or folder; WNID.tar is left out beside WNID."
     if not source.is_dir():
         yield from members(source)
         return
@@ -34,7 +34,7 @@ def _entries(source: Path) -> Iterator[tuple[str, Path | Open]]:
 
 
 def _classes(source: Path, wanted: Collection[str] = ()) -> Iterator[tuple[int, str, Path | Open]]:
-    "(number, wnid, folder or how to open its tar) of each wanted class; default: all."
+    "(number, wnid, folder or open function of its tar) of each wanted class; default: all."
     names = sorted(name for name, _ in _entries(source) if re.fullmatch(WNID + r'(\.tar)?', name))
     for name, where in _entries(source):
         if name in names and (not wanted or name[:9] in wanted):
@@ -47,7 +47,7 @@ def _images(where: Path | Open) -> Iterator[Member]:
 
 
 def _place(where: Path | Open, folder: Path, names: Collection[str] = ()) -> None:
-    "Copies the named images (default: all) out of a tar, or links those of a folder."
+    "Copy the named images (default: all) out of a tar, or link them if they are in a folder."
     folder.mkdir(parents=True, exist_ok=True)
     for name, open_ in _images(where):
         if names and name not in names:
@@ -62,7 +62,7 @@ def _link(file: Path, path: Path) -> None:
     try:
         os.link(file, path)
     except OSError:
-        os.symlink(file, path)  # on another disk, or of another user
+        os.symlink(file, path)  # the file is on another disk, or another user's
 
 # %% ../../nbs/2_data/12_imagenet.ipynb #4b89455d
 def _wnids(mat: bytes) -> list[str]:
@@ -77,7 +77,7 @@ def _wnids(mat: bytes) -> list[str]:
 
 
 def _devkit_labels(devkit: Path) -> dict[int, str]:
-    "Number of a validation image, from 1 -> its wnid."
+    "Number of each validation image (from 1) -> its wnid."
     texts = {}
     for name, open_ in members(devkit):
         if name.endswith(('meta.mat', 'ground_truth.txt')):
@@ -97,7 +97,7 @@ VAL = {
 def _val(
     source: Path, out: Path, images: Path | None, devkit: Path | None, wanted: Collection[str] = ()
 ) -> None:
-    "The wanted classes from the folders `val/WNID`, or by the devkit from a tar or a folder `val` of images."
+    "Lay out the wanted classes from folders `val/WNID`, or, with the devkit, from a tar or folder of images."
     beside = source if (source / 'train').is_dir() else source.parent
     folders = [d for d in (beside / 'val').glob('*') if re.fullmatch(WNID, d.name)]
     for d in folders:
@@ -117,8 +117,8 @@ def _val(
 def imagenet1k(source: Path, out: Path, val: Path | None = None, devkit: Path | None = None) -> None:
     """ImageNet-1k as `train/WNID/*.JPEG` and `val/WNID/*.JPEG`.
 
-    `source`: the training tar, or a folder with `train/WNID/*`, `WNID/*` or `WNID.tar` (linked, not copied).
-    Beside it: `val/WNID/*`, or the tar of the validation images and the devkit.
+    `source`: the training tar, or a folder with `WNID.tar`, or with `WNID/*` or `train/WNID/*` (whose files
+    are linked, not copied). Beside it: `val/WNID/*`, or the tar of the validation images and the devkit.
     """
     _both(source, out, val, devkit)
 
@@ -131,7 +131,7 @@ def _both(
     _val(source, out / 'val', val, devkit, wanted)
 
 # %% ../../nbs/2_data/12_imagenet.ipynb #7223ecdd
-PERCENT = {1: 10, 2: 20, 5: 50, 10: 100, 20: 200}  # per cent -> images a class
+PERCENT = {1: 10, 2: 20, 5: 50, 10: 100, 20: 200}  # per cent -> images per class
 
 
 @dataset(*TRAIN, others=VAL, train=200_000, val=50_000)
@@ -173,6 +173,6 @@ n04517823 n04589890 n04592741 n07714571 n07715103 n07753275 n07831146 n07836838 
 def imagenet100(source: Path, out: Path, val: Path | None = None, devkit: Path | None = None) -> None:
     """The 100 classes of ImageNet-1k in `IMAGENET100`, as `train/WNID/*.JPEG` and `val/WNID/*.JPEG`.
 
-    `source` and what is beside it: as for ImageNet-1k, of which it may be a finished folder.
+    `source` and what is beside it: as for ImageNet-1k; the finished folder of `imagenet1k` will do, too.
     """
     _both(source, out, val, devkit, IMAGENET100)

@@ -23,10 +23,10 @@ class DataSet(NamedTuple):
 
     file: str  # the name of its archive
     md5: str
-    url: str | None  # of the folder where its archives are; None: there is none without an account
+    url: str | None  # of the folder with its archives; None: the download needs an account
     counts: dict[str, int]  # images per split when complete
-    lay_out: Callable[..., None]  # (archive, or folder with its contents; empty folder to fill; *others)
-    others: dict[str, str] = {}  # further archives that belong to it, and their md5
+    lay_out: Callable[..., None]  # takes (archive, or folder with its contents; folder to fill; *others)
+    others: dict[str, str] = {}  # further archives that it needs -> their md5
 
     @property
     def archives(self) -> dict[str, str]:
@@ -40,7 +40,7 @@ DATASETS: dict[str, DataSet] = {}
 def dataset(
     file: str, md5: str, url: str | None = None, others: dict[str, str] | None = None, **counts: int
 ) -> Callable:
-    "Registers `lay_out(source, out, *others)` as the data set of its name; None for one that is not there."
+    "Decorator: registers `lay_out(source, out, *others)` under its name; a missing one of `others` is None."
 
     def register(lay_out: Callable[..., None]) -> Callable[..., None]:
         DATASETS[lay_out.__name__] = DataSet(file, md5, url, counts, lay_out, others or {})
@@ -54,7 +54,7 @@ class _ArraysOnly(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if name == '_reconstruct':
-            return np.empty(0).__reduce__()[0]  # its module's name differs between versions
+            return np.empty(0).__reduce__()[0]  # its module's name differs between NumPy versions
         if (module, name) in (('numpy', 'ndarray'), ('numpy', 'dtype')):
             return getattr(np, name)
         raise pickle.UnpicklingError(f'it wants to call {module}.{name}')
@@ -132,7 +132,7 @@ def food101(source: Path, out: Path) -> None:
             copy_out(open_, out / split[m[1]] / f'{m[1]}.jpg')
 
 # %% ../../nbs/2_data/7_layouts.ipynb #c6d7c0c7
-NCT_CRC = {'NCT-CRC-HE-100K': 'train', 'CRC-VAL-HE-7K': 'val'}  # archive, and folder in it -> split
+NCT_CRC = {'NCT-CRC-HE-100K': 'train', 'CRC-VAL-HE-7K': 'val'}  # archive name = folder in it -> split
 
 
 @dataset(
@@ -148,7 +148,6 @@ def nct_crc(source: Path, out: Path, val: Path | None = None) -> None:
     pattern = rf'(?:^|/)({"|".join(NCT_CRC)})/([A-Z]+/[\w-]+\.tif)$'
     for archive in (source, val) if val else (source,):
         for name, open_ in progress(members(archive), 'writing nct_crc'):
-            if m := re.search(
-                pattern, f'{archive.name}/{name}'
-            ):  # the name: of a folder that is given itself
+            # archive.name, as the source may be the folder NCT-CRC-HE-100K itself
+            if m := re.search(pattern, f'{archive.name}/{name}'):
                 copy_out(open_, out / NCT_CRC[m[1]] / m[2])

@@ -22,11 +22,11 @@ from .toyworld import Dataset
 from ..views.photometric import MEAN, STD, normalize
 
 # %% ../../nbs/2_data/5_loading.ipynb #2c87488e
-_ORDER = 2**64 - 1  # the index that no image has: the order of an epoch is drawn from it
+_ORDER = 2**64 - 1  # an index that no image has: seeds the order of an epoch
 
 
 def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
-    "The numpy Generator of a sample (Philox): a function of three integers >= 0, and of nothing else."
+    "numpy Generator (Philox) for a sample; depends on these three integers >= 0 only."
     key = np.array([seed, index], np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, epoch]))
 
@@ -37,14 +37,14 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 
 # %% ../../nbs/2_data/5_loading.ipynb #ffe3fe43
 def order_of(dataset: Any, seed: int, epoch: int) -> np.ndarray:
-    "The order of an epoch, int64 [n]: `dataset.order(seed, epoch)` where there is one, or `epoch_order`."
+    "Order of an epoch, int64 [n]: `dataset.order(seed, epoch)` if it has that method, else `epoch_order`."
     if hasattr(dataset, 'order'):
         return dataset.order(seed, epoch)
     return epoch_order(len(dataset), seed, epoch)
 
 # %% ../../nbs/2_data/5_loading.ipynb #56dd813d
 class _ViewBatches:
-    "`batches[epoch, indices]` -> Views; what a worker process holds."
+    "`batches[epoch, indices]` -> Views; each worker process gets a copy."
 
     def __init__(self, dataset: Dataset, multicrop: Any, seed: int):
         self.dataset, self.multicrop, self.seed = dataset, multicrop, seed
@@ -60,14 +60,14 @@ class _ViewBatches:
 
 # %% ../../nbs/2_data/5_loading.ipynb #c7f8d072
 class LoaderError(RuntimeError):
-    "A worker process has exited."
+    "A worker process has exited unexpectedly."
 
 
 @contextmanager
 def worker_errors() -> Iterator[None]:
-    """In this block the unexpected exit of a worker is a `LoaderError` of one line.
+    """Turn the unexpected exit of a worker during the block into a one-line `LoaderError`.
 
-    PyTorch raises it from a signal, wherever this process is just then: put the whole loop into the block.
+    PyTorch reports it from a signal handler, at any point of this process: put the whole loop in the block.
     """
     try:
         yield
@@ -80,7 +80,7 @@ def worker_errors() -> Iterator[None]:
 
 # %% ../../nbs/2_data/5_loading.ipynb #c5e1a576
 class _ErrorsAsValues:
-    "Returns errors about the data instead of raising them: they leave a worker without its traceback."
+    "Return data errors instead of raising them, so that they leave a worker without its traceback."
 
     def __init__(self, batches: Any):
         self.batches = batches
@@ -95,8 +95,8 @@ class _ErrorsAsValues:
 class Loader:
     """Iterates over `batches[key]` for each key in `keys`, made in this process or in `workers` others.
 
-    `pin_memory`: in pinned memory, where there is a GPU. Errors about the data are raised as they are,
-    LoaderError when a worker exits.
+    `pin_memory`: use pinned memory if there is a GPU. Data errors (ValueError, OSError) are raised as they
+    are; LoaderError if a worker exits.
     """
 
     def __init__(self, batches: Any, keys: Any, workers: int = 0, pin_memory: bool = False):
@@ -117,13 +117,13 @@ class Loader:
 # %% ../../nbs/2_data/5_loading.ipynb #2df5036d
 def _data_loader(batches: Any, keys: Any, workers: int, pin_memory: bool) -> DataLoader:
     return DataLoader(
-        _ErrorsAsValues(batches),  # type: ignore[arg-type]  # more than __getitem__ is not needed
-        batch_size=None,  # an item is a batch
+        _ErrorsAsValues(batches),  # type: ignore[arg-type]  # only __getitem__ is needed
+        batch_size=None,  # each item is a whole batch
         sampler=keys,
         num_workers=workers,
         collate_fn=_unchanged,
         pin_memory=pin_memory,
-        generator=torch.Generator(),  # DataLoader would otherwise draw from torch's global one
+        generator=torch.Generator(),  # otherwise DataLoader would draw from torch's global one
     )
 
 
@@ -143,11 +143,11 @@ def make_loader(
     rank: int = 0,
     world_size: int = 1,
 ) -> Loader:
-    """One epoch of `Views`, from batch number `start` on; `len()` is the number of batches still to come.
+    """One epoch of `Views`, from batch `start` on; `len()` is the number of batches from there.
 
-    The views of an image depend on (seed, epoch, its index) only. Of `world_size` processes, number `rank`
-    gets its equal part of every batch. ValueError for fewer images than a batch (with `drop_last`), a `start`
-    after the end of the epoch, or parts that are not equal.
+    The views of an image depend only on seed, epoch and its index. Process `rank` of `world_size` gets an
+    equal part of every batch. Raises ValueError for fewer images than a batch (with `drop_last`), a `start`
+    after the end of the epoch, or a batch that cannot be shared equally.
     """
     _check_batches(len(dataset), batch_size, world_size, drop_last)
     batches = _batches(order_of(dataset, seed, epoch), batch_size, drop_last)
@@ -178,14 +178,14 @@ def _check_batches(n: int, batch_size: int, world_size: int, drop_last: bool = T
 
 # %% ../../nbs/2_data/5_loading.ipynb #bcc291da
 def step_indices(dataset: Dataset, batch_size: int, seed: int, step: int) -> tuple[int, np.ndarray]:
-    "Epoch and indices [batch_size] of a step, over all processes; the first step is 0."
+    "Epoch and indices [batch_size] of a step, for all processes together; the first step is 0."
     epoch, batch = divmod(step, len(dataset) // batch_size)
     order = order_of(dataset, seed, epoch)
     return epoch, order[batch * batch_size : (batch + 1) * batch_size]
 
 # %% ../../nbs/2_data/5_loading.ipynb #52b2c051
 class _StepKeys:
-    "The (epoch, indices) of some steps: the part of process `rank`."
+    "Yields (epoch, indices) for each of `steps`: the part of process `rank`."
 
     def __init__(
         self, dataset: Dataset, batch_size: int, seed: int, steps: range, rank: int, world_size: int
@@ -218,10 +218,10 @@ def step_loader(
     world_size: int = 1,
     pin_memory: bool = False,
 ) -> Loader:
-    """The `Views` of steps `first_step` to `last_step` - 1 (the first of a run is 0), epoch after epoch.
+    """`Views` of steps `first_step` to `last_step` - 1, across epochs; the first step of a run is 0.
 
-    The workers live as long as the iteration. The batch of a step is the one that `make_loader` gives,
-    whatever the first step is. ValueError for fewer images than a batch, or parts that are not equal.
+    The workers live as long as the iteration. A step's batch is the same as from `make_loader`, whatever
+    `first_step` is. Raises ValueError for fewer images than a batch, or a batch that does not divide equally.
     """
     _check_batches(len(dataset), batch_size, world_size)
     keys = _StepKeys(dataset, batch_size, seed, range(first_step, last_step), rank, world_size)
@@ -232,9 +232,9 @@ CROP_PCT = 224 / 256
 
 
 def eval_crop(image: Tensor, size: int, crop_pct: float = CROP_PCT, interpolation: str = 'bicubic') -> Tensor:
-    """uint8 [3, H, W] -> uint8 [3, size, size]: shorter side to size / crop_pct, then the middle.
+    """uint8 [3, H, W] -> uint8 [3, size, size]: resize the shorter side to size / crop_pct, centre crop.
 
-    An image of size x size stays as it is. Of strips longer than 8 times their width, the middle is used.
+    An image of size x size is returned as is. Strips longer than 8 times their width are first cut to that.
     `interpolation`: 'bicubic' or 'bilinear', with antialiasing.
     """
     if image.shape[-2:] == (size, size):
@@ -274,7 +274,7 @@ def eval_loader(
     interpolation: str = 'bicubic',
     pin_memory: bool = False,
 ) -> Loader:
-    "All images in order, by `eval_crop`: crops float32 [B, 3, size, size] normalised, labels [B], index [B]."
+    "All images in order: normalised `eval_crop`s float32 [B, 3, size, size], labels [B], indices [B]."
     crop = partial(eval_crop, size=size, crop_pct=crop_pct, interpolation=interpolation)
     keys = np.array_split(np.arange(len(dataset)), range(batch_size, len(dataset), batch_size))
     return Loader(_EvalBatches(dataset, crop, mean, std), keys, workers, pin_memory)

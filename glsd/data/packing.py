@@ -26,10 +26,10 @@ from .toyworld import Dataset
 def write_shards(
     source: Dataset | str | os.PathLike, out: str | os.PathLike, per_shard: int = 1000, seed: int | None = 0
 ) -> ShardFolder:
-    """A data set, or a folder of images, -> tar shards in the folder `out`, returned as a `ShardFolder`.
+    """Write a data set, or a folder of images, as tar shards to the folder `out` -> its `ShardFolder`.
 
-    `per_shard` images a file, shuffled by `seed` (None: in the source's order). An interrupted call is
-    continued by the same call. ValueError if `out` holds something else.
+    `per_shard` images per file, shuffled by `seed` (None: in the source's order). The same call resumes an
+    interrupted one. Raises ValueError if `out` holds something else.
     """
     dataset = ImageFolder(source) if isinstance(source, (str, os.PathLike)) else source
     if per_shard < 1:
@@ -74,7 +74,7 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def _encoded(dataset: Dataset, i: int) -> tuple[bytes, str]:
-    "The bytes of the file of image i, and its suffix."
+    "Image i as the bytes of an image file, and the file's suffix."
     if isinstance(dataset, Subset):
         return _encoded(dataset.dataset, int(dataset.indices[i]))
     if isinstance(dataset, ShardFolder):

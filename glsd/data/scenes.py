@@ -14,13 +14,13 @@ import numpy as np
 
 # %% ../../nbs/2_data/1_scenes.ipynb #1a0d35ac
 def triangle_wave(t: np.ndarray) -> np.ndarray:
-    "A wave of period 1: 1 at whole numbers, 0 half way between, straight between; values uniform in 0..1."
+    "Triangle wave of period 1: 1 at integers, 0 halfway, linear in between; its values are uniform in 0..1."
     return np.abs(2 * (t - np.floor(t)) - 1)
 
 # %% ../../nbs/2_data/1_scenes.ipynb #9e9669e4
 def _dots(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     du, dv = u - np.rint(u), v - np.rint(v)
-    return 1 - np.float32(np.pi) * (du * du + dv * dv)  # too low beyond d = 1/2, where it is clipped anyway
+    return 1 - np.float32(np.pi) * (du * du + dv * dv)  # too low for d > 1/2, where it is clipped anyway
 
 # %% ../../nbs/2_data/1_scenes.ipynb #8b26ba7b
 def _checks(u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -66,16 +66,16 @@ SHAPES: dict[str, Function] = {  # (x, y) -> below 1 inside; all have the area o
 # %% ../../nbs/2_data/1_scenes.ipynb #28599aa8
 @dataclass(frozen=True)
 class Scene:
-    "`n` objects of one class before three crossing waves; float32, in units of the side of the image."
+    "`n` objects of one class in front of three crossing waves; float32, lengths in image sides."
 
     label: int
     centre: np.ndarray  # [n, 2] (x, y), y down
-    radius: np.ndarray  # [n] of the disc of the same area
-    angle: np.ndarray  # [n] of the object, radians
+    radius: np.ndarray  # [n] radius of a disc of the same area
+    angle: np.ndarray  # [n] rotation of the object, radians
     grain: np.ndarray  # [n, 3] texture: periods per side, angle relative to the shape, phase
-    tone: np.ndarray  # [n + 1, 2, 3] RGB of its two tones; the last are the background's
+    tone: np.ndarray  # [n + 1, 2, 3] RGB of its two tones; the last pair is the background's
     waves: np.ndarray  # [3, 3] background: periods per side along x and y, phase
-    soft: bool = True  # edges: a pixel that an edge crosses is covered in part, or wholly or not at all
+    soft: bool = True  # True: edge pixels are covered in part; False: wholly or not at all
 
 # %% ../../nbs/2_data/1_scenes.ipynb #6127d70a
 Uniform = Callable[..., np.ndarray]  # (low, high, *shape) -> float32
@@ -93,7 +93,7 @@ def _uniform_of(rng: np.random.Generator) -> Uniform:
 
 # %% ../../nbs/2_data/1_scenes.ipynb #50a6108a
 def _tones(rng: np.random.Generator, u: Uniform, n: int, background: float) -> np.ndarray:
-    "RGB [n, 2, 3] of two tones each; the last row is the background's, with that share of the contrast."
+    "RGB [n, 2, 3] of n pairs of tones; the last is the background's, its contrast times `background`."
     contrast = u(0.3, 0.4, n, 1, 1)
     contrast[-1] *= background
     contrast[rng.random(n) < 0.5] *= -1  # dark on light, or light on dark
@@ -107,9 +107,9 @@ def _waves(rng: np.random.Generator) -> np.ndarray:
 
 # %% ../../nbs/2_data/1_scenes.ipynb #8798b07e
 def draw_scene(rng: np.random.Generator, label: int) -> Scene:
-    """Four objects before a nearly flat background; everything but the class comes from `rng`.
+    """Draw four objects in front of a nearly flat background; all but the class comes from `rng`.
 
-    Each object has a place, size, angle, pair of tones and phase of its own."""
+    Each object has its own place, size, angle, pair of tones and phase."""
     u = _uniform_of(rng)
     centre = _quadrants(0.25, 0.75)[rng.permutation(4)] + u(-0.25, 0.25, 4, 2)
     radius = -np.sort(-u(0.14, 0.26, 4))  # the smaller ones in front, so that none is hidden
@@ -135,11 +135,11 @@ def _columns(a: np.ndarray) -> Iterator[np.ndarray]:
 
 # %% ../../nbs/2_data/1_scenes.ipynb #d658a587
 def layers(scene: Scene, size: int, shape: str, texture: str) -> tuple[np.ndarray, np.ndarray]:
-    "What every object would cover, and its pattern: two arrays [n, size, size] between 0 and 1."
+    "Each object's coverage if nothing hid it, and its pattern: two arrays [n, size, size] in 0..1."
     at = (np.arange(size, dtype=np.float32) + 0.5) / size
     (cx, cy), (periods, tilt, phase) = _columns(scene.centre), _columns(scene.grain)
     radius, angle = _columns(np.stack([scene.radius, scene.angle], -1))
-    dx, dy = at - cx, at[:, None] - cy  # [n, 1, W] and [n, H, 1]: nothing large yet
+    dx, dy = at - cx, at[:, None] - cy  # [n, 1, W] and [n, H, 1]: still small
     x, y = _turn(dx, dy, angle, 1 / radius)
     covered = np.clip(0.5 + radius * size - radius * size * SHAPES[shape](x, y), 0, 1)
     if not scene.soft:
@@ -149,7 +149,7 @@ def layers(scene: Scene, size: int, shape: str, texture: str) -> tuple[np.ndarra
 
 # %% ../../nbs/2_data/1_scenes.ipynb #6ab31457
 def paint(scene: Scene, size: int, shape: str, texture: str) -> tuple[np.ndarray, np.ndarray]:
-    "Image [3, size, size], mostly in 0..1, and the visible part of every object, bool [n, size, size]."
+    "Image [3, size, size], mostly in 0..1, and each object's visible mask, bool [n, size, size]."
     at = (np.arange(size, dtype=np.float32) + 0.5) / size
     a, b, phase = _columns(scene.waves)
     image = _mix(scene.tone[-1], triangle_wave(a * at + b * at[:, None] + phase).sum(0) / 3)
@@ -172,7 +172,7 @@ def _places(rng: np.random.Generator, u: Uniform) -> tuple[np.ndarray, np.ndarra
 
 # %% ../../nbs/2_data/1_scenes.ipynb #4aa7cc5d
 def draw_scene_before_waves(rng: np.random.Generator, label: int) -> Scene:
-    "One to three objects before waves at a quarter of their contrast; all but the class comes from `rng`."
+    "Draw 1 to 3 objects in front of waves of a quarter of their contrast; all but the class is from `rng`."
     u = _uniform_of(rng)
     centre, radius = _places(rng, u)
     n = len(radius)

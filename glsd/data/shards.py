@@ -27,7 +27,7 @@ INDEX, PLAN = 'index.npz', 'shards.json'
 
 
 class _Members:
-    "The image files in the shards of a folder, by number."
+    "The image files in the shards of a folder, accessed by number."
 
     def __init__(self, root: Path, shards: list[str], index: dict[str, np.ndarray]):
         self.root, self.shards, self.shard = root, shards, index['shard']
@@ -40,7 +40,7 @@ class _Members:
         return f'{self.root / self.shards[self.shard[i]]}: {self._name[i].decode()}'
 
     def keys(self) -> list[str]:
-        "The key of each image: its name without folders' dots and suffix, see `split_name`."
+        "The key of each image: its member name without the suffix, see `split_name`."
         return [split_name(name.decode())[0] for name in self._name]
 
     def __getstate__(self) -> dict:
@@ -71,14 +71,14 @@ class _Reader(_Members):
         return f
 
 # %% ../../nbs/2_data/10_shards.ipynb #487d8b63
-# In one cell, although it is long: type checkers know only the methods that stand in the class.
+# A long cell: type checkers see only methods that are defined inside the class.
 class ShardFolder(_Reader):
     """Images in tar files, as a data set: `ds[i]` -> uint8 [3, H, W] and label, reading that image only.
 
-    `root` holds *.tar by webdataset's convention: KEY.jpg (or another image) and KEY.cls, or KEY.json with
-    "label", or neither. Classes are named in shards.json as `write_shards` makes it, and numbers otherwise.
-    `window`: how many shards an epoch mixes at a time, see `order`. FileNotFoundError or ShardError: no
-    shards, a missing or truncated one, labels that do not fit; on access ImageError or ShardError.
+    `root` holds *.tar in webdataset's convention: KEY.jpg (or another image type) and KEY.cls, or KEY.json
+    with "label", or neither. Classes are named by the shards.json of `write_shards`, else by numbers.
+    `window`: how many shards an epoch mixes at a time, see `order`. FileNotFoundError without a folder,
+    ShardError for no shards, a missing or truncated one, bad labels; on access ImageError or ShardError.
     """
 
     def __init__(self, root: str | os.PathLike, window: int = 8):
@@ -101,18 +101,18 @@ class ShardFolder(_Reader):
         return decode_image(self.read(i), self.name(i)), int(self.labels[i])
 
     def fingerprint(self) -> str:
-        "See `Dataset`; of a shard count the name, the size and the time of the last change."
+        "See `Dataset`; computed from the shards' names, sizes and modification times, and the labels."
         shards = list(zip(self.shards, self._stats.tolist()))
         return fingerprint_of(type(self).__name__, shards, self.labels.tolist())
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
-        "The order of an epoch, int64 [n], of (seed, epoch) only: `window` shuffled shards mixed at a time."
+        "Order of an epoch, int64 [n], from seed and epoch only: shuffled shards, `window` mixed at a time."
         turn = sample_rng(seed, epoch, _SHARDS).permutation(len(self.shards)) // self.window
         order = epoch_order(len(self), seed, epoch)
         return order[np.argsort(turn[self.shard[order]], kind='stable')]
 
 
-_SHARDS = 2**64 - 2  # an index that no image has: the order of the shards is drawn from it
+_SHARDS = 2**64 - 2  # an index that no image has: seeds the order of the shards
 
 # %% ../../nbs/2_data/10_shards.ipynb #7d1ad144
 def _classes(root: Path, shards: list[str], labels: np.ndarray, plan: dict) -> list[str]:
@@ -126,7 +126,7 @@ def _classes(root: Path, shards: list[str], labels: np.ndarray, plan: dict) -> l
 
 
 def read_plan(root: Path) -> dict:
-    "What `shards.json` says of the shards in a folder; {} if there is none. ShardError if it is broken."
+    "Contents of `shards.json` in a folder; {} if there is none. ShardError if it is not JSON."
     try:
         return json.loads((root / PLAN).read_text())
     except FileNotFoundError:
@@ -136,7 +136,7 @@ def read_plan(root: Path) -> dict:
 
 # %% ../../nbs/2_data/10_shards.ipynb #44ef9f3c
 def _list_shards(root: Path, plan: dict) -> tuple[list[str], np.ndarray]:
-    "The names of the shards, and size and time of each, int64 [n, 2]."
+    "Names of the shards, and size and modification time of each, int64 [n, 2]."
     found = {p.name: p.stat() for p in sorted(root.glob('*.tar')) if p.name[0] != '.'}
     for k in range(plan.get('shards', 0)):
         if shard_name(k) not in found:
@@ -148,19 +148,19 @@ def _list_shards(root: Path, plan: dict) -> tuple[list[str], np.ndarray]:
 
 
 def shard_name(k: int) -> str:
-    "Of the k-th shard that `write_shards` writes."
+    "File name of the k-th shard that `write_shards` writes."
     return f'{k:06}.tar'
 
 # %% ../../nbs/2_data/10_shards.ipynb #2d10f0f9
 def _load_index(root: Path, shards: list[str], stats: np.ndarray) -> dict[str, np.ndarray] | None:
-    "The index beside the shards, or None if there is none that fits them."
+    "The index stored beside the shards, or None if it is missing or does not fit them."
     try:
         with np.load(root / INDEX) as z:
             index = dict(z)
         then = dict(zip(index['shards'].tolist(), index['stats'].tolist()))
         columns = {c: index[c] for c in ('shard', *COLUMNS)}
     except Exception:
-        return None  # absent, truncated, or of another kind: it is made again
+        return None  # absent, truncated, or in another format: it is rebuilt
     for gone in then.keys() - set(shards):
         raise ShardError(f'{root / gone} is missing: put it back, or remove {INDEX} there to do without it')
     return columns if then == dict(zip(shards, stats.tolist())) else None
@@ -179,7 +179,7 @@ def _build_index(root: Path, shards: list[str], stats: np.ndarray) -> dict[str, 
 
 # %% ../../nbs/2_data/10_shards.ipynb #a092e3c5
 def open_images(root: str | os.PathLike) -> ImageFolder | ShardFolder:
-    "A folder as a data set: `ShardFolder` if there are .tar files in it, else `ImageFolder`."
+    "Open a folder as a data set: `ShardFolder` if there are .tar files in it, else `ImageFolder`."
     root = Path(root)
     has_shards = (root / PLAN).is_file() or any(root.glob('*.tar'))
     return ShardFolder(root) if has_shards else ImageFolder(root)

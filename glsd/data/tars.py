@@ -25,9 +25,9 @@ class ShardError(ValueError):
 
 
 def walk(path: Path) -> Iterator[tuple[tarfile.TarInfo, Callable[[], bytes], int]]:
-    """(member, read function, crc32 of its header) of each file in a tar, front to back.
+    """Yield (member, read function, crc32 of its header) for each file in a tar, front to back.
 
-    ShardError when the tar is truncated, naming the last member that is there.
+    Raises ShardError if the tar is truncated, naming the last member found.
     """
     last = None
     try:
@@ -46,7 +46,7 @@ def walk(path: Path) -> Iterator[tuple[tarfile.TarInfo, Callable[[], bytes], int
 # %% ../../nbs/2_data/9_tars.ipynb #40039b45
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     f = tar.extractfile(member)
-    assert f is not None  # it is None for folders and the like, which `walk` leaves out
+    assert f is not None  # it is None only for folders and the like, which `walk` skips
     return f.read()
 
 # %% ../../nbs/2_data/9_tars.ipynb #e1ed9d5b
@@ -56,14 +56,14 @@ COLUMNS: dict[str, Any] = dict(
 
 
 def split_name(name: str) -> tuple[str, str]:
-    "webdataset's convention: 'a/b.seg.png' -> ('a/b', 'seg.png')."
+    "Key and suffix by webdataset's convention: 'a/b.seg.png' -> ('a/b', 'seg.png')."
     folder, _, last = name.rpartition('/')
     key, _, ext = last.partition('.')
     return f'{folder}/{key}' if folder else key, ext.lower()
 
 # %% ../../nbs/2_data/9_tars.ipynb #286dd67b
 def index_shard(path: Path) -> dict[str, np.ndarray]:
-    "{'name', 'offset', 'size', 'check', 'label'}: an array each, a row an image. ShardError."
+    "Index of a shard: for each of `COLUMNS` an array, one row per image. Raises ShardError."
     images: dict[str, tuple] = {}
     labels: dict[str, int] = {}
     for member, read, check in walk(path):

@@ -22,7 +22,7 @@ from .scenes import SHAPES, TEXTURES, Scene, draw_scene, draw_scene_before_waves
 def boxes_of(masks: np.ndarray | Tensor) -> Tensor:
     """Masks bool [n, H, W] -> boxes float32 [n, 4], (ulx, uly, lrx, lry).
 
-    In pixels, outer corners; zeros for an empty mask.
+    In pixels, the lower right corner exclusive; zeros for an empty mask.
     """
     boxes = np.zeros((len(masks), 4), np.float32)
     for box, mask in zip(boxes, np.asarray(masks)):
@@ -34,9 +34,9 @@ def boxes_of(masks: np.ndarray | Tensor) -> Tensor:
 # %% ../../nbs/2_data/2_toyworld.ipynb #ed9f8d6c
 @dataclass(frozen=True)
 class _Motion:
-    reach: np.ndarray  # [n, 2] how far the centres swing
-    pace: float  # radians a frame
-    spin: np.ndarray  # [n] radians a frame
+    reach: np.ndarray  # [n, 2] amplitude of the centres' swing
+    pace: float  # of the swing, radians per frame
+    spin: np.ndarray  # [n] rotation, radians per frame
 
 
 def _draw_motion(rng: np.random.Generator, n: int) -> _Motion:
@@ -102,12 +102,12 @@ class _Annotated(_Scenes):
         return self.draw(self._rng(i, 0), int(self.labels[i]))
 
     def scene(self, i: int) -> tuple[Tensor, int, Tensor, Tensor]:
-        "Image i, its label, the visible part of every object, bool [n_obj, H, W], boxes float32 [n_obj, 4]."
+        "Image i, its label, visible masks of its objects, bool [n_obj, H, W], and boxes float32 [n_obj, 4]."
         image, masks = self._paint(i, self._draw(i))
         return image, int(self.labels[i]), torch.from_numpy(masks), boxes_of(masks)
 
     def clip(self, i: int, frames: int = 8) -> tuple[Tensor, Tensor]:
-        "Image i in motion: uint8 [frames, 3, H, W], the image first, and masks bool [frames, n_obj, H, W]."
+        "Image i in motion: uint8 [frames, 3, H, W], first i itself, and masks bool [frames, n_obj, H, W]."
         scene = self._draw(i)
         motion = _draw_motion(self._rng(i, 1), len(scene.radius))
         painted = [self._paint(i, _moved(scene, motion, t), t) for t in range(frames)]
@@ -116,7 +116,7 @@ class _Annotated(_Scenes):
 
 # %% ../../nbs/2_data/2_toyworld.ipynb #c9a20686
 class Dataset(Protocol):
-    "What every data set of this course offers."
+    "The interface of every data set in this course."
 
     labels: np.ndarray  # int64 [n], -1 = none
     classes: list[str]  # the names of the labels 0, 1, ...; empty without labels
@@ -127,21 +127,21 @@ class Dataset(Protocol):
         "Image i, uint8 [3, H, W], and its label."
 
     def fingerprint(self) -> str:
-        "16 hexadecimal digits: the same ones for the same images and labels in the same order."
+        "16 hexadecimal digits, the same for the same images and labels in the same order."
 
 
 def fingerprint_of(*parts: Any) -> str:
-    "16 hexadecimal digits of what JSON can write: numbers, strings, lists of them."
+    "Hash of JSON-serialisable values (numbers, strings, lists of them), 16 hexadecimal digits."
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 # %% ../../nbs/2_data/2_toyworld.ipynb #3a565838
-# In one cell, although it is long: type checkers know only the methods that stand in the class.
+# A long cell: type checkers see only methods that are defined inside the class.
 class ToyWorld(_Annotated):
-    """`n` scenes of `size` x `size` pixels; class = shape x texture; image i: of (seed, split, i) only.
+    """`n` scenes of `size` x `size` pixels; class = shape x texture; image i depends on seed, split and i.
 
     `world[i]` -> image uint8 [3, size, size] and label. `shapes`: of SHAPES, by default disc and annulus;
-    `textures`: of TEXTURES. `shared_nuisances`: scenes before waves, by default of discs and triangles.
-    ValueError for an unknown name or split, or an impossible size; IndexError for an index outside.
+    `textures`: of TEXTURES. `shared_nuisances`: `draw_scene_before_waves`, by default discs and triangles.
+    ValueError for an unknown name or split, or an impossible size; IndexError if i is out of range.
     """
 
     def __init__(
@@ -168,7 +168,7 @@ class ToyWorld(_Annotated):
         return self.render([i])[0], int(self.labels[i])
 
     def render(self, indices: Sequence[int]) -> Tensor:
-        "Images uint8 [len(indices), 3, size, size] at once, bit for bit those of single access."
+        "Several images at once, uint8 [len(indices), 3, size, size], bit-identical to `world[i]`."
         return torch.stack([self._image(i) for i in indices])
 
     def fingerprint(self) -> str:
@@ -189,5 +189,5 @@ TOY_WORLDS = {'toyworld': False, 'toyworld-shared': True}  # name -> shared_nuis
 
 
 def open_toyworld(name: str, n: int, size: int, split: str = 'train', seed: int = 0) -> ToyWorld:
-    "The world of that name, one of `TOY_WORLDS`: n scenes of size x size pixels."
+    "Open the toy world `name`, one of `TOY_WORLDS`: n scenes of size x size pixels."
     return ToyWorld(n, size, split, seed, shared_nuisances=TOY_WORLDS[name])

@@ -72,7 +72,7 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 # %% ../../nbs/8_evaluation/index.ipynb #94461577
 def __getattr__(name: str) -> Any:
-    "A name of `__all__`, from its chapter's module, which is imported now (PEP 562)."
+    "Imports a name of `__all__` from its chapter's module on first use (PEP 562)."
     if name not in _HOME:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     value = getattr(import_module(f'glsd.evaluation.{_HOME[name]}'), name)

@@ -26,7 +26,7 @@ __all__ = ['CLS', 'NO_PLACE', 'attention_weights', 'window_places', 'attention_b
 def attention_weights(attn: Any, qkv: Tensor, mask: Tensor | float = 0.0) -> Tensor:
     """Attention [..., heads, a, a], rows summing to 1, of a timm attention module.
 
-    `qkv` [..., a, 3 * heads * d]: what its layer of that name put out; `mask` is added before the softmax."""
+    `qkv` [..., a, 3 * heads * d]: the output of its `qkv` layer; `mask` is added before the softmax."""
     q, k, _ = qkv.unflatten(-1, (3, attn.num_heads, -1)).movedim(-3, 0).transpose(-2, -3)
     if hasattr(attn, 'q_norm'):
         q, k = attn.q_norm(q), attn.k_norm(k)
@@ -37,9 +37,9 @@ def attention_weights(attn: Any, qkv: Tensor, mask: Tensor | float = 0.0) -> Ten
 def window_places(
     grid: tuple[int, int], window: tuple[int, int], shift: tuple[int, int], pad_first: bool = True
 ) -> Tensor:
-    """Which token of a map `grid` (H, W) sits in each slot of each window: long [n, window area].
+    """Index of the token in each slot of each window of a `grid` (H, W): long [n, window area].
 
-    -1: padding. `pad_first`: before the shift, as our Swin does; timm's shifts first."""
+    -1: padding. `pad_first`: pad before the shift, as glsd's Swin does; timm's shifts first."""
     H, W = grid
     places, pad = torch.arange(H * W).view(1, H, W, 1), (0, 0, 0, -W % window[1], 0, -H % window[0])
     back = [-s for s in shift]
@@ -54,7 +54,7 @@ CLS, NO_PLACE = -2, -1
 
 
 def attention_blocks(backbone: nn.Module) -> list[Any]:
-    "The blocks of a timm ViT or Swin, in order. ValueError if there are none."
+    "The blocks of a timm ViT or Swin, in order. Raises ValueError if there are none."
 
     def attends(m):
         return isinstance(m, SwinTransformerBlock) or isinstance(getattr(m, 'attn', None), Attention)
@@ -72,7 +72,8 @@ def block_attention(
 ) -> tuple[Tensor, Tensor, tuple[int, int]]:
     """Attention of a block in its n windows: A [N, n, heads, a, a], places [n, a], the grid (H, W).
 
-    `places`: the token in each slot, or CLS, or NO_PLACE. Images: `as_batch`. ValueError: no such block."""
+    `places`: index of the token in each slot, or CLS, or NO_PLACE. `images`: see `as_batch`. Raises
+    ValueError for a block that does not exist."""
     blocks = attention_blocks(backbone)
     if not -len(blocks) <= block < len(blocks):
         raise ValueError(f'no block {block}: the backbone has {len(blocks)} attention blocks')
@@ -106,7 +107,7 @@ def _of_swin(block, qkv, x=None):
     (H, W), window, shift = (qkv if ours else x).shape[1:3], block.window_size, block.shift_size
     places = window_places((H, W), window, shift, ours)
     if ours:
-        padding = block.attn.qkv.bias.expand(len(qkv), 1, -1)  # what a zero token gives; slot -1 is the last
+        padding = block.attn.qkv.bias.expand(len(qkv), 1, -1)  # qkv of a zero token, at index -1
         qkv = torch.cat([qkv.flatten(1, 2), padding], 1)[:, places]
     else:
         qkv = qkv.unflatten(0, (-1, len(places)))
@@ -115,9 +116,9 @@ def _of_swin(block, qkv, x=None):
 
 # %% ../../nbs/8_evaluation/12_attention.ipynb #9d49e481
 def query_weights(places: Tensor, grid: tuple[int, int], query: tuple[int, int] | None = None) -> Tensor:
-    """How much each slot of `places` [n, a] counts as a query.
+    """The weight [n, a] of each slot of `places` as a query.
 
-    `query` (row, column): that place alone; None: CLS alone, or without one all tokens alike."""
+    `query` (row, column): only that place; None: only CLS, or without CLS all tokens equally."""
     if query is not None:
         check_place(query, grid)
         return (places == query[0] * grid[1] + query[1]).float()
@@ -131,13 +132,13 @@ def attention_maps(
 ) -> Tensor:
     """Self-attention of block number `block`: float [N, heads, H, W], on the CPU.
 
-    Images uint8 or normalised as the backbone wants, [N, 3, h, w] or [3, h, w]. query: (row, column), or
-    None for CLS (without one: the mean over all tokens). What goes to CLS or padding is missing, so sums are
-    at most 1. Swin: windows put together, zero outside the query's window.
-    ValueError for an unknown place or block, or no attention."""
+    Images uint8 or normalised for the backbone, [N, 3, h, w] or [3, h, w]. query: (row, column), or None
+    for CLS (without CLS: the mean over all tokens). Attention to CLS, registers or padding is left out, so
+    maps sum to at most 1. Swin: windows are merged, with zeros outside the query's window.
+    Raises ValueError for an unknown place or block, or a network without attention."""
     A, places, (H, W) = block_attention(backbone, images, block)
     weights = query_weights(places, (H, W), query).to(A)
     rows = torch.einsum('na,bnhaj->bhnj', weights, A).flatten(2)  # [N, heads, slots]
-    slots = torch.where(places < 0, H * W, places).flatten().to(A.device)  # one place too many, dropped below
+    slots = torch.where(places < 0, H * W, places).flatten().to(A.device)  # index H * W is dropped below
     maps = rows.new_zeros(*rows.shape[:2], H * W + 1).index_add(2, slots, rows)
     return maps[..., :-1].unflatten(-1, (H, W)).float().cpu()

@@ -19,7 +19,7 @@ __all__ = ['counts_blocks', 'uses_cls', 'block_features', 'AtBlock', 'n_blocks',
 
 # %% ../../nbs/8_evaluation/6_blocks.ipynb #0ff77ed1
 def counts_blocks(backbone: Any) -> bool:
-    "Whether the layers of a backbone can be counted as single blocks (ViT, Swin), not only as stages."
+    "Whether a backbone's layers can be addressed as single blocks (ViT, Swin), not only as stages."
     try:
         backbone.n_layers(blocks=True)
     except ValueError:
@@ -37,9 +37,9 @@ def uses_cls(backbone: Any) -> bool:
 def block_features(backbone: Any, x: Tensor, blocks: Sequence[int]) -> list[Features]:
     """The `Features` of crops x [N, 3, h, w] after several blocks, in their order.
 
-    blocks: from 0, or negative from the end; of a network that has only stages, stages. pooled: CLS where the
-    network uses it, else the mean over places; both after the last LayerNorm where it fits.
-    ValueError for a block that is not there, or a backbone without `intermediates`."""
+    blocks: counted from 0, or negative from the end (stages, if the network has no single blocks). pooled:
+    CLS where the network uses it, else the mean over tokens; both after the last LayerNorm where its width
+    fits. Raises ValueError for a block that does not exist, or a backbone without `intermediates`."""
     options = dict(norm=True, blocks=counts_blocks(backbone), return_prefix_tokens=True)
     pairs = backbone.intermediates(x, blocks, **options)
     return [_features(backbone, m, prefix) for m, prefix in pairs]
@@ -56,8 +56,8 @@ def _features(backbone, m, prefix):
 class AtBlock(nn.Module):
     """A backbone as if it ended after block number `block`: crops [N, 3, h, w] -> `Features`.
 
-    block: as in `block_features`; the last one is the backbone itself. ValueError for a block that is not
-    there, or a backbone without `intermediates`."""
+    block: as in `block_features`; the last one gives the backbone's own output. Raises ValueError for a
+    block that does not exist, or a backbone without `intermediates`."""
 
     def __init__(self, backbone: nn.Module, block: int):
         super().__init__()
@@ -69,8 +69,8 @@ class AtBlock(nn.Module):
         self.train(backbone.training)
 
     def extra_repr(self) -> str:
-        "The block, for the text of the module and for its fingerprint."
-        return f'block={self.block}'  # what a fingerprint of the module must see
+        "The block, as part of the module's repr."
+        return f'block={self.block}'  # so that `fingerprint_weights` depends on it
 
     def forward(self, x: Tensor) -> Features:
         "Crops [N, 3, h, w] -> `Features` of the block."
@@ -80,7 +80,7 @@ class AtBlock(nn.Module):
 
 # %% ../../nbs/8_evaluation/6_blocks.ipynb #b4a5ecf5
 def n_blocks(backbone: Any) -> int:
-    "How many blocks, or stages, of a backbone can be measured. ValueError if none."
+    "The number of blocks (or stages) of a backbone. Raises ValueError if it has no `intermediates`."
     if not hasattr(backbone, 'intermediates'):
         kind = type(backbone).__name__
         raise ValueError(f'{kind} gives no maps of its inner layers: give a backbone that has intermediates')
@@ -88,11 +88,11 @@ def n_blocks(backbone: Any) -> int:
 
 # %% ../../nbs/8_evaluation/6_blocks.ipynb #dd1afd0e
 class LastBlocks(nn.Module):
-    """The vectors of the last `n` blocks side by side: what a linear probe sees of a backbone.
+    """The pooled vectors of the last `n` blocks, concatenated: the input of a linear probe.
 
-    ViT: 4 unless given, or all of fewer (DINO, Caron et al. 2021). Others: 1 unless given, the pooled
-    vector; Swin with 4: the averaged tokens of its last blocks (EsViT, Li et al. 2021). ValueError: no
-    such blocks."""
+    Default for a ViT: 4, or all if it has fewer (DINO, Caron et al. 2021); for others 1, the pooled vector.
+    Swin with n = 4: mean tokens of its last 4 blocks (EsViT, Li et al. 2021). Raises ValueError for an n
+    out of range."""
 
     def __init__(self, backbone: nn.Module, n: int | None = None):
         super().__init__()
@@ -120,7 +120,7 @@ def _pooling(backbone, is_vit, layers):
 
 
 def as_backbone(module: nn.Module) -> nn.Module:
-    "The module itself, or a plain timm model in a `TimmBackbone`, which gives the maps of its blocks."
+    "The module itself, or a plain timm model wrapped in a `TimmBackbone`, which has `intermediates`."
     if hasattr(module, 'intermediates') or not hasattr(module, 'forward_intermediates'):
         return module
     from glsd.backbones import TimmBackbone

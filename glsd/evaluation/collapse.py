@@ -18,9 +18,9 @@ from ..objectives.dino import Distillation
 # %% ../../nbs/8_evaluation/5_collapse.ipynb #28331142
 @torch.no_grad()
 def spectrum(x):
-    """Singular values of x [..., d] as shares of their sum, the largest first: [min(N, d)]; all zero if x is.
+    """Singular values of x [..., d] (N rows) divided by their sum, descending: [min(N, d)].
 
-    The mean is not subtracted. ValueError if there is nothing, or a number that is not finite."""
+    All zero if x is. The mean is not subtracted. Raises ValueError if x is empty or not finite."""
     x = x.flatten(0, -2).double()
     bad = x.numel() - int(x.isfinite().sum())
     if bad:
@@ -36,8 +36,8 @@ def spectrum(x):
 def effective_rank(tokens):
     """exp(entropy of the singular values) of tokens [..., d]: from 1 (one direction) to d.
 
-    Roy & Vetterli 2007. The mean is not subtracted, so that tokens which are all alike count as 1.
-    ValueError if none, all zero or not finite."""
+    Roy & Vetterli 2007. The mean is not subtracted, so identical tokens have rank 1. Raises ValueError
+    for tokens that are empty, all zero or not finite."""
     p = spectrum(tokens)
     if not p.any():
         raise ValueError('effective_rank: the features are all zero, and zero has no direction')
@@ -46,10 +46,10 @@ def effective_rank(tokens):
 # %% ../../nbs/8_evaluation/5_collapse.ipynb #4f1335f3
 @torch.no_grad()
 def distinct_share(index, valid=None):
-    """Mean over images of (different matches) / (tokens with a match), for matches `index` [..., S].
+    """Mean over images of (number of distinct matches) / (number of tokens with a match).
 
-    `index`: integers >= 0; `valid` [..., S]: which tokens have one (all by default). Images without any
-    are left out; ValueError if no token has one."""
+    `index` [..., S]: matches, integers >= 0; `valid` [..., S]: which tokens have one (default: all). Images
+    without matches are left out; raises ValueError if no token has one."""
     valid = torch.ones_like(index, dtype=torch.bool) if valid is None else valid
     ordered = torch.where(valid, index, -1).flatten(0, -2).sort(-1).values
     new = ordered.diff(dim=-1, prepend=torch.full_like(ordered[:, :1], -1)) > 0
@@ -61,8 +61,8 @@ def distinct_share(index, valid=None):
 # %% ../../nbs/8_evaluation/5_collapse.ipynb #2d32e0ce
 @torch.no_grad()
 def predictions(logits, temp, center=0.0, block=2**22):
-    """softmax((logits [..., K] - center) / temp): the entropy of each [N], their mean [K],
-    and how many prototypes are somebody's first choice."""
+    """Predictions softmax((logits [..., K] - center) / temp): entropy of each [N], mean prediction [K],
+    and how many prototypes are the argmax of at least one."""
     logits, K = logits.flatten(0, -2), logits.shape[-1]
     entropy, mean, won = [], logits.new_zeros(K, dtype=torch.float32), logits.new_zeros(K, dtype=torch.bool)
     for x in logits.split(max(1, block // K)):
@@ -75,12 +75,12 @@ def predictions(logits, temp, center=0.0, block=2**22):
 # %% ../../nbs/8_evaluation/5_collapse.ipynb #1cf06cb7
 @torch.no_grad()
 def head_figures(term, student, teacher, teacher_temp) -> dict:
-    """What the head of one loss term says; entropies in nats, over the pairs that the term has matched.
+    """Figures of the head of one loss term; entropies in nats, over the pairs that the term has matched.
 
     teacher_entropy, student_entropy; kl(teacher, student) and gap = ln(out_dim) - cross-entropy, left out
-    if nothing matched; in_use: prototypes that are some prediction's first, as a share of those that could
-    be; information: 0 = the same prediction for everything, 1 = all there is. Beside them what it takes to
-    read them."""
+    if nothing matched; in_use: prototypes that are the argmax of a prediction, as a share of the most that
+    could be; information: from 0 (the same prediction for all inputs) to 1 (the maximum). Also the
+    settings needed to interpret these: out_dim, local and both temperatures."""
     s, t = student.logits[term.name], teacher.logits[term.name]
     W, K, n = term.matching(student, teacher).float(), t.shape[-1], t.shape[:-1].numel()
     (h, mean, won), (h_s, *_) = predictions(t, teacher_temp, term.center), predictions(s, term.student_temp)
@@ -99,7 +99,7 @@ def head_figures(term, student, teacher, teacher_temp) -> dict:
 
 # %% ../../nbs/8_evaluation/5_collapse.ipynb #e535eb74
 def _pair_figures(term, s, t, W, h, teacher_temp):
-    "kl and gap, means over the pairs that are matched in `W`; {} without any."
+    "kl and gap, averaged over the pairs matched in `W`; {} if there are none."
     if not W.any():
         return {}
     W = W * len(W) / W.sum()
@@ -108,18 +108,18 @@ def _pair_figures(term, s, t, W, h, teacher_temp):
 
 # %% ../../nbs/8_evaluation/5_collapse.ipynb #63615fb9
 def feature_std(x):
-    """Deviation per dimension of unit vectors x [..., n, d] over n, times sqrt(d), averaged.
+    """Standard deviation over n of x [..., n, d], scaled to unit vectors, times sqrt(d); averaged.
 
-    1: in all directions; 0: all the same."""
+    1: spread over all directions; 0: all identical."""
     return float(F.normalize(x.float(), dim=-1).std(-2, correction=0).mean() * x.shape[-1] ** 0.5)
 
 # %% ../../nbs/8_evaluation/5_collapse.ipynb #45d3eaba
 @torch.no_grad()
 def feature_figures(features) -> dict:
-    """Effective rank, the most it could be, deviation and spectrum of `Features` or `Outputs`.
+    """Effective rank, its maximum (most), deviation and spectrum of `Features`, `Outputs` or vectors [N, d].
 
-    The deviation of pooled features is over images, that of tokens within them. Plain [N, d] has no tokens.
-    ValueError if not finite."""
+    {'pooled': {...}, 'tokens': {...}}, without tokens for plain vectors. The deviation is over images for
+    pooled features, and within each image for tokens. Raises ValueError if not finite."""
 
     def of(x, parts):
         p = spectrum(x)
@@ -134,9 +134,9 @@ def feature_figures(features) -> dict:
 # %% ../../nbs/8_evaluation/5_collapse.ipynb #9057b4ae
 @torch.no_grad()
 def match_figures(student, teacher) -> dict:
-    """Share of different matches that tokens of the student's first views find in the teacher's others.
+    """`distinct_share` of matches (partners) from the student's first views to the teacher's other views.
 
-    By cosine similarity; beside it the share that random matches would have (chance)."""
+    Matched by cosine similarity; chance: the share expected of random matches."""
     unit = lambda out: F.normalize(out.tokens.float(), dim=-1).split([h * w for h, w in out.grids], 1)
     s, t = unit(student), unit(teacher)
     pairs = [(a, b) for i, a in enumerate(s[: max(2, len(t))]) for j, b in enumerate(t) if i != j]
@@ -147,11 +147,11 @@ def match_figures(student, teacher) -> dict:
 # %% ../../nbs/8_evaluation/5_collapse.ipynb #e9922895
 @torch.no_grad()
 def collapse_figures(student, teacher, objective, teacher_temp) -> dict:
-    """All figures of one batch of student's and teacher's `Outputs`, numbers and lists only:
+    """All figures of one batch of student's and teacher's `Outputs`, as plain numbers and lists.
 
-    {'heads': {name: head_figures}, 'pooled' and 'tokens': feature_figures of the teacher; the tokens' with
-    match_figures}. `objective` is an `Objective`; terms that are not a distillation have no head to look
-    at. ValueError if features are not finite."""
+    {'heads': {name: head_figures}, 'pooled': ..., 'tokens': ...}; the latter are feature_figures of the
+    teacher, for tokens with match_figures. `objective`: an `Objective`, whose `Distillation` terms have
+    heads. Raises ValueError if features are not finite."""
     features = feature_figures(teacher)
     heads = {
         name: head_figures(term, student, teacher, teacher_temp)
@@ -162,12 +162,12 @@ def collapse_figures(student, teacher, objective, teacher_temp) -> dict:
     return dict(heads=heads, **features)
 
 # %% ../../nbs/8_evaluation/5_collapse.ipynb #d6662693
-# what masked methods add: `code_figures`, `reconstruction_figures` and `target_figures` of floor 5
+# figures of masked methods: `code_figures`, `reconstruction_figures` and `target_figures` (`glsd.masked`)
 MASKED_FIGURES = dict(codes=('in_use', 'top'), reconstruction=('gain', 'spread'), targets=('varies',))
 
 
 def shares(figures: dict) -> dict:
-    """The figures as shares of what they could be, flat.
+    """The figures relative to the most that is possible, in one flat dict.
 
     {'view/kl': ..., 'pooled/rank': ..., 'tokens/partners': ...}"""
     out = {}

@@ -40,7 +40,7 @@ EDITS: dict[str, dict[str, Any]] = {
 
 # %% ../../nbs/8_evaluation/21_copies.ipynb #1b974065
 class Edited:
-    "The edited copies of a data set; copy i depends on (seed, i) alone. `options` are those of `edit`."
+    "Edited copies of the images of a data set; edit i depends only on (seed, i). `options` go to `edit`."
 
     def __init__(self, dataset: Dataset, options: dict[str, Any], seed: int = 0):
         self.dataset, self.options, self.seed = dataset, options, seed
@@ -59,7 +59,7 @@ class Edited:
 
 
 def copy_set(dataset: Dataset, options: dict[str, Any] = EDITS['strong'], seed: int = 0) -> RetrievalSet:
-    """Copies of a data set as a `RetrievalSet`, for `retrieval_picture`.
+    """Edited copies of a data set as a `RetrievalSet`, for `retrieval_picture`.
 
     Each copy has one easy hit, its original."""
     return RetrievalSet(Edited(dataset, options, seed), dataset, [{'easy': [i]} for i in range(len(dataset))])
@@ -74,18 +74,18 @@ def copy_detection(
     seed: int = 0,
     **options,
 ) -> dict[str, Any]:
-    """Does a copy find its original? mAP and share found first, in per cent, of every edit, for JSON.
+    """Copy detection: mAP, and the share of originals ranked first, in per cent; a dict for JSON.
 
     Queries: the edited images of `dataset`; database: the images themselves, and those of `distractors`.
-    `edits`: {name: options of `edit`}; `options` go to `extract`. 'map', 'first': means over the edits, which
-    are under 'edits'; the same of 'pixels', and of 'chance'. ValueError on bad input."""
+    `edits`: {name: options of `edit`}; `options` go to `extract`. 'map', 'first': means over the edits;
+    'edits' has each; 'pixels' and 'chance' are controls. Raises ValueError on bad input."""
     n, m = check_copies(dataset, distractors, edits)
     sets = [ds for ds in (dataset, distractors) if ds is not None and len(ds)]
     copies = {name: Edited(dataset, how, seed) for name, how in edits.items()}
     options = dict(size=size, transform=transform_of(backbone), **options)
     found = _search_copies(backbone, sets, copies, options)
     pixels = _search_copies(nn.Flatten(), sets, copies, options)
-    chance = _copy_figures({'chance': torch.arange(m)})['edits']['chance']  # every rank alike
+    chance = _copy_figures({'chance': torch.arange(m)})['edits']['chance']  # all ranks equally likely
     settings = dict(n_originals=n, n_distractors=m - n, size=size, seed=seed)
     return {**found, 'pixels': pixels, 'chance': chance, **settings}
 
@@ -99,7 +99,7 @@ def _search_copies(net, sets, copies, options):
 
 # %% ../../nbs/8_evaluation/21_copies.ipynb #9e5f8d94
 def check_copies(dataset: Any, distractors: Any = None, edits: dict = EDITS) -> tuple[int, int]:
-    "The numbers of originals and of all images in the database. ValueError if they are too few, or no edits."
+    "(number of originals, size of the database). Raises ValueError for too few images, or no edits."
     n, m = len(dataset), len(dataset) + len(distractors or ())
     if not n or m < 2:
         raise ValueError(
@@ -112,9 +112,9 @@ def check_copies(dataset: Any, distractors: Any = None, edits: dict = EDITS) -> 
 
 # %% ../../nbs/8_evaluation/21_copies.ipynb #f075dc81
 def ranks_of_originals(copies: Tensor, bank: Tensor) -> Tensor:
-    """Rank from 0 [n] of row i of `bank` [m, d] for row i of `copies` [n, d].
+    """Rank [n], from 0, of each original, row i of `bank` [m, d], for its copy, row i of `copies` [n, d].
 
-    Of equal cosines the original comes last."""
+    Among equal cosines the original is ranked last."""
     copies, bank = unit_rows('copy', copies), unit_rows('database', bank)
     own = (copies * bank[: len(copies)]).sum(1)
     parts = zip(copies.split(512), own.split(512))
@@ -131,7 +131,7 @@ def _copy_figures(ranks):
 
 # %% ../../nbs/8_evaluation/21_copies.ipynb #cafc4d82
 class WithGeM(nn.Module):
-    "A backbone whose pooled vector is followed by the generalised mean of its tokens (DINO Sec. 4.2)."
+    "A backbone that concatenates its pooled vector and the generalised mean of its tokens (DINO Sec. 4.2)."
 
     def __init__(self, backbone: nn.Module, p: float = 4):
         super().__init__()

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ['dense_nn', 'check_dense', 'confusion_figures', 'dense_picture']
 
 # %% ../../nbs/8_evaluation/24_dense.ipynb #6d4c40dd
-def dense_nn(  # over 25 lines: every option has its own
+def dense_nn(  # over 25 lines: one for each option
     backbone: nn.Module,
     memory_ds: Segmentation,
     query_ds: Segmentation,
@@ -40,12 +40,12 @@ def dense_nn(  # over 25 lines: every option has its own
     device: Any = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Segmentation by looking tokens up in a memory of labelled ones (Balazevic et al. 2023).
+    """Segmentation by nearest-neighbour retrieval from labelled tokens (Balazevic et al. 2023).
 
-    `size`: (h, w) or one number, what images are resized to; masks keep their own pixels, and are counted
-    there. 'ceiling': mIoU of perfect tokens on this grid, 'constant': of the most frequent class
-    everywhere. 'iou' by class, None for classes that neither occur nor are predicted; 'confusion' rows are
-    the truth. ValueError on bad input, before any long work where possible."""
+    `size`: (h, w) or one number, what images are resized to; scores are at the masks' own resolution.
+    'ceiling': mIoU of perfect tokens on this grid; 'constant': mIoU of predicting the most frequent class
+    everywhere; 'iou': per class, None for classes that neither occur nor are predicted; 'confusion': rows
+    are the truth. Raises ValueError on bad input, before any long work where possible."""
     if device is not None:
         backbone.to(device)
     grid = with_tokens(backbone, torch.zeros(1, 3, *as_pair(size))).grid
@@ -62,7 +62,7 @@ def dense_nn(  # over 25 lines: every option has its own
 def check_dense(
     memory_ds: Segmentation, query_ds: Segmentation, k: int, memory_size: int, tokens: int
 ) -> None:
-    "ValueError unless both sets fit together, and a memory with `tokens` an image can have `k` neighbours."
+    "Raises ValueError unless classes agree and a memory of `tokens` per image can hold `k` neighbours."
     classes = list(query_ds.classes)
     if list(memory_ds.classes) != classes:
         raise ValueError(f'memory and query images have other classes: {memory_ds.classes} and {classes}')
@@ -96,7 +96,7 @@ def _miou(counts):
 def confusion_figures(counts: Tensor, classes: Sequence[str]) -> dict[str, Any]:
     """miou, pixel_accuracy, iou by class and constant, in per cent, of a confusion matrix [C, C].
 
-    'constant' is the mIoU of the most frequent class everywhere."""
+    'constant' is the mIoU of predicting the most frequent class everywhere."""
     always = torch.zeros_like(counts)
     always[:, counts.sum(1).argmax()] = counts.sum(1)
     iou = {c: None if np.isnan(x) else x for c, x in zip(classes, class_iou(counts).tolist())}
@@ -104,7 +104,7 @@ def confusion_figures(counts: Tensor, classes: Sequence[str]) -> dict[str, Any]:
     return dict(miou=_miou(counts), pixel_accuracy=right, iou=iou, constant=_miou(always))
 
 # %% ../../nbs/8_evaluation/24_dense.ipynb #38183a82
-def dense_picture(  # over 25 lines: every option has its own
+def dense_picture(  # over 25 lines: one for each option
     backbones: dict[str, nn.Module],
     memory_ds: Segmentation,
     query_ds: Segmentation,
@@ -114,10 +114,10 @@ def dense_picture(  # over 25 lines: every option has its own
     temperature: float = 0.02,
     **options,
 ) -> Figure:
-    """A row for each of `images`: itself, its mask, and the prediction of each backbone {name: backbone}.
+    """A row for each image: itself, its mask, and the prediction of each backbone {name: backbone}.
 
-    Colours are named below. `images`: so many, evenly spaced, or their numbers. `options` go to `Memory`.
-    ValueError for no backbone, no image or one that is not there."""
+    A legend names the colours. `images`: how many, evenly spaced, or their indices. `options` go to
+    `Memory`. Raises ValueError for no backbone, no image or one that does not exist."""
     chosen = chosen_indices(len(query_ds), images)
     _check_images(backbones, chosen, len(query_ds))
     memories = {name: Memory(net, memory_ds, size, **options) for name, net in backbones.items()}
@@ -155,7 +155,7 @@ def _predictions(memories, image, mask, k, temperature):
 # %% ../../nbs/8_evaluation/24_dense.ipynb #71180659
 #| code-fold: true
 def _draw_maps(axes, maps, hidden, n_classes, titles):
-    "Draws them, and says which classes are in them."
+    "Draws the maps; returns the set of classes in them."
     for ax, (name, m) in zip(axes, maps.items()):
         show_mask(ax, np.ma.array(m.numpy(), mask=hidden.numpy()), n_classes, name if titles else '')
     return {int(c) for m in maps.values() for c in m[~hidden].unique()}

@@ -20,7 +20,7 @@ from . import specs
 from .extraction import transform_of
 from .measurements import Evaluation
 from .specs import Net, Where
-from .token_measurements import EVALUATIONS  # complete: those of the table and its own
+from .token_measurements import EVALUATIONS  # from here, where all are registered
 
 # %% auto #0
 __all__ = ['is_of', 'checked', 'check_ranges', 'check_size', 'check_takes', 'evaluate', 'evaluation_of', 'check_all']
@@ -29,7 +29,7 @@ __all__ = ['is_of', 'checked', 'check_ranges', 'check_size', 'check_takes', 'eva
 def is_of(value: Any, kind: Any) -> bool:
     """Whether a value is of a type like `int | list[float] | None`.
 
-    A whole number is a float; True is no number."""
+    An int counts as a float, a bool does not count as a number."""
     if isinstance(kind, types.UnionType):
         return any(is_of(value, part) for part in get_args(kind))
     if get_origin(kind) is list:
@@ -53,7 +53,7 @@ _WORDS = {
 
 # %% ../../nbs/8_evaluation/29_evaluations.ipynb #0f9fc027
 def checked(options: dict[str, Any], measure: Callable) -> dict[str, Any]:
-    "`options` if they are keywords of `measure`, of the types it says; else ValueError, in one line."
+    "`options`; raises ValueError unless they are keywords of `measure`, of the annotated types."
     known = {k: p for k, p in inspect.signature(measure).parameters.items() if p.default is not p.empty}
     kinds = get_type_hints(measure)
     for name, value in options.items():
@@ -73,7 +73,7 @@ _AT_LEAST = dict(images=1, epochs=1, batch_size=1, memory_size=1, workers=0, see
 
 
 def check_ranges(**options: Any) -> None:
-    "ValueError for numbers that no measurement can use."
+    "Raises ValueError for numbers that no measurement accepts."
     for name, least in _AT_LEAST.items():
         value = options.get(name)
         if value is not None and (not is_of(value, int) or value < least):
@@ -85,7 +85,7 @@ def check_ranges(**options: Any) -> None:
 
 
 def check_size(size: Any, what: str) -> None:
-    "ValueError unless `size` is a number of pixels, or (h, w) for measurements whose `size` may be that."
+    "Raises ValueError unless `size` is a number of pixels, or (h, w) if the measurement accepts that."
     pairs = [name for name, e in EVALUATIONS.items() if get_type_hints(e.measure)['size'] is not int]
     numbers = [size] if is_of(size, int) else size
     if not is_of(numbers, list[int]) or len(numbers) > 2 or min(numbers, default=0) < 1:
@@ -95,14 +95,14 @@ def check_size(size: Any, what: str) -> None:
 
 
 def check_takes(net: Net, size: int | Sequence[int]) -> None:
-    "ValueError, in one line, if a network takes no images of this size: it is shown an empty one."
+    "Raises ValueError if a network does not accept images of this size, by running it on a blank one."
     from glsd.evaluation.extraction import evaluating
 
     with torch.no_grad(), evaluating(net.backbone) as device:
         net.backbone(torch.zeros(1, 3, *as_pair(size), device=device))
 
 # %% ../../nbs/8_evaluation/29_evaluations.ipynb #c892e92d
-def evaluate(  # over 25 lines: every option has its own
+def evaluate(  # over 25 lines: one for each option
     what: str,
     backbones: Sequence[str] | Mapping[str, Any],
     anchors: str | None = None,
@@ -119,14 +119,14 @@ def evaluate(  # over 25 lines: every option has its own
     crop_pct: float | None = None,
     **options,
 ) -> dict[str, Any]:
-    """Measures `what` of each backbone: {'what', 'size', 'block', 'images', 'backbones': {name: figures}}.
+    """Measures `what` for each backbone: {'what', 'size', 'block', 'images', 'backbones': {name: figures}}.
 
     backbones: a list of 'spec' or 'name=spec', or {name: spec or module}; see `load_frozen`. anchors,
-    test, data: folders of images or shards, lists of images, or 'toyworld'; by default the first run's
-    own. size: what the networks see, one number or (for dense-nn) height and width. images: at most so
-    many of each set (lists are taken whole). block: as if each network ended there. mean, std, crop_pct:
-    in place of each network's own. out: a JSON file, written whole, with a picture of the same name
-    beside it. ValueError or OSError, in one line, before any long work where possible."""
+    test, data: folders of images or shards, lists of images, or 'toyworld'; by default the data of the
+    first run. size: image size for the networks, one number or (for dense-nn) height and width. images:
+    maximum number from each set (retrieval lists are not cut). block: measure each network as if it ended
+    after this block. mean, std, crop_pct: override each network's own. out: a JSON file, with a picture of
+    the same name beside it. Raises ValueError or OSError, before any long work where possible."""
     e = evaluation_of(what)
     if block is not None and 'block' in e.options():
         options, block = {**options, 'block': block}, None
@@ -150,14 +150,14 @@ def evaluate(  # over 25 lines: every option has its own
 
 # %% ../../nbs/8_evaluation/29_evaluations.ipynb #c4bb9791
 def evaluation_of(what: str) -> Evaluation:
-    "An entry of `EVALUATIONS`. ValueError for an unknown one."
+    "The entry of `EVALUATIONS` for `what`. Raises ValueError if there is none."
     if what not in EVALUATIONS:
         raise ValueError(f'no measurement {what!r}; there are: {", ".join(EVALUATIONS)}')
     return EVALUATIONS[what]
 
 
 def check_all(e: Evaluation, nets: Mapping[str, Net], sets: Sequence[Any], size: Any, options: dict) -> None:
-    "What can be known to be wrong with any of the networks, before the first of them is measured."
+    "Runs the checks for all networks, before the first one is measured."
     for net in nets.values():
         check_takes(net, size)
         e.check(net, *sets, size, **options)
@@ -171,7 +171,7 @@ def _on_device(nets, device):
 
 
 def _protocol(net):
-    "Where a network came from, and how it was shown its images."
+    "Where a network came from, and how its images were preprocessed."
     return dict(spec=net.spec, **transform_of(net.backbone)._asdict())
 
 # %% ../../nbs/8_evaluation/29_evaluations.ipynb #59f4d54a

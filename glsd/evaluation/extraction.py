@@ -24,7 +24,7 @@ __all__ = ['IMAGENET', 'evaluating', 'EvalTransform', 'transform_of', 'progress_
 # %% ../../nbs/8_evaluation/1_extraction.ipynb #f39e999f
 @contextmanager
 def evaluating(backbone: nn.Module) -> Iterator[Any]:
-    "The backbone in evaluation mode, and its device; afterwards it is in the mode it was in."
+    "Put the backbone into eval mode and yield its device; restore its previous mode on exit."
     training, device = backbone.training, next((p.device for p in backbone.parameters()), 'cpu')
     backbone.eval()
     try:
@@ -34,9 +34,9 @@ def evaluating(backbone: nn.Module) -> Iterator[Any]:
 
 # %% ../../nbs/8_evaluation/1_extraction.ipynb #d4235cc6
 class EvalTransform(NamedTuple):
-    """How a network wants its images: mean and std, and how they are cropped and resized.
+    """How a network expects its images: normalisation (mean, std), and how they are cropped and resized.
 
-    `crop_pct`: the share of the shorter side that a crop shows; `interpolation`: 'bicubic' or 'bilinear'."""
+    `crop_pct`: share of the shorter side that the crop keeps; `interpolation`: 'bicubic' or 'bilinear'."""
 
     mean: tuple[float, ...] = MEAN
     std: tuple[float, ...] = STD
@@ -44,33 +44,33 @@ class EvalTransform(NamedTuple):
     interpolation: str = 'bicubic'
 
     def crop(self, image: Tensor, size: int) -> Tensor:
-        "`eval_crop` with this share and interpolation: uint8 [3, H, W] -> uint8 [3, size, size]."
+        "`eval_crop` with this `crop_pct` and `interpolation`: uint8 [3, H, W] -> uint8 [3, size, size]."
         return eval_crop(image, size, self.crop_pct, self.interpolation)
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        "Pixels 0..255 [..., 3, h, w] -> float32, by this mean and std."
+        "Pixels 0..255 [..., 3, h, w] -> float32, normalised with this mean and std."
         return normalize(pixels, self.mean, self.std)
 
 
-IMAGENET = EvalTransform()  # how everything that glsd trains sees its images
+IMAGENET = EvalTransform()  # what every network trained by glsd expects
 
 # %% ../../nbs/8_evaluation/1_extraction.ipynb #762f0a27
 def transform_of(backbone: nn.Module) -> EvalTransform:
-    """How a backbone wants its images: its own `mean`, `std`, `crop_pct` and `interpolation`.
+    """How a backbone expects its images: its own `mean`, `std`, `crop_pct` and `interpolation`.
 
-    Of a plain timm model those of its `pretrained_cfg`, of a wrapper (with the network as `backbone`)
-    those of the network in it; ImageNet's where nothing is said."""
+    A plain timm model has them in its `pretrained_cfg`, a wrapper in its inner network (attribute
+    `backbone`). Whatever is not declared is as in IMAGENET."""
     inner: Any = backbone
     while not _wishes(inner) and isinstance(getattr(inner, 'backbone', None), nn.Module):
         inner = inner.backbone
     own = {**IMAGENET._asdict(), **_wishes(inner)}
-    if own['interpolation'] not in ('bilinear', 'bicubic'):  # timm also knows 'random' and 'lanczos'
+    if own['interpolation'] not in ('bilinear', 'bicubic'):  # timm also has 'random' and 'lanczos'
         own['interpolation'] = 'bicubic'
     return EvalTransform(tuple(own['mean']), tuple(own['std']), float(own['crop_pct']), own['interpolation'])
 
 
 def _wishes(module):
-    "What a module itself says about its images; a tensor called `mean` may be anything, and says nothing."
+    "The settings that a module itself declares; {} unless `mean` and `std` are lists or tuples, not tensors."
     config = getattr(module, 'pretrained_cfg', None)
     found = dict(config) if isinstance(config, dict) else {}
     found |= {name: getattr(module, name) for name in EvalTransform._fields if hasattr(module, name)}
@@ -80,7 +80,7 @@ def _wishes(module):
 
 # %% ../../nbs/8_evaluation/1_extraction.ipynb #03779b8e
 def progress_bar(batches: Iterable, what: str, show: bool = True) -> Iterable:
-    "The same batches, with a bar if they take more than two seconds."
+    "The same batches, with a progress bar if they take more than two seconds."
     if not show:
         return batches
     from tqdm import tqdm
@@ -91,7 +91,7 @@ def progress_bar(batches: Iterable, what: str, show: bool = True) -> Iterable:
 def pooled_features(backbone: nn.Module, x: Tensor) -> Tensor:
     """The vectors [N, d] of crops [N, 3, h, w], from a backbone that returns `Features` or vectors.
 
-    ValueError if it returns something else."""
+    Raises ValueError if it returns something else."""
     f = backbone(x)
     f = getattr(f, 'pooled', f)
     if f.ndim != 2:
@@ -112,7 +112,7 @@ def extract(
 ) -> tuple[Tensor, Tensor]:
     """Features float32 [n, d] and labels [n] of a whole `dataset`, on the CPU, in its order.
 
-    The backbone stays on its device unless `device` is given. `transform`: by default as it wants them."""
+    `device`: where to move the backbone first. `transform`: by default `transform_of(backbone)`."""
     if device is not None:
         backbone.to(device)
     how = (transform or transform_of(backbone))._asdict()
@@ -128,7 +128,7 @@ def extract(
 def pixels(dataset: Dataset, size: int, batch_size: int = 256, workers: int = 0) -> tuple[Tensor, Tensor]:
     """The normalised pixels themselves as features [n, 3 * size * size], and labels [n].
 
-    The control that every result should pass."""
+    The baseline that every result should beat."""
     return extract(nn.Flatten(), dataset, size, batch_size, workers)
 
 # %% ../../nbs/8_evaluation/1_extraction.ipynb #46089daf

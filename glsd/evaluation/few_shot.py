@@ -22,9 +22,9 @@ __all__ = ['draw_episodes', 'classes_with', 'fit_episodes', 'few_shot_accuracy',
 def draw_episodes(
     labels: Tensor, n_way: int, k_shot: int, n_query: int, episodes: int, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Places of shots [episodes, n_way, k_shot] and of queries [episodes, n_way, n_query] in a data set.
+    """Image indices of shots [episodes, n_way, k_shot] and of queries [episodes, n_way, n_query].
 
-    labels: [n], below 0 where there is none. ValueError if too few classes have enough images."""
+    labels: [n], negative for unlabelled images. Raises ValueError if too few classes have enough images."""
     places = classes_with(labels, k_shot + n_query)
     if n_way < 2 or len(places) < n_way:
         raise ValueError(
@@ -40,7 +40,7 @@ def draw_episodes(
 
 
 def classes_with(labels: Tensor, n: int) -> list[np.ndarray]:
-    "The places of each class of at least `n` images."
+    "Image indices of each class that has at least `n` images."
     y = torch.as_tensor(labels).numpy()
     places = [np.flatnonzero(y == c) for c in np.unique(y[y >= 0])]
     return [p for p in places if len(p) >= n]
@@ -49,10 +49,10 @@ def classes_with(labels: Tensor, n: int) -> list[np.ndarray]:
 def fit_episodes(x: Tensor, n_way: int, decay: float = 0.01) -> tuple[Tensor, Tensor]:
     """Logistic regressions of all episodes at once: shots x [E, n_way, k, d] -> weights [E, d, n_way], bias.
 
-    decay: the L2 penalty of the weights."""
+    bias: [E, 1, n_way]. decay: L2 penalty of the weights."""
     E, _, k, _ = x.shape
     y = torch.arange(n_way, device=x.device).repeat_interleave(k).repeat(E)
-    basis = torch.linalg.qr(x.flatten(1, 2).mT).Q  # [E, d, at most n_way * k]: what the shots span
+    basis = torch.linalg.qr(x.flatten(1, 2).mT).Q  # [E, d, at most n_way * k]: the span of the shots
     x = x.flatten(1, 2) @ basis
     weights = torch.zeros(E, x.shape[2], n_way, device=x.device, requires_grad=True)
     bias = torch.zeros(E, 1, n_way, device=x.device, requires_grad=True)
@@ -83,8 +83,8 @@ def few_shot_accuracy(
 ) -> tuple[float, float]:
     """N-way K-shot accuracy of logistic regressions on features [n, d]: its mean, half its 95 % interval.
 
-    Shares, not per cent. Features are brought to length 1. decay: L2 penalty. The interval is of the mean
-    over episodes of this data set. ValueError for too few classes or images."""
+    Both in 0..1, not per cent. Features are scaled to unit length. decay: L2 penalty. The interval is that
+    of the mean over episodes of this data set. Raises ValueError for too few classes or images."""
     shots, queries = draw_episodes(labels, n_way, k_shot, n_query, episodes, seed)
     x = F.normalize(features.float(), dim=-1)
     weights, bias = fit_episodes(x[shots], n_way, decay)
@@ -95,7 +95,7 @@ def few_shot_accuracy(
 
 # %% ../../nbs/8_evaluation/25_few_shot.ipynb #f5a10021
 def few_shot_picture(curves: dict[str, dict[int, tuple[float, float]]], n_way: int) -> Figure:
-    "Accuracy over shots with intervals, in per cent: {name: {k_shot: (mean, half)}}, and chance."
+    "Accuracy in per cent over the number of shots, and chance. `curves`: {name: {k_shot: (mean, half)}}."
     import matplotlib.pyplot as plt
 
     figure, ax = plt.subplots(figsize=(6.4, 3), dpi=110, layout='constrained')

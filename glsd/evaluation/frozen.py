@@ -44,10 +44,10 @@ def _build(name):
 
 # %% ../../nbs/8_evaluation/17_frozen.ipynb #adb32f8f
 def open_source(spec: str | Path) -> tuple[Any, Any]:
-    """A backbone, and the `Recipe` it was trained with here (None if it was not), from a name.
+    """(backbone, `Recipe`) of a `spec`; the recipe is None if glsd did not train the backbone.
 
-    See `load_frozen` for what a name can be. ValueError or OSError, in one line, for a name that leads
-    nowhere."""
+    See `load_frozen` for what a spec can be. Raises ValueError or OSError for a spec that cannot be
+    resolved."""
     name, _, file = str(spec).partition('@')
     if Path(spec).is_dir():
         return _of_run(spec)
@@ -108,13 +108,13 @@ def load_frozen(
     crop_pct: float | None = None,
     interpolation: str | None = None,
 ) -> Any:
-    """A backbone that returns `Features` and says how it wants its images.
+    """A backbone that returns `Features` and declares how it expects its images.
 
-    `source`: a run folder, an exported .safetensors file, the name of a timm model (with its published
-    weights), NAME@FILE (a network of glsd or timm with weights from a file), 'random:NAME' (the same
-    untrained), all in eval mode and without gradients; or a torch.nn.Module in hand, which stays as it is.
-    The others: how its images should come, in place of what the network says itself. ValueError or OSError
-    in one line otherwise."""
+    `source`: a run folder, an exported .safetensors file, the name of a timm model (with its pretrained
+    weights), NAME@FILE (a network of glsd or timm with weights from a file) or 'random:NAME' (untrained),
+    all in eval mode and without gradients; or a torch.nn.Module, which is not modified. The other arguments
+    override how the network expects its images. Raises ValueError or OSError for a source that cannot be
+    resolved."""
     images = dict(input_size=input_size, mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation)
     given = {name: value for name, value in images.items() if value is not None}
     check_images(**given)
@@ -125,19 +125,19 @@ def load_frozen(
 
 # %% ../../nbs/8_evaluation/17_frozen.ipynb #f2359365
 def in_hand(module: nn.Module, images: dict[str, Any]) -> Any:
-    "A module as a backbone that wants its images in this way; the module itself is left alone."
+    "A module as a backbone that expects `images` like this; the module itself is not modified."
     if not hasattr(module, 'set_data_config'):
         return TimmBackbone(module, **images)
     if not images:
         return module
-    backbone = copy(module)  # of the same weights
+    backbone = copy(module)  # shares the weights
     for name, value in images.items():
         setattr(backbone, name, as_pair(value) if name == 'input_size' else value)
     return backbone
 
 # %% ../../nbs/8_evaluation/17_frozen.ipynb #04ecbf3f
 def check_images(**given: Any) -> None:
-    "ValueError unless mean and std are three numbers, std and crop_pct above 0, and interpolation is known."
+    "Raises ValueError unless mean and std are 3 numbers, std > 0, 0 < crop_pct <= 1, interpolation known."
     for name in ('mean', 'std'):
         value = given.get(name)
         if value is not None and not _three_numbers(value):
@@ -161,11 +161,11 @@ def _three_numbers(value):
 def cached_extract(
     backbone: nn.Module, dataset: Dataset, size: int, cache: Path | str, **options
 ) -> tuple[Tensor, Tensor]:
-    """`extract`, kept in the folder `cache`: features float32 [n, d] and labels [n], computed once.
+    """`extract` with a disk cache in the folder `cache`: features float32 [n, d] and labels [n].
 
-    Once for the same weights, size, way of cropping and images. Files are safetensors, named by their content
-    and written whole; deleting them is safe. `options` go to `extract`. ValueError for a data set without
-    a fingerprint."""
+    Computed once for the same weights, size, preprocessing and images, which name the safetensors file.
+    Files are written atomically and can be deleted safely. `options` go to `extract`. Raises ValueError for
+    a data set without a fingerprint."""
     path = Path(cache) / f'{features_name(backbone, dataset, size)}.safetensors'
     try:
         with safe_open(path, 'pt') as f:
@@ -181,7 +181,7 @@ def cached_extract(
 
 # %% ../../nbs/8_evaluation/17_frozen.ipynb #9e3adee0
 def features_name(backbone: nn.Module, dataset: Any, size: int) -> str:
-    "What features depend on: the weights, the size, how images become crops, and the images."
+    "A file name from what features depend on: the weights, the size, the preprocessing and the images."
     if not hasattr(dataset, 'fingerprint'):
         kind = type(dataset).__name__
         raise ValueError(f'a {kind} cannot be told from another one: use extract, which keeps nothing')

@@ -28,10 +28,10 @@ __all__ = ['vote', 'top', 'nearest', 'knn_accuracy', 'knn_monitor', 'knn_picture
 def vote(
     similarity: Tensor, labels: Tensor, ks: Iterable[int], n_classes: int, temperature: float = 0.07
 ) -> dict[int, Tensor]:
-    """The winner among the k nearest for every k in `ks`: {k: class [n]} (Wu et al. 2018; DINO).
+    """The class that the k nearest neighbours vote for, for each k: {k: class [n]} (Wu et al. 2018; DINO).
 
     `similarity` [n, K] nearest first, `labels` [n, K] of the same neighbours, K >= max(ks)."""
-    # relative to the nearest: a common factor changes no winner, and so nothing can overflow
+    # relative to the nearest: a common factor changes no winner, and exp cannot overflow
     weight = ((similarity - similarity[:, :1]) / temperature).exp()
     votes, counted, winner = weight.new_zeros(len(weight), n_classes), 0, {}
     for k in sorted(ks):
@@ -41,17 +41,17 @@ def vote(
 
 # %% ../../nbs/8_evaluation/4_knn.ipynb #ec3101ed
 def top(s: Tensor, k: int, group: int = 16) -> tuple[Tensor, Tensor]:
-    """`s.topk(min(k, m))` of [n, m]: values and indices, each [n, min(k, m)], the largest first.
+    """`s.topk(min(k, m))` for s [n, m]: values and indices, each [n, min(k, m)], the largest first.
 
     The largest k of a row lie in the k groups (of `group` columns) with the largest maxima.
-    Exact; of equal values, which one is named may differ."""
+    Exact, but equal values may come with other indices than those of `topk`."""
     m, G = s.shape[1], s.shape[1] // group
     if G <= k:
         values, index = s.topk(min(k, m))
         return values, index
     best = s[:, : G * group].view(len(s), group, G).amax(1).topk(k, sorted=False).indices
     members = (best[:, None] + G * torch.arange(group, device=s.device)[:, None]).flatten(1)
-    rest = torch.arange(G * group, m, device=s.device).expand(len(s), -1)  # too few for a group
+    rest = torch.arange(G * group, m, device=s.device).expand(len(s), -1)  # columns left over
     members = torch.cat([members, rest], 1)
     s, i = s.gather(1, members).topk(k)
     return s, members.gather(1, i)
@@ -63,7 +63,7 @@ def nearest(
 ) -> tuple[Tensor, Tensor]:
     """Cosine [n, k] and index [n, k] of the `k` nearest rows of `bank` [m, d] for `queries` [n, d].
 
-    Rows are unit vectors. Exact. Memory beside the result: about `chunk` x `block` floats (128 MB)."""
+    Rows are unit vectors. Exact. Extra memory: about `chunk` x `block` floats (128 MB)."""
     buffer = queries.new_empty(min(chunk, len(queries)) * min(block, len(bank)))
     found = [_nearest(q, bank, k, block, buffer) for q in queries.split(chunk)]
     cosines, indices = zip(*found)
@@ -74,7 +74,7 @@ def _nearest(queries, bank, k, block, buffer):
     n, start = len(queries), 0
     best, index = queries.new_empty(n, 0), torch.empty(n, 0, dtype=torch.long, device=queries.device)
     for rows in bank.split(block):
-        # in the same memory each time: new memory would cost a tenth more
+        # one buffer for all blocks: allocating each product anew takes 10 % longer
         product = torch.mm(queries, rows.T, out=buffer[: n * len(rows)].view(n, len(rows)))
         s, i = top(product, k)
         best, index = torch.cat([best, s], 1), torch.cat([index, i + start], 1)
@@ -116,8 +116,8 @@ def knn_accuracy(
 ) -> dict[int, float]:
     """Top-1 accuracy in per cent for every `k`: {k: float} (DINO's protocol; GLSD Sec. 4.3).
 
-    Features [n, d] of any length, labels [n] >= 0; memory beside them see `nearest`. ValueError on bad
-    input."""
+    Features [n, d], not necessarily normalised; labels [n] >= 0. Extra memory: see `nearest`. Raises
+    ValueError on bad input."""
     bank, labels = _check_features('training', train_feats, train_labels)
     queries, truth = _check_features('test', test_feats, test_labels)
     ks = sorted({k} if isinstance(k, int) else set(k))
@@ -129,7 +129,7 @@ def knn_accuracy(
 
 # %% ../../nbs/8_evaluation/4_knn.ipynb #ab9309b5
 def _count_right(bank, labels, queries, truth, ks, temperature, chunk):
-    "{k: how many queries get their class}."
+    "{k: number of queries classified correctly}."
     right, n_classes = dict.fromkeys(ks, 0), int(labels.max()) + 1
     for q, y in zip(queries.split(8 * chunk), truth.split(8 * chunk)):
         s, i = nearest(F.normalize(q.to(bank.device), dim=1), bank, ks[-1], chunk)
@@ -143,8 +143,8 @@ def knn_monitor(
 ) -> Callable[[Any, int, Any], dict[str, float]]:
     """A monitor for `pretrain`: (method, step, views) -> {'knn': top-1 in per cent at `k`}.
 
-    It looks at `method.backbone`. `options` go to `extract`. Labels that allow no k-NN are refused here,
-    not after the first hour. In a run of several processes each takes a part of the images."""
+    It evaluates `method.backbone`; `options` go to `extract`. Raises ValueError at once, not in the first
+    evaluation, for labels that allow no k-NN. Distributed processes share the images."""
     check_sets(train_ds, test_ds, [k])
 
     def monitor(method, step, views=None):
@@ -157,7 +157,7 @@ def knn_monitor(
 # %% ../../nbs/8_evaluation/4_knn.ipynb #f2517c33
 def _all_features(backbone, dataset, size, options):
     "Features [n, d] and labels [n] of the whole data set; each process extracts its share."
-    from glsd.training.processes import all_gather_rows, rank_indices  # here: a metric needs no trainer
+    from glsd.training.processes import all_gather_rows, rank_indices  # lazy: metrics need no trainer
 
     part = rank_indices(len(dataset))
     if part:
@@ -177,8 +177,8 @@ def knn_picture(
 ) -> Figure:
     """Test images and their `k` nearest training images; frames: solid green same class, dashed orange not.
 
-    A block of rows for each of `backbones` {name: backbone}. `queries`: so many, evenly spaced, or their
-    numbers. ValueError as in `knn_accuracy`."""
+    A block of rows for each of `backbones` {name: backbone}. `queries`: how many, evenly spaced, or their
+    indices. Raises ValueError as `knn_accuracy` does."""
     if not backbones:
         raise ValueError('knn_picture needs at least one backbone')
     check_sets(train_ds, test_ds, [k])

@@ -15,7 +15,7 @@ from ..data.toyworld import Dataset
 
 # %% ../../nbs/8_evaluation/3_labels.ipynb #9cc090c1
 def check_labels(train_labels: ArrayLike, test_labels: ArrayLike, ks: Iterable[int]) -> None:
-    "ValueError, in one line, unless labels [n] and [m] and the values of k allow a k-NN test."
+    "Raises ValueError unless labels [n] and [m] and the values of k allow a k-NN test."
     train, test = np.asarray(train_labels), np.asarray(test_labels)
     for name, labels in ('training', train), ('test', test):
         if not len(labels):
@@ -30,7 +30,7 @@ def check_labels(train_labels: ArrayLike, test_labels: ArrayLike, ks: Iterable[i
 
 # %% ../../nbs/8_evaluation/3_labels.ipynb #f5b59fce
 def check_k(ks: Iterable[int], n: int) -> None:
-    "ValueError unless every k is a whole number from 1 to the `n` training images."
+    "Raises ValueError unless every k is a whole number from 1 to `n`, the number of training images."
     ks = list(ks)
     if not ks or any(isinstance(k, bool) or not isinstance(k, (int, np.integer)) for k in ks):
         raise ValueError(f'k must be whole numbers, not {ks}')
@@ -52,7 +52,7 @@ def _check_classes(train, test):
 
 # %% ../../nbs/8_evaluation/3_labels.ipynb #50f06b7b
 def check_same_classes(train_ds: Dataset, test_ds: Dataset) -> None:
-    "ValueError unless both data sets have the same classes, in the same order: labels are only numbers."
+    "Raises ValueError unless both data sets have the same classes in the same order, as labels are numbers."
     train, test = list(train_ds.classes), list(test_ds.classes)
     if train != test:
         other = sorted(set(train) ^ set(test)) or ['their order']
@@ -63,13 +63,13 @@ def check_same_classes(train_ds: Dataset, test_ds: Dataset) -> None:
 
 
 def check_sets(train_ds: Dataset, test_ds: Dataset, ks: Iterable[int]) -> None:
-    "ValueError, in one line, unless two data sets and the values of k allow a k-NN test."
+    "Raises ValueError unless the two data sets and the values of k allow a k-NN test."
     check_labels(train_ds.labels, test_ds.labels, ks)
     check_same_classes(train_ds, test_ds)
 
 # %% ../../nbs/8_evaluation/3_labels.ipynb #cc516e5d
 def check_probe_sets(train_ds: Dataset, test_ds: Dataset) -> int:
-    "The number of classes; ValueError if a probe on these two data sets would mean nothing."
+    "The number of classes; raises ValueError if a linear probe on these data sets would be meaningless."
     for name, ds in (('training', train_ds), ('test', test_ds)):
         _check_labelled(name, ds)
     names = list(train_ds.classes)

@@ -38,14 +38,14 @@ RATIO = (3 / 4, 4 / 3)
 def probe_view(
     image: Tensor, size: int, rng: np.random.Generator, scale: tuple[float, float] = (0.08, 1.0)
 ) -> Tensor:
-    "uint8 [3, H, W] -> uint8 [3, size, size]: a random box of `scale` of the area, flipped half of the time."
+    "uint8 [3, H, W] -> uint8 [3, size, size]: random crop (`scale`: range of area), random flip."
     H, W = image.shape[-2:]
     x, y, w, h = draw_box((H, W), scale, RATIO, rng)
     return crop(image, torch.tensor([[x, y, x + w, y + h, size, size, rng.random() < 0.5]]))[0]
 
 # %% ../../nbs/8_evaluation/8_linear.ipynb #4772f76e
 class _ProbeBatches:
-    "`batches[indices]` -> (normalised views, labels); what a worker holds."
+    "`batches[indices]` -> (normalised views, labels); used by the loader's workers."
 
     def __init__(self, dataset, size, scale, transform, seed, epoch):
         self.dataset, self.size, self.scale = dataset, size, scale
@@ -61,7 +61,7 @@ class _ProbeBatches:
 
 # %% ../../nbs/8_evaluation/8_linear.ipynb #6299eba0
 def _restore(path, settings, heads, optimizer):
-    "(finished epochs, their last losses) from `path`, whose state goes into both; (0, None) without one."
+    "Load both modules from `path` -> (finished epochs, losses of the last one); (0, None) without a file."
     if not path or not path.exists():
         return 0, None
     try:
@@ -107,7 +107,7 @@ def _batches(net, dataset, s, transform, epoch, workers, device, bank):
 
 # %% ../../nbs/8_evaluation/8_linear.ipynb #15834313
 def _train(net, dataset, s, path, workers, device, progress):
-    "The heads after all epochs, and their losses [n] over the last one. `path`: the state's file, or None."
+    "Train for all epochs -> heads, their mean losses [n] in the last epoch. `path`: checkpoint, or None."
     transform, mae = transform_of(net), s.get('protocol') == 'mae'
     heads = Heads(len(s['lrs']), s['n_classes'], _width(net, dataset, s, transform, device), s['seed'], mae)
     optimizer = torch.optim.SGD(heads.to(device).parameters(), lr=1.0, momentum=0.9)
@@ -128,13 +128,13 @@ def _train(net, dataset, s, path, workers, device, progress):
 
 # %% ../../nbs/8_evaluation/8_linear.ipynb #8d36b3d0
 def _width(net, dataset, s, transform, device):
-    "How many numbers `net` gives; a size that it cannot take is found here, before any long work."
+    "The dimension of `net`'s features; an image size that it does not accept fails here, before long work."
     view = probe_view(dataset[0][0], s['size'], sample_rng(0, 0, 0))
     return probed_features(net, transform.normalize(view)[None], device).shape[1]
 
 
 def _factors(epochs, steps, warmup=0.0):
-    "A cosine from 1 to 0 over all steps, after a share of warm-up; a list for each epoch."
+    "Factors of the learning rate, a list per epoch: warm-up for a share of all steps, then a cosine to 0."
     total = epochs * steps
     return cosine_schedule(1.0, 0.0, total, round(warmup * total)).reshape(-1, steps).tolist()
 
@@ -147,7 +147,7 @@ def _bar(factors, done, progress):
     return tqdm(desc='linear probe', delay=2, disable=not progress, **options)
 
 # %% ../../nbs/8_evaluation/8_linear.ipynb #af6a4ab8
-def linear_probe(  # over 25 lines: every option has its own
+def linear_probe(  # over 25 lines: one for each option
     backbone: nn.Module,
     train_ds: Dataset,
     test_ds: Dataset,
@@ -165,13 +165,13 @@ def linear_probe(  # over 25 lines: every option has its own
     progress: bool = True,
     protocol: str = 'dino',
 ) -> dict[str, Any]:
-    """Accuracy in per cent of linear layers trained on frozen features, one a learning rate (GLSD Sec. 4.3).
+    """Accuracy in per cent of linear layers on frozen features, one per learning rate (GLSD Sec. 4.3).
 
-    `lrs` are for a batch of 256 and scale with it; SGD, momentum 0.9, cosine to 0, last epoch. `protocol`:
-    dino, or mae: BatchNorm before the layer, LARS, a ninth of the epochs is warm-up. `n_blocks`: see
-    `LastBlocks`. `cached`: train on features of central crops, computed once. `out`: folder for the
-    state to go on from, and linear.json. 'top1', 'top5', 'lr' belong to the head that is best on the test
-    images, 'grid' has all. ValueError on bad input."""
+    `lrs` are for a batch of 256 and scale with its size; SGD, momentum 0.9, cosine to 0, tested after the
+    last epoch. `protocol`: 'dino', or 'mae' (BatchNorm before the layer, LARS, warm-up for 1/9 of the
+    epochs). `n_blocks`: see `LastBlocks`. `cached`: train on features of central crops, computed once.
+    `out`: folder for linear.json and a checkpoint to resume from. 'top1', 'top5', 'lr' belong to the head
+    that is best on the test images, 'grid' has all. Raises ValueError on bad input."""
     n_classes = check_probe_sets(train_ds, test_ds)
     lrs = protocol_lrs(protocol) if lrs is None else lrs
     check_options(epochs, batch_size, lrs)
@@ -195,7 +195,7 @@ def linear_probe(  # over 25 lines: every option has its own
 
 # %% ../../nbs/8_evaluation/8_linear.ipynb #384e7649
 def protocol_lrs(protocol: str) -> tuple[float, ...]:
-    "The grid of a protocol. ValueError for an unknown one."
+    "The learning rates of a protocol. Raises ValueError for an unknown one."
     grids = dict(dino=LRS, mae=LARS_LRS)
     if protocol not in grids:
         raise ValueError(f'no protocol {protocol!r} of the linear probe; there are: {", ".join(grids)}')
@@ -203,7 +203,7 @@ def protocol_lrs(protocol: str) -> tuple[float, ...]:
 
 
 def check_options(epochs: int, batch_size: int, lrs: Sequence[float]) -> None:
-    "ValueError unless all of them are positive, and there is a learning rate."
+    "Raises ValueError unless all are positive and there is at least one learning rate."
     if epochs < 1 or batch_size < 1 or not len(lrs) or min(lrs) <= 0:
         raise ValueError(
             f'epochs = {epochs}, batch_size = {batch_size} and lrs = {list(lrs)} must be positive'
@@ -235,7 +235,7 @@ def _summary(lrs, losses, per_cent):
 
 # %% ../../nbs/8_evaluation/8_linear.ipynb #c72b9e3d
 def linear_picture(results: dict[str, dict[str, Any]]) -> Figure:
-    """Top-1 over the learning rate, one line for each result; the best is marked.
+    """Top-1 accuracy over the learning rate, one line per result; the best is marked.
 
     `results`: {name: what `linear_probe` returned}."""
     fig = new_figure(7.2, 3.4)

@@ -18,10 +18,10 @@ LARS_LRS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # the same, with LARS
 
 
 class Heads(nn.Module):
-    """One linear classifier for each of `n` learning rates on the same features. All start alike.
+    """`n` linear classifiers on the same features, one per learning rate, with equal initial weights.
 
-    Features [N, dim] -> logits [N, n, n_classes]. `normed`: through one BatchNorm without affine part first,
-    as in MAE's linear probe."""
+    Features [N, dim] -> logits [N, n, n_classes]. `normed`: apply one shared BatchNorm without affine
+    parameters first, as in MAE's linear probe."""
 
     def __init__(self, n: int, n_classes: int, dim: int, seed: int = 0, normed: bool = False):
         super().__init__()
@@ -42,9 +42,9 @@ class Heads(nn.Module):
 # %% ../../nbs/8_evaluation/7_linear_grid.ipynb #58e666d6
 @torch.no_grad()
 def adapt_rates(weight: Tensor, lrs: Tensor, trust: float = 0.001) -> None:
-    """LARS (You et al. 2017): the gradient of each head's weights [n, C, d] gets the length trust * |w| * lr.
+    """LARS (You et al. 2017): scales the gradient of each head's weights [n, C, d] to norm trust * |w| * lr.
 
-    The gradients have their learning rates `lrs` [n] in them. Of zero weights they stay as they are."""
+    The gradients already contain the learning rates `lrs` [n]. Those of zero weights stay unchanged."""
     assert weight.grad is not None  # after a backward pass
     w, g = (t.flatten(1).norm(dim=1) for t in (weight, weight.grad))
     ratio = trust * w * lrs / (g + 1e-8 * lrs)
@@ -60,15 +60,15 @@ def heads_step(
     factor: float,
     lars: bool = False,
 ) -> Tensor:
-    """One step of every head at learning rate `factor` * `lrs` [n]; returns their losses [n] before it.
+    """One step of every head at learning rate `factor` * `lrs` [n]; returns the losses [n] before the step.
 
-    `optimizer`: SGD without weight decay, or the rule does not hold. `lars`: the weights' steps are rescaled,
-    see `adapt_rates`; the biases' are not."""
+    `optimizer`: must be SGD without weight decay, as learning rates enter as loss weights. `lars`: rescales
+    the steps of weights by `adapt_rates`, but not those of biases."""
     for group in optimizer.param_groups:
         group['lr'] = factor
     losses = heads.losses(x, y)
     optimizer.zero_grad()
-    (losses * lrs).sum().backward()  # SGD: a learning rate is a weight of the loss
+    (losses * lrs).sum().backward()  # in SGD, weighting a loss equals scaling its learning rate
     if lars:
         adapt_rates(heads.weight, lrs)
     optimizer.step()
@@ -76,9 +76,9 @@ def heads_step(
 
 # %% ../../nbs/8_evaluation/7_linear_grid.ipynb #a6dfec66
 class GridAccuracy(nn.Module):
-    """Top-1 and top-5 (of fewer classes: all) of `n` heads, counted by torchmetrics.
+    """Top-1 and top-5 accuracy of `n` heads, by torchmetrics (top-C for C < 5 classes).
 
-    Where a logit is not finite, the head is wrong."""
+    A head is wrong on samples for which any of its logits is not finite."""
 
     def __init__(self, n: int, n_classes: int):
         super().__init__()
@@ -86,16 +86,16 @@ class GridAccuracy(nn.Module):
         self.top5 = _counters(n, n_classes, min(5, n_classes))
 
     def update(self, logits: Tensor, y: Tensor) -> None:
-        "Logits [N, n, C] and labels [N] of one more batch."
+        "Adds a batch of logits [N, n, C] and labels [N]."
         broken, no_class = ~logits.isfinite().all(-1), logits.shape[-1]
-        # one class more, which is the last choice of every head
+        # an extra class, every head's last choice, is the label where logits are broken
         logits = F.pad(logits.masked_fill(broken[..., None], 0.0), (0, 1), value=-torch.inf)
         for head, metrics in enumerate(zip(self.top1, self.top5)):
             for metric in metrics:
                 metric.update(logits[:, head], y.masked_fill(broken[:, head], no_class))
 
     def per_cent(self) -> list[list[float]]:
-        "Top-1 and top-5 of every head so far."
+        "[top-1 of each head, top-5 of each head] in per cent over all batches so far."
         return [[100 * float(metric.compute()) for metric in row] for row in (self.top1, self.top5)]
 
 # %% ../../nbs/8_evaluation/7_linear_grid.ipynb #b7b2e922

@@ -28,9 +28,9 @@ __all__ = ['EVALUATIONS', 'Evaluation', 'backbones_of', 'measure_knn', 'values_o
 class Evaluation(NamedTuple):
     """One measurement.
 
-    help: one line for a user. sets(recipe, where) -> data sets. measure(net, *sets, size, **options) -> dict.
-    check(net, *sets, size, **options): ValueError for what cannot work, before any long work.
-    picture({name: net}, {name: result}, *sets, size, **options) -> Figure. line(result) -> str."""
+    help: a line of help text. sets(recipe, where) -> data sets. measure(net, *sets, size, **options) -> dict.
+    check(net, *sets, size, **options): raises ValueError for bad input, before any long work.
+    picture({name: net}, {name: result}, *sets, size, **options) -> Figure. line(result) -> str, to print."""
 
     help: str
     sets: Callable
@@ -40,7 +40,7 @@ class Evaluation(NamedTuple):
     line: Callable
 
     def options(self) -> dict[str, Any]:
-        "{keyword: default} of `measure`, without the size."
+        "{keyword: default} of `measure`, without `size`."
         parameters = inspect.signature(self.measure).parameters
         return {k: p.default for k, p in parameters.items() if p.default is not p.empty}
 
@@ -63,7 +63,7 @@ def measure_knn(
     cache: str | None = None,
     workers: int = 0,
 ) -> dict[str, Any]:
-    "Top-1 in per cent for each `k` (default: those of 10, 20, 100, 200 that the anchors allow)."
+    "Top-1 in per cent for each `k` (default: those of 10, 20, 100, 200 up to the number of anchors)."
     bank, bank_y = _features(net, anchors, size, cache, workers)
     queries, truth = _features(net, test, size, cache, workers)
     top1 = knn_accuracy(bank, bank_y, queries, truth, values_of_k(k, len(bank)), temperature)
@@ -71,7 +71,7 @@ def measure_knn(
 
 
 def values_of_k(k: int | Sequence[int] | None, n: int) -> list[int]:
-    "What was asked for as a list, or those of 10, 20, 100 and 200 that `n` anchors allow."
+    "`k` as a list; if None, those of 10, 20, 100 and 200 up to `n`, the number of anchors."
     if k is None:
         return [m for m in (10, 20, 100, 200) if m <= n] or [n]
     return [k] if isinstance(k, int) else list(k)
@@ -87,7 +87,7 @@ def _features(net, dataset, size, cache, workers):
 
 # %% ../../nbs/8_evaluation/27_measurements.ipynb #b3700bcc
 def check_knn(net: Net, anchors: Any, test: Any, size: int, k: Any = None, **options) -> None:
-    "Labels, and every k."
+    "Checks the labels and every k."
     check_sets(anchors, test, values_of_k(k, len(anchors)))
 
 
@@ -113,7 +113,7 @@ EVALUATIONS['knn'] = Evaluation(
 )
 
 # %% ../../nbs/8_evaluation/27_measurements.ipynb #4b71aabf
-def measure_linear(  # over 25 lines: every option has its own
+def measure_linear(  # over 25 lines: one for each option
     net: Net,
     anchors: Any,
     test: Any,
@@ -128,10 +128,10 @@ def measure_linear(  # over 25 lines: every option has its own
     cache: str | None = None,
     protocol: str = 'dino',
 ) -> dict[str, Any]:
-    """A linear layer on frozen features at each of `lrs` (default: the protocol's); goes on from `cache`.
+    """A linear layer on frozen features for each of `lrs` (default: the protocol's); resumes from `cache`.
 
-    `cached`: on features of central crops, computed once. `n_blocks`: see `LastBlocks`. `protocol`: dino or
-    mae, see `linear_probe`."""
+    `cached`: train on features of central crops, computed once. `n_blocks`: see `LastBlocks`. `protocol`:
+    'dino' or 'mae', see `linear_probe`."""
     from glsd.evaluation.linear import linear_probe, protocol_lrs
 
     rates = list(lrs or protocol_lrs(protocol))
@@ -154,12 +154,12 @@ def measure_linear(  # over 25 lines: every option has its own
 def _state_name(net, dataset, size, settings):
     from glsd.evaluation.frozen import features_name
 
-    digits = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]  # another question, another state
+    digits = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]  # other settings, other file
     return f'{features_name(net.backbone, dataset, size)}-{digits}'
 
 # %% ../../nbs/8_evaluation/27_measurements.ipynb #6b3f448c
 def check_linear(net: Net, anchors: Any, test: Any, size: int, **options) -> None:
-    "Labels, rates and blocks."
+    "Checks labels, learning rates and blocks."
     from glsd.evaluation import labels, linear
 
     labels.check_probe_sets(anchors, test)
@@ -204,7 +204,7 @@ def measure_few_shot(
     batch_size: int = 256,
     workers: int = 0,
 ) -> dict[str, Any]:
-    "N-way accuracy in per cent, and half its interval, for each `k_shot` (default: 1 and 5); of pixels, too."
+    "N-way accuracy in per cent and half its interval for each `k_shot` (default: 1, 5); also of raw pixels."
     from glsd.evaluation.extraction import pixels
     from glsd.evaluation.few_shot import few_shot_accuracy
 
@@ -220,12 +220,12 @@ def measure_few_shot(
 
 
 def shots_of(k_shot: int | Sequence[int] | None) -> list[int]:
-    "What was asked for as a list, or 1 and 5."
+    "`k_shot` as a list; if None, 1 and 5."
     return [k_shot] if isinstance(k_shot, int) else list(k_shot or (1, 5))
 
 
 def check_few_shot(net: Net, images: Any, size: int, **options) -> None:
-    "Classes with enough images for all shots and queries."
+    "Checks that enough classes have enough images for all shots and queries."
     from glsd.evaluation.few_shot import draw_episodes
 
     shots = shots_of(options.get('k_shot'))
@@ -266,7 +266,7 @@ EVALUATIONS['few-shot'] = Evaluation(
 def measure_retrieval(
     net: Net, images: Any, size: int, batch_size: int = 256, workers: int = 0
 ) -> dict[str, Any]:
-    "mAP for easy, medium and hard lists; of plain images, mAP of finding the original of an edited copy."
+    "mAP for easy, medium and hard lists; without lists, mAP of finding the originals of edited copies."
     from glsd.evaluation.copies import copy_detection
     from glsd.evaluation.retrieval import retrieval_map
 
@@ -275,12 +275,12 @@ def measure_retrieval(
 
 
 def has_lists(images: Any) -> bool:
-    "Whether these images come with lists of queries and their answers."
+    "Whether these images come with lists of queries and relevant images."
     return hasattr(images, 'lists')
 
 
 def check_retrieval(net: Net, images: Any, size: int, **options) -> None:
-    "Enough images to search among."
+    "Checks that there are enough images to search."
     from glsd.evaluation.copies import check_copies
 
     if not has_lists(images):
@@ -288,7 +288,7 @@ def check_retrieval(net: Net, images: Any, size: int, **options) -> None:
 
 # %% ../../nbs/8_evaluation/27_measurements.ipynb #7b7da531
 def draw_retrieval(nets: dict, results: dict, images: Any, size: int, **options) -> Any:
-    "Queries and what is found for them."
+    "Queries and their hits."
     from glsd.evaluation.copies import copy_set
     from glsd.evaluation.retrieval import retrieval_picture
 

@@ -38,7 +38,7 @@ def look_up(
 
 # %% ../../nbs/8_evaluation/23_memory.ipynb #878e2a7c
 def choose_tokens(shares: Tensor, n: int, rng: np.random.Generator) -> Tensor:
-    """Indices of `n` tokens with a label, those of rare classes first, by chance; of all if they are fewer.
+    """Indices of `n` labelled tokens, drawn at random with preference for rare classes; all if fewer.
 
     `shares` [T, C] of the tokens of one image."""
     there = shares > 0
@@ -48,13 +48,13 @@ def choose_tokens(shares: Tensor, n: int, rng: np.random.Generator) -> Tensor:
 
 # %% ../../nbs/8_evaluation/23_memory.ipynb #e8dc6024
 def resized(image: Tensor, size: int | tuple[int, int], transform: EvalTransform = IMAGENET) -> Tensor:
-    "uint8 [3, H, W] -> [1, 3, h, w], resized as a whole and normalised by `transform`."
+    "uint8 [3, H, W] -> [1, 3, h, w], resized without cropping and normalised by `transform`."
     x = F.interpolate(image[None], as_pair(size), mode=transform.interpolation, antialias=True)
     return transform.normalize(x)
 
 
 class _MaskBatches:
-    "`batches[indices]` -> (normalised images [B, 3, h, w] of `size`, list of masks as they are, checked)."
+    "`batches[indices]` -> (normalised images [B, 3, h, w] of `size`, B checked masks of any size)."
 
     def __init__(self, dataset, size, transform):
         self.dataset, self.size, self.transform = dataset, size, transform
@@ -67,9 +67,9 @@ class _MaskBatches:
 
 # %% ../../nbs/8_evaluation/23_memory.ipynb #1583f56b
 def token_directions(backbone: nn.Module, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """Unit vectors [B, H*W, d] of the tokens of normalised images, and their grid.
+    """The tokens of normalised images as unit vectors [B, H*W, d], and their grid.
 
-    ValueError where there are none, or not finite."""
+    Raises ValueError if there are none, or they are not finite."""
     f = with_tokens(backbone, images)
     if not f.tokens.isfinite().all():
         raise ValueError('the backbone gives tokens that are not finite: did its training diverge?')
@@ -79,7 +79,7 @@ def token_directions(backbone: nn.Module, images: Tensor) -> tuple[Tensor, tuple
 def tokens_and_masks(
     backbone: nn.Module, dataset: Any, size: Any, batch_size: int, workers: int, progress: bool, what: str
 ) -> Iterator[tuple[Tensor, Any, tuple[int, int]]]:
-    "(tokens [B, H*W, d], masks, grid) of the whole data set, batch by batch; `what` stands at the bar."
+    "(tokens [B, H*W, d], masks, grid) of the whole data set, batch by batch; `what` labels the bar."
     index = torch.arange(len(dataset)).split(batch_size)
     batches = Loader(_MaskBatches(dataset, size, transform_of(backbone)), index, workers)
     for images, masks in progress_bar(batches, what, progress):
@@ -87,11 +87,11 @@ def tokens_and_masks(
         yield tokens, masks, grid
 
 # %% ../../nbs/8_evaluation/23_memory.ipynb #adfcbba9
-class Memory:  # over 25 lines: every option has its own, and mypy knows no methods outside the class
+class Memory:  # over 25 lines: one for each option, and mypy needs the methods in the class
     """Tokens of labelled images: `keys` [M, d] (unit vectors), `values` [M, C] (shares), `grid` (H, W).
 
-    `size` (h, w) or one number: pixels of the images as the backbone gets them. `memory_size`: tokens at
-    most, the same number an image. ValueError for no images, no room or no label."""
+    `size`: (h, w) or one number, what images are resized to. `memory_size`: maximum number of tokens, the
+    same from each image. Raises ValueError if there are no images, no labels, or more images than tokens."""
 
     def __init__(
         self,
@@ -110,11 +110,11 @@ class Memory:  # over 25 lines: every option has its own, and mypy knows no meth
         self.keys, self.values, self.grid = _remember(loaded, len(dataset.classes), each, seed)
 
     def ask(self, images: Tensor, k: int = 30, temperature: float = 0.02) -> Tensor:
-        "Shares [B, H*W, C] for normalised images [B, 3, h, w], on the CPU."
+        "Class shares [B, H*W, C] for normalised images [B, 3, h, w], on the CPU."
         return self.ask_tokens(token_directions(self.backbone, images)[0], k, temperature)
 
     def ask_tokens(self, tokens: Tensor, k: int = 30, temperature: float = 0.02) -> Tensor:
-        "Shares [B, S, C] for unit vectors [B, S, d], on the CPU. ValueError for a `k` above what it holds."
+        "Class shares [B, S, C] for unit vectors [B, S, d], on the CPU. ValueError if it holds less than `k`."
         if not 1 <= k <= len(self.keys):
             raise ValueError(f'k = {k}: the memory holds {len(self.keys)} tokens')
         shares = look_up(tokens.flatten(0, 1), self.keys, self.values, k, temperature)
@@ -137,7 +137,7 @@ def _remember(loaded, n_classes, each, seed):
 
 # %% ../../nbs/8_evaluation/23_memory.ipynb #108bea6c
 def tokens_an_image(dataset: Segmentation, memory_size: int) -> int:
-    "How many tokens of each image a memory of `memory_size` has room for. ValueError for none, or no images."
+    "Tokens of each image that fit into `memory_size`. Raises ValueError if not even one, or without images."
     if not len(dataset):
         raise ValueError('there are no memory images')
     each = memory_size // len(dataset)

@@ -31,11 +31,11 @@ __all__ = ['attention_masks', 'jaccard', 'attention_jaccard', 'check_masks', 'at
 def attention_masks(maps: Tensor, mass: float = 0.6) -> Tensor:
     """The smallest set of places that holds at least `mass` of the attention: bool [..., H, W] (DINO Fig. 4).
 
-    `maps` [..., H, W] >= 0. ValueError for a mass outside (0, 1]."""
+    `maps` [..., H, W] >= 0. Raises ValueError for a mass outside (0, 1]."""
     if not 0 < mass <= 1:
         raise ValueError(f'mass={mass} must lie above 0 and at most at 1')
     values, order = maps.flatten(-2).double().sort(-1, descending=True)
-    before = values.cumsum(-1) - values  # what the larger ones hold already
+    before = values.cumsum(-1) - values  # mass of all larger values
     keep = before < mass * values.sum(-1, keepdim=True) * (1 - 1e-6)  # float32 attention: .4 may be .40000001
     return torch.zeros_like(keep).scatter(-1, order, keep).view(maps.shape)
 
@@ -46,7 +46,7 @@ def jaccard(mask: Tensor, truth: Tensor) -> Tensor:
     return torch.where(either > 0, both / either.clamp(min=1), 1.0)
 
 # %% ../../nbs/8_evaluation/13_object_masks.ipynb #4f209f24
-def attention_jaccard(  # over 25 lines: every option has its own
+def attention_jaccard(  # over 25 lines: one for each option
     backbone: nn.Module,
     dataset: Any,
     size: int,
@@ -58,10 +58,10 @@ def attention_jaccard(  # over 25 lines: every option has its own
 ) -> dict[str, Any]:
     """Jaccard index in per cent of attention masks against true ones, best head per image (DINO Fig. 4).
 
-    jaccard, its 95 % interval over images, heads (the mean of each), one_head (the best of those), beside
-    'shuffled' (the same masks, places permuted, best head) and 'everything'. `masks(i)`: the true mask
-    bool [H, W] of image i; by default all objects of `scene(i)`. ValueError for fewer than two images or
-    no masks."""
+    jaccard, jaccard_ci (95 % interval over images), heads (mean of each), one_head (the best of these);
+    controls: 'shuffled' (same masks, places permuted, best head) and 'everything' (a mask of all pixels).
+    `masks(i)`: the true mask bool [H, W] of image i; by default all objects of `dataset.scene(i)`. Raises
+    ValueError for fewer than two images or no masks."""
     masks = check_masks(dataset, masks)
     scores: dict[str, Any] = {'own': [], 'shuffled': [], 'everything': []}
     for i in progress_bar(range(len(dataset)), 'attention', progress):
@@ -73,7 +73,7 @@ def attention_jaccard(  # over 25 lines: every option has its own
 
 # %% ../../nbs/8_evaluation/13_object_masks.ipynb #885a65ac
 def check_masks(dataset: Any, masks: Callable[[int], Tensor] | None = None) -> Callable[[int], Tensor]:
-    "`masks`, or the objects of the data set's scenes. ValueError for fewer than two images or no masks."
+    "`masks`, or all objects of `dataset.scene(i)`. Raises ValueError for fewer than two images or no masks."
     if not masks and not hasattr(dataset, 'scene'):
         raise ValueError(f'{type(dataset).__name__} has no masks: give `masks`, a function i -> bool [H, W]')
     if len(dataset) < 2:
@@ -103,7 +103,7 @@ def _summary(scores):
 
 # %% ../../nbs/8_evaluation/13_object_masks.ipynb #65abf2b0
 def attention_panels(backbone: nn.Module, crops: Tensor, block: int = -1) -> dict[str, Tensor]:
-    "Title -> pictures of uint8 `crops` [n, 3, s, s]: what a row of `attention_picture` shows."
+    "{title: n pictures} of uint8 `crops` [n, 3, s, s]: the columns of `attention_picture`."
     maps = attention_maps(backbone, crops, block=block)
     f = with_tokens(backbone, transform_of(backbone).normalize(crops))
     mean, middle = maps.mean(1), (maps.shape[2] // 2, maps.shape[3] // 2)
@@ -120,7 +120,7 @@ def attention_panels(backbone: nn.Module, crops: Tensor, block: int = -1) -> dic
 
 # %% ../../nbs/8_evaluation/13_object_masks.ipynb #50f3648f
 def _sharpest(maps):
-    "The number [n] of the head with the smallest entropy."
+    "Index [n] of the head with the smallest entropy."
     p = maps.flatten(2) / maps.flatten(2).sum(-1, keepdim=True)
     return torch.special.entr(p).sum(-1).argmin(1)
 
@@ -136,9 +136,9 @@ def attention_picture(
     images: int | Sequence[int] = 3,
     block: int = -1,
 ) -> Figure:
-    """A row for each image of each of `backbones`: attention of a block, its masks, features.
+    """A row for each backbone and image: attention of a block, its masks, PCA of the features.
 
-    `images`: so many, evenly spaced, or their numbers."""
+    `backbones`: {name: backbone}. `images`: how many, evenly spaced, or their indices."""
     chosen = chosen_indices(len(dataset), images)
     _check_images(backbones, chosen, len(dataset))
     rows: list[Any] = []

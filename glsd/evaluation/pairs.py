@@ -26,13 +26,13 @@ __all__ = ['with_tokens', 'token_grid', 'shift_reach', 'draw_pair', 'exact_map',
 # %% ../../nbs/8_evaluation/9_pairs.ipynb #4ff958d2
 @torch.no_grad()
 def with_tokens(backbone: nn.Module, x: Tensor) -> Any:
-    """The `Features` of crops `x` [N, 3, h, w], normalised as the backbone wants them, in evaluation mode.
+    """The `Features` of crops `x` [N, 3, h, w] (already normalised for the backbone), in eval mode.
 
-    ValueError if they have no tokens, or the backbone takes no crops of this size."""
+    Raises ValueError if they have no tokens, or the backbone does not accept crops of this size."""
     with evaluating(backbone) as device:
         try:
             f = backbone(x.to(device))
-        except AssertionError as e:  # timm's way of saying it
+        except AssertionError as e:  # how timm rejects a size
             raise ValueError(
                 f'the backbone takes no crops of {x.shape[-2]} x {x.shape[-1]} pixels: {e}'
             ) from None
@@ -45,9 +45,9 @@ def with_tokens(backbone: nn.Module, x: Tensor) -> Any:
 
 # %% ../../nbs/8_evaluation/9_pairs.ipynb #a8d0570a
 def token_grid(backbone: nn.Module, size: int) -> tuple[int, int]:
-    """The grid (H, W) of tokens that `backbone` makes of `size` x `size` pixels.
+    """The token grid (H, W) of `backbone` for a crop of `size` x `size` pixels.
 
-    ValueError if it makes none, or tokens that are not equal squares."""
+    Raises ValueError if it returns no tokens, or tokens that are not equal squares."""
     H, W = with_tokens(backbone, torch.zeros(1, 3, size, size)).grid
     if H != W or size % H:
         raise ValueError(
@@ -58,9 +58,9 @@ def token_grid(backbone: nn.Module, size: int) -> tuple[int, int]:
 
 # %% ../../nbs/8_evaluation/9_pairs.ipynb #e3aabbcb
 def shift_reach(grid: tuple[int, int], shift: float) -> int:
-    """How many tokens the second crop may lie away: the share `shift` of the grid's side.
+    """The largest offset between two crops in tokens: the share `shift` of the grid's side.
 
-    At least 1 unless `shift` is 0. ValueError for a shift outside [0, 1)."""
+    At least 1 unless `shift` is 0. Raises ValueError for a shift outside [0, 1)."""
     if not 0 <= shift < 1:
         raise ValueError(f'shift={shift} must be a share of the crop from 0 to below 1')
     return min(max(1, round(shift * grid[0])), grid[0] - 1) if shift else 0
@@ -74,12 +74,12 @@ def draw_pair(
     shift: float = 0.25,
     flip: float = 0.5,
 ) -> Tensor:
-    """Two boxes of equal size, apart by whole tokens, as w_geo [2, 7], for an image of `image_size` (H, W).
+    """Two random boxes of equal size, offset by whole tokens, as w_geo [2, 7]; `image_size` is (H, W).
 
-    `grid` (G, G), `shift` see `shift_reach`, `flip`: probability that a crop is mirrored. GLSD Sec. 4.7.
-    ValueError for an image that is too small."""
+    `grid` (G, G); `shift`: see `shift_reach`; `flip`: probability that a crop is mirrored. GLSD Sec. 4.7.
+    Raises ValueError for an image that is too small."""
     G, reach = grid[0], shift_reach(grid, shift)
-    t = min(image_size) // (G + reach)  # pixels of the original per token
+    t = min(image_size) // (G + reach)  # image pixels per token
     if t < 1:
         raise ValueError(
             f'an image of {image_size[0]} x {image_size[1]} pixels is too small for two crops of {G} x {G} '
@@ -93,7 +93,7 @@ def draw_pair(
 
 # %% ../../nbs/8_evaluation/9_pairs.ipynb #361b3023
 def exact_map(w_geo: Tensor, w_geo_other: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Index [..., S] of the token of the other crop that covers the same square, and whether there is one.
+    """Index [..., S] of the other crop's token that covers the same square, and whether there is one.
 
     `w_geo`, `w_geo_other` [..., 7] from `draw_pair`; the second result is bool [..., S]."""
     index, distance, _ = match_tokens(w_geo, grid, w_geo_other, grid)
@@ -109,7 +109,7 @@ class Pairs:
     grid: tuple[int, int]
     shift: float = 0.25
     flip: float = 0.5
-    photometric: tuple[Photometric, Photometric] | None = (GLOBAL_1, GLOBAL_2)  # None: no change of colour
+    photometric: tuple[Photometric, Photometric] | None = (GLOBAL_1, GLOBAL_2)  # None: no colour augmentation
     seed: int = 0
 
     def draw(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,15 +127,15 @@ class Pairs:
 
 # %% ../../nbs/8_evaluation/9_pairs.ipynb #b9c977fe
 def _draw_colours(photometric, rng):
-    "w_pho [2, 11]: how the colours of both crops change, or not at all."
+    "w_pho [2, 11] of both crops: drawn, or the identity if `photometric` is None."
     w_pho = [p.draw(rng) for p in photometric] if photometric else [photometric_vector()] * 2
     return torch.from_numpy(np.stack(w_pho))
 
 # %% ../../nbs/8_evaluation/9_pairs.ipynb #8911e8ce
 def renormalized(x: Tensor, transform: EvalTransform) -> Tensor:
-    """Crops [..., 3, h, w] normalised by ImageNet's mean and std -> by those of `transform`.
+    """Crops [..., 3, h, w] normalised with ImageNet's mean and std -> with those of `transform`.
 
-    The same tensor if they are equal."""
+    Returns the same tensor if these are equal."""
     if (transform.mean, transform.std) == (MEAN, STD):
         return x
     old_mean, old_std, mean, std = (

@@ -31,7 +31,7 @@ def evenly_spaced(total: int, n: int | None) -> np.ndarray:
 
 
 def chosen_indices(total: int, which: int | Sequence[int]) -> list[int]:
-    "So many of `total`, evenly spaced, or those that are numbered."
+    "Indices below `total`: `which` of them, evenly spaced, if it is a number; else those in `which`."
     if isinstance(which, int):
         return evenly_spaced(total, which).tolist()
     return [int(i) for i in which]
@@ -51,11 +51,11 @@ def _picture_class() -> type:
 
 
 def new_figure(width: float, height: float, dpi: int = 90) -> Figure:
-    "A figure of so many inches, which a notebook shows whether or not pyplot is there to do it."
+    "A figure of `width` x `height` inches that a notebook displays even without pyplot."
     return _picture_class()((width, height), dpi=dpi, layout='constrained')
 
 # %% ../../nbs/8_evaluation/2_pictures.ipynb #ea87b3ae
-# what a frame says, also to those who see no colours (Okabe and Ito's, and a kind of line each)
+# frames of queries and hits: Okabe and Ito's colours for the colour-blind, and line styles
 FRAMES: dict[str, dict[str, Any]] = dict(
     query=dict(color='black', linestyle='-'),
     right=dict(color='#009E73', linestyle='-'),
@@ -68,9 +68,9 @@ FRAMES: dict[str, dict[str, Any]] = dict(
 def picture_rows(
     names: Sequence[str], rows: int, columns: int, key: str = '', dpi: int = 80
 ) -> tuple[Figure, list]:
-    """A figure with a titled block for each name, and the axes of each block: array [rows, columns].
+    """A figure with one titled block per name, and the axes of each block as an array [rows, columns].
 
-    `key`: a line below all that says what frames mean."""
+    `key`: a line below all blocks that explains the frames."""
     height = (1.12 * rows + 0.35) * len(names) + 0.35 * bool(key)
     fig = new_figure(max(7.6, 1.1 * columns), height, dpi)
     blocks = fig.subfigures(len(names), squeeze=False)[:, 0]
@@ -82,7 +82,7 @@ def picture_rows(
 
 
 def framed(ax: Axes, image: Tensor, size: int, kind: str) -> None:
-    "Draws the middle `size` x `size` pixels of an image, as `eval_crop` cuts them, in one of FRAMES."
+    "Draws the central `size` x `size` crop of an image (`eval_crop`) in the frame FRAMES[kind]."
     ax.imshow(IMAGENET.crop(image, size).permute(1, 2, 0).numpy(), interpolation='nearest')
     ax.set(xticks=[], yticks=[])
     for edge in ax.spines.values():
@@ -97,18 +97,18 @@ def show_image(ax: Axes, image: Tensor, title: str = '') -> None:
 
 
 def show_mask(ax: Axes, mask: ArrayLike, n_classes: int, title: str = '') -> None:
-    "Draws a class for each pixel [h, w], without axes; what a masked array hides stays white."
+    "Draws a mask [h, w] of class numbers, without axes; entries hidden by a masked array stay white."
     ax.imshow(mask, cmap='tab20', vmin=0, vmax=_last_colour(n_classes), interpolation='nearest')
     ax.set_title(title, fontsize=10)
     ax.axis('off')
 
 
 def _last_colour(n_classes: int) -> int:
-    return max(n_classes, 20) - 1  # few classes or many: a class keeps its colour up to the 20th
+    return max(n_classes, 20) - 1  # up to 20 classes: colours do not depend on their number
 
 
 def mask_legend(fig: Figure, shown: Iterable[int], classes: Sequence[str]) -> None:
-    "Names the colours of the classes `shown` (numbers) in a line below a figure of masks."
+    "Adds a legend for the class numbers `shown` below a figure of masks."
     from matplotlib import colormaps
     from matplotlib.patches import Patch
 

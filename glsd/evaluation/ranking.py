@@ -23,10 +23,10 @@ __all__ = ['SETUPS', 'BACKENDS', 'average_precision', 'precision_at', 'mean_aver
 def average_precision(
     relevant: ArrayLike, junk: ArrayLike | None = None, n_relevant: int | None = None
 ) -> float:
-    """AP (0..1) of one ranking by the definition of (revisited) Oxford and Paris: trapezoids, junk taken out.
+    """AP (0..1) of one ranking as in (revisited) Oxford and Paris: trapezoidal rule, junk removed.
 
-    `relevant`, `junk` bool [m], nearest first; `n_relevant`: how many there are, if the ranking was cut.
-    ValueError without any."""
+    `relevant`, `junk` bool [m], nearest first; `n_relevant`: how many exist, if the ranking was truncated.
+    Raises ValueError if there are none."""
     rank = _ranks(relevant, junk)
     n = len(rank) if n_relevant is None else n_relevant
     if n < max(1, len(rank)):
@@ -40,15 +40,15 @@ def average_precision(
 
 
 def _ranks(relevant, junk):
-    "Ranks from 0 of the relevant images, as if the junk had never been there."
+    "Ranks (from 0) of the relevant images after removing the junk."
     relevant = np.asarray(relevant, bool)
     return np.flatnonzero(relevant if junk is None else relevant[~np.asarray(junk, bool)])
 
 # %% ../../nbs/8_evaluation/18_ranking.ipynb #28329025
 def precision_at(relevant: ArrayLike, k: int, junk: ArrayLike | None = None) -> float:
-    """Share of relevant images among the first `k` (mP@k); junk taken out.
+    """Share of relevant images among the first `k` (as in mP@k), after removing the junk.
 
-    Or down to the last relevant one if that comes first."""
+    If all relevant images are found before rank `k`, only down to the last of them."""
     rank = _ranks(relevant, junk)
     k = min(k, rank[-1] + 1) if len(rank) else k
     return float((rank < k).sum() / k)
@@ -66,10 +66,10 @@ def mean_average_precision(
 ) -> dict[str, dict[str, Any]]:
     """mAP and mP@k in per cent for easy, medium and hard: {'easy': {'map', 'p@1', ..., 'queries'}, ...}.
 
-    `ranking` [n, m]: for each query the numbers of the database, nearest first. `lists`: for each query a
-    dict with the numbers in 'easy', 'hard', 'junk' (a missing one is empty). Queries with nothing to find
-    are left out; None if all are (Radenovic et al. 2018). ValueError unless there is a ranking for each
-    list."""
+    `ranking` [n, m]: database indices for each query, nearest first. `lists`: for each query a dict of the
+    indices that are 'easy', 'hard' and 'junk' (empty if missing). Queries without relevant images are left
+    out; figures are None if all are (Radenovic et al. 2018). Raises ValueError unless there are as many
+    rankings as lists."""
     rankings = np.asarray(ranking)
     if len(rankings) != len(lists):
         raise ValueError(f'{len(rankings)} rankings, but lists for {len(lists)} queries')
@@ -81,7 +81,7 @@ def mean_average_precision(
 
 # %% ../../nbs/8_evaluation/18_ranking.ipynb #bedfdd85
 def _precisions(ranking, lists, wanted, ignored, at):
-    "AP and the precisions of one query; None if it has nothing to find."
+    "AP and the precisions of one query; None if it has no relevant images."
     numbers = {i for name in wanted for i in lists.get(name, ())}
     if not numbers:
         return None
@@ -116,8 +116,8 @@ BACKENDS: dict[str, Callable] = {'torch': nearest, 'faiss': _faiss}
 def search(queries: Tensor, bank: Tensor, k: int, backend: str = 'torch') -> tuple[Tensor, Tensor]:
     """Cosine [n, k] and index [n, k] of the `k` nearest of `bank` [m, d] for `queries` [n, d], nearest first.
 
-    Exact; features of any length. `backend`: 'torch', or 'faiss' if the package faiss-cpu (or faiss-gpu) is
-    there. ValueError on bad input."""
+    Exact; features need not be normalised. `backend`: 'torch', or 'faiss' if faiss-cpu (or faiss-gpu) is
+    installed. Raises ValueError on bad input."""
     queries, bank = unit_rows('query', queries), unit_rows('database', bank)
     if backend not in BACKENDS:
         raise ValueError(f'no backend {backend!r}; there are: {", ".join(BACKENDS)}')
@@ -131,7 +131,7 @@ def search(queries: Tensor, bank: Tensor, k: int, backend: str = 'torch') -> tup
 
 # %% ../../nbs/8_evaluation/18_ranking.ipynb #e7d1a878
 def unit_rows(name: str, x: Tensor) -> Tensor:
-    "Features [n, d] as unit vectors float32. ValueError, with their `name`, if there are none or not finite."
+    "Features [n, d] as float32 unit vectors. Raises ValueError, giving `name`, if empty or not finite."
     x = torch.as_tensor(x)
     if x.ndim != 2 or not len(x):
         raise ValueError(f'{name} features must be [n, d] with n of at least 1, not {list(x.shape)}')

@@ -17,36 +17,36 @@ __all__ = ['LIMITS', 'STUCK', 'MASKED_KINDS', 'DEAD', 'CONSTANT', 'MEAN_PATCH', 
 
 # %% ../../nbs/8_evaluation/14_report.ipynb #094ab686
 LIMITS = dict(
-    flat=0.01,
-    information=0.05,
-    std=0.01,  # of ln(out_dim), of what is possible, of 1
-    partners=1 / 3,  # of the share that random matches have
-    pooled_rank=0.05,
-    tokens_rank=0.1,
-    in_use=0.05,  # of the codes
+    flat=0.01,  # distance of an entropy or a loss from ln(out_dim), relative to ln(out_dim)
+    information=0.05,  # share of the maximum
+    std=0.01,  # of `feature_std`, from 0 to 1
+    partners=1 / 3,  # relative to the share that random matches have
+    pooled_rank=0.05,  # share of the largest possible rank
+    tokens_rank=0.1,  # likewise
+    in_use=0.05,  # share of all codes
     top=0.95,  # share of the most frequent code
-    gain=0.02,  # of the mean patch's error
-    spread=0.1,  # of the targets'
-    varies=0.05,  # deviation of targets, of their length
-)  # of what is possible
+    gain=0.02,  # part of the mean patch's error that is removed
+    spread=0.1,  # deviation of predictions relative to that of targets
+    varies=0.05,  # deviation of targets relative to their length
+)
 
 
 class Finding(namedtuple('Finding', 'kind seen why advice')):
-    "One thing that a report names: its kind, what was seen, why that happens, what to try."
+    "One finding of a report: its kind, what was seen, why it happens, what to try."
 
 # %% ../../nbs/8_evaluation/14_report.ipynb #b6dc662b
 @dataclass
 class CollapseReport:
-    """Findings, the worst first; none: 'healthy'. As text, a line each.
+    """Findings, the worst first; 'healthy' if there are none. `str(report)` has one line per finding.
 
-    `looked_at` are the names of what was there to be judged."""
+    `looked_at`: names of the outputs and features that were judged."""
 
     findings: list
     looked_at: list
 
     @property
     def kind(self):
-        "The kind of the gravest finding, or healthy."
+        "The kind of the worst finding, or 'healthy'."
         return self.findings[0].kind if self.findings else 'healthy'
 
     def __str__(self):
@@ -150,7 +150,7 @@ MASKED_KINDS = 'dead codes', 'constant targets', 'mean patch'
 
 
 def _masked(figures):
-    "Findings of `code_figures`, `target_figures` and `reconstruction_figures` of floor 5."
+    "Findings from `code_figures`, `target_figures` and `reconstruction_figures` (`glsd.masked`)."
     c, t, r = (figures.get(name) for name in ('codes', 'targets', 'reconstruction'))
     found = []
     if c and (c['in_use'] < max(2, LIMITS['in_use'] * c['n_codes']) or c['top'] > LIMITS['top']):
@@ -180,12 +180,12 @@ MEAN_PATCH = (
 
 # %% ../../nbs/8_evaluation/14_report.ipynb #3beaeead
 def collapse_report(figures: dict, trained: bool = True) -> CollapseReport:
-    """What the figures of `collapse_figures`, or of `feature_figures` alone, mean.
+    """Interprets the figures of `collapse_figures`, or of `feature_figures` alone.
 
-    Its `kind` is 'healthy', 'full collapse', 'stuck', 'local collapse' or 'dimensional collapse', of masked
-    methods also 'dead codes', 'constant targets' or 'mean patch'; as text it says why and what to try.
-    `trained=False`: of weights that nobody has trained, which need no advice on training. ValueError if a
-    figure is not finite."""
+    `kind` is 'healthy', 'full collapse', 'stuck', 'local collapse' or 'dimensional collapse', for masked
+    methods also 'dead codes', 'constant targets' or 'mean patch'; the text says why and what to try.
+    `trained=False`: the weights are untrained, so there is no advice on training. Raises ValueError if
+    there are no figures or one is not finite."""
     for k, v in shares(figures).items():
         if not math.isfinite(v):
             raise ValueError(

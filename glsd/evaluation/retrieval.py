@@ -49,10 +49,10 @@ def retrieval_map(
     at: Sequence[int] = (1, 5, 10),
     **options,
 ) -> dict[str, Any]:
-    """mAP and mP@k in per cent of a frozen `backbone` on a `RetrievalSet`: easy, medium and hard, for JSON.
+    """mAP and mP@k in per cent of a frozen `backbone` on a `RetrievalSet`, easy, medium and hard.
 
-    The same under 'pixels' and 'chance' (the mean of ten random rankings). `options` go to `extract`.
-    ValueError on bad input."""
+    A dict for JSON, with the same under 'pixels' and 'chance' (mean over ten random rankings per query).
+    `options` go to `extract`. Raises ValueError on bad input."""
 
     def figures(net):
         sets = (data.queries, data.database)
@@ -68,7 +68,7 @@ def retrieval_map(
 
 # %% ../../nbs/8_evaluation/20_retrieval.ipynb #c50294a1
 def kind_of(lists: Mapping[str, Sequence[int]], i: int) -> str:
-    "'easy', 'hard' or 'junk' as the `lists` of a query have image i; 'wrong' if none has."
+    "Which of a query's `lists` has image i: 'easy', 'hard' or 'junk'; 'wrong' if none has."
     return next((name for name in ('easy', 'hard', 'junk') if i in lists.get(name, ())), 'wrong')
 
 # %% ../../nbs/8_evaluation/20_retrieval.ipynb #66f087b4
@@ -79,10 +79,10 @@ def retrieval_picture(
     queries: int | Sequence[int] = 4,
     k: int = 6,
 ) -> Figure:
-    """Queries and their first `k` hits of the database; in frames that say how good a hit is.
+    """Queries and their first `k` hits in the database; the frame of a hit shows how good it is.
 
-    A block of rows for each of `backbones` {name: backbone}. `queries`: so many, evenly spaced, or their
-    numbers. ValueError for no backbone, or a `k` above the database's size."""
+    A block of rows for each of `backbones` {name: backbone}. `queries`: how many, evenly spaced, or their
+    indices. Raises ValueError for no backbone, or a `k` above the size of the database."""
     if not backbones:
         raise ValueError('retrieval_picture needs at least one backbone')
     chosen = chosen_indices(len(data.queries), queries)

@@ -29,10 +29,10 @@ __all__ = ['RECOLOUR', 'RetrievalSet', 'Images', 'ImageFiles', 'RetrievalFolder'
 # %% ../../nbs/8_evaluation/19_retrieval_sets.ipynb #3166e8da
 @dataclass
 class RetrievalSet:
-    """A retrieval benchmark: queries, a database, and for each query a dict of database numbers.
+    """A retrieval benchmark: queries, a database, and for each query a dict of database indices.
 
-    The dict has lists under easy, hard and junk. ValueError for lists that do not fit: as many as queries,
-    numbers of the database, none in two lists of a query."""
+    Each dict has lists under easy, hard and junk. Raises ValueError unless there is one dict per query, all
+    indices are in the database, and none is twice in a dict."""
 
     queries: Dataset
     database: Dataset
@@ -58,7 +58,7 @@ def _check_lists(q, lists, m):
 
 # %% ../../nbs/8_evaluation/19_retrieval_sets.ipynb #3edd255e
 class Images:
-    "Images in memory as a data set: uint8 [3, H, W] each, with `labels` or none."
+    "Images in memory as a data set: uint8 [3, H, W] each, with optional `labels`."
 
     def __init__(self, images: Sequence[Tensor], labels: Any = None, classes: Sequence[str] = ()):
         self.images, self.classes = images, list(classes)
@@ -71,7 +71,7 @@ class Images:
         return self.images[i], int(self.labels[i])
 
     def fingerprint(self) -> str:
-        "See `Dataset`; the pixels count."
+        "See `Dataset`; depends on the pixels."
         pixels = [fingerprint_of(list(x.shape), x.numpy().tobytes().hex()) for x in self.images]
         return fingerprint_of(type(self).__name__, pixels, self.labels.tolist())
 
@@ -79,7 +79,8 @@ class Images:
 class ImageFiles:
     """Image files below `root` as an unlabelled data set.
 
-    `boxes`: for each file a part (left, upper, right, lower), or None for all of it. FileNotFoundError."""
+    `boxes`: for each file a crop (left, upper, right, lower), or None for the whole image. Raises
+    FileNotFoundError for a missing file."""
 
     def __init__(self, root: Path | str, files: Sequence[str], boxes: Sequence[Any] | None = None):
         self.root, self.files = Path(root), list(files)
@@ -116,8 +117,8 @@ def _part(image, box, name):
 class RetrievalFolder(RetrievalSet):
     """The benchmark in `root`/lists.json; keys: queries, database (relative paths), lists.
 
-    `lists` has easy, hard, junk and box for each query. FileNotFoundError or ValueError in one line for what
-    is missing or does not fit."""
+    `lists` has for each query easy, hard and junk (paths), and box. Raises FileNotFoundError or ValueError
+    for what is missing or inconsistent."""
 
     def __init__(self, root: Path | str, file: str = 'lists.json'):
         record = _read_lists(Path(root) / file)
@@ -159,10 +160,10 @@ def edit(
     flip: float = 0.0,
     quality: int | None = None,
 ) -> Tensor:
-    """A copy of `image` uint8 [3, H, W] of the same size, edited.
+    """An edited copy of `image` uint8 [3, H, W], of the same size.
 
-    area: share of the image that a crop keeps; flip: probability that it is mirrored; photometric: colours
-    and blur are drawn from it; quality: of a JPEG file (1..95)."""
+    area: range of the share of the image that a crop keeps; flip: probability that it is mirrored;
+    photometric: colours and blur are drawn from it; quality: JPEG quality (1..95), None: no JPEG."""
     H, W = image.shape[-2:]
     x, y, w, h = 0, 0, W, H
     if area[0] < 1:
@@ -183,7 +184,7 @@ RECOLOUR = Photometric(0.2, 0.2, 0.2, 0.05, p_jitter=1.0, p_gray=0.0, p_blur=0.0
 
 
 def toy_retrieval(n: int = 40, size: int = 64, seed: int = 0) -> RetrievalSet:
-    """A benchmark of the toy world, of `n` scenes.
+    """A retrieval benchmark from `n` scenes of the toy world.
 
     The database has 5 n images: 1 junk, 2 easy and 2 hard ones for each query."""
     if n < 2:

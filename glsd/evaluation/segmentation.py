@@ -56,9 +56,9 @@ CAMVID = tuple('sky building pole road pavement tree sign fence car pedestrian b
 class MaskFolder:
     """`root/split/images/*` with `root/split/masks/*.png` of the same names: `ds[i]` -> (image, mask).
 
-    `classes`: names of the numbers from 0; by default the lines of `root/classes.txt`, or CamVid's.
-    `void`: the number of unlabelled pixels, by default the one after the last class (CamVid: 11).
-    FileNotFoundError or ValueError naming what is missing; ImageError for a file that is no such image."""
+    `classes`: names of classes 0, 1, ...; by default the lines of `root/classes.txt`, or CamVid's.
+    `void`: the mask value of unlabelled pixels, by default the one after the last class (CamVid: 11).
+    Raises FileNotFoundError or ValueError naming what is missing, ImageError for an invalid image or mask."""
 
     def __init__(
         self, root: Path | str, split: str, classes: Sequence[str] | None = None, void: int | None = None
@@ -107,9 +107,9 @@ def _files_with_masks(root):
 
 # %% ../../nbs/8_evaluation/22_segmentation.ipynb #6e80e15d
 def read_mask(path: Path | str) -> Tensor:
-    """PNG -> class numbers int64 [H, W]: its grey values, or its palette's indices.
+    """PNG -> class numbers int64 [H, W]: its grey values or palette indices.
 
-    ImageError for anything else; FileNotFoundError."""
+    Raises ImageError for anything else, FileNotFoundError for a missing file."""
     try:
         with Image.open(path) as img:
             mode, pixels = img.mode, np.asarray(img)
@@ -125,8 +125,8 @@ def read_mask(path: Path | str) -> Tensor:
 def token_shares(mask: Tensor, grid: tuple[int, int], n_classes: int) -> Tensor:
     """Share of each class among the labelled pixels under each token: float32 [H*W, n_classes].
 
-    `mask` int64 [h, w] under a `grid` (H, W) of equal tokens; labelled: 0 <= number < n_classes. Rows sum
-    to 1, or to 0 where all is void; where sizes do not divide, neighbours share a row of pixels."""
+    `mask` int64 [h, w] under a `grid` (H, W) of equal tokens; labelled: 0 <= value < n_classes. Rows sum to
+    1, or to 0 where all is void. Neighbours share pixels if the grid does not divide the mask evenly."""
     maps = [F.adaptive_avg_pool2d((mask == c).float()[None], grid)[0] for c in range(n_classes)]
     counts = torch.stack(maps, -1).flatten(0, 1)
     return counts / counts.sum(-1, keepdim=True).clamp(min=1e-9)
@@ -135,7 +135,7 @@ def token_shares(mask: Tensor, grid: tuple[int, int], n_classes: int) -> Tensor:
 def paint_shares(shares: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """Shares [H*W, C] on a `grid` -> the class of each pixel, int64 [h, w] of `size`.
 
-    Enlarged bilinearly, then the largest share."""
+    Bilinear upsampling, then argmax."""
     maps = shares.T.unflatten(1, grid)[None]
     return F.interpolate(maps, size, mode='bilinear', align_corners=False)[0].argmax(0)
 
@@ -150,16 +150,16 @@ def class_iou(confusion: Tensor) -> Tensor:
 
 # %% ../../nbs/8_evaluation/22_segmentation.ipynb #af4e9821
 def new_confusion(n_classes: int, void: int | None = None) -> Any:
-    """A confusion matrix of torchmetrics: `update(predicted, truth)`.
+    """A torchmetrics confusion matrix: `update(predicted, truth)`.
 
     Pixels whose truth is `void` are left out."""
-    from torchmetrics.classification import MulticlassConfusionMatrix  # takes seconds to import
+    from torchmetrics.classification import MulticlassConfusionMatrix  # lazy: takes seconds to import
 
     return MulticlassConfusionMatrix(n_classes, ignore_index=void, validate_args=False)
 
 
 def check_mask(mask: Tensor, n_classes: int, void: int | None = None) -> None:
-    "ValueError if a mask holds a number that is neither a class nor `void`."
+    "Raises ValueError if a mask holds a value that is neither a class nor `void`."
     bad = mask[((mask < 0) | (mask >= n_classes)) & (mask != (-1 if void is None else void))]
     if len(bad):
         raise ValueError(

@@ -36,7 +36,7 @@ def image_rows(
     width: float = 1.0,
     dpi: int = 90,
 ) -> Figure:
-    """Rows of pictures [H, W], [3, H, W] or [H, W, 3]; every map has its own scale.
+    """Rows of pictures [H, W], [3, H, W] or [H, W, 3]; each map [H, W] has its own colour scale.
 
     `titles` stand above the columns, `names` beside the rows."""
     width = max(width, 7 / len(rows[0]))  # of one picture; all together at least 7 inches
@@ -60,7 +60,7 @@ def _draw(ax, x):
 
 # %% ../../nbs/8_evaluation/11_similarity.ipynb #c354aa4c
 def check_place(query: tuple[int, int], grid: tuple[int, int]) -> None:
-    "ValueError unless `query` (row, column) lies on a `grid` (H, W)."
+    "Raises ValueError unless `query` (row, column) lies on a `grid` (H, W)."
     if not (0 <= query[0] < grid[0] and 0 <= query[1] < grid[1]):
         raise ValueError(
             f'no token at {tuple(query)}: there are {grid[0]} rows and {grid[1]} columns, counted from 0'
@@ -70,9 +70,9 @@ def check_place(query: tuple[int, int], grid: tuple[int, int]) -> None:
 def similarity_map(
     tokens: Tensor, grid: tuple[int, int], query: tuple[int, int], others: Tensor | None = None
 ) -> Tensor:
-    """Cosines [H, W] of the token at `query` (row, column) of `tokens` [S, d] to all tokens of the same view.
+    """Cosine similarity [H, W] of the token at `query` (row, column) to all `tokens` [S, d] of its view.
 
-    `others` [S, d]: to those of another view instead. ValueError if there is no such place."""
+    `others` [S, d]: tokens of another view to use instead. Raises ValueError for a place off the grid."""
     check_place(query, grid)
     others = tokens if others is None else others
     own = tokens[query[0] * grid[1] + query[1]].float()
@@ -80,7 +80,7 @@ def similarity_map(
 
 # %% ../../nbs/8_evaluation/11_similarity.ipynb #a63c45f8
 def similar_patches(maps: Tensor, share: float = 0.1) -> Tensor:
-    "The `share` of places with the largest values, at least one, in each of `maps` [..., H, W]: bool."
+    "Bool [..., H, W]: the `share` of places with the largest values in each of `maps`, at least one."
     if not 0 < share <= 1:
         raise ValueError(f'share={share} must lie above 0 and at most at 1')
     flat = maps.flatten(-2)
@@ -89,14 +89,14 @@ def similar_patches(maps: Tensor, share: float = 0.1) -> Tensor:
 
 # %% ../../nbs/8_evaluation/11_similarity.ipynb #765cf50a
 def marked(image: Tensor, mask: Tensor) -> Tensor:
-    "The image uint8 [3, h, w], dark where the mask bool [H, W] is not."
+    "The image uint8 [3, h, w], darkened where the mask bool [H, W] is False."
     return (image * (0.3 + 0.7 * F.interpolate(mask[None, None].float(), image.shape[-2:])[0])).byte()
 
 # %% ../../nbs/8_evaluation/11_similarity.ipynb #e9693e89
 def pca_rgb(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """Tokens [N, S, d] or [S, d] -> colours [N, H, W, 3] in 0..1: their first three principal components.
 
-    Found over all N together. ValueError if the tokens are not finite, or do not fill the grid."""
+    Fitted to all N together. Raises ValueError if tokens are not finite or do not fill the grid."""
     x = (tokens if tokens.ndim == 3 else tokens[None]).detach().float().cpu()
     if not x.isfinite().all():
         raise ValueError('pca_rgb: the tokens are not finite: did the training diverge?')
@@ -104,7 +104,7 @@ def pca_rgb(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         raise ValueError(f'pca_rgb: {x.shape[1]} tokens are not a grid of {grid[0]} x {grid[1]}')
     flat = x.flatten(0, 1) - x.mean((0, 1))
     axes = torch.linalg.eigh(flat.T @ flat).eigenvectors.flip(1)[:, :3]
-    # an axis has no sign of its own: its largest entry shall be positive
+    # the sign of an axis is arbitrary: make its largest entry positive
     axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
     z = F.pad(flat @ axes, (0, 3 - axes.shape[1]))
     low, high = z.quantile(0.01, 0), z.quantile(0.99, 0)
@@ -122,8 +122,9 @@ def similarity_overlays(
 ) -> list[np.ndarray]:
     """Pictures uint8 [pixels, pixels, 3] of `views` [V, 3, h, w] with `tokens` [V, S, d].
 
-    Each view in grey under the cosines of its places to the token at `query` (row, column) of view `view`,
-    which is framed. Bright: 1; dark: the least of all, at most 0.9, so that tokens all alike look it."""
+    Each view in grey, overlaid with the cosine similarity of its tokens to the framed one at `query`
+    (row, column) of view `view`. Bright: 1; dark: the minimum, or 0.9 if that is less, so that nearly
+    identical tokens look identical."""
     cosines = [similarity_map(tokens[view], grid, query, z) for z in tokens]
     low = min(0.9, *(float(c.min()) for c in cosines))
     pictures = []
@@ -148,7 +149,7 @@ def _heat(x):
 
 
 def _frame(query, grid, pixels):
-    "Where the frame of a place lies in a picture: bool [pixels, pixels]."
+    "Bool [pixels, pixels]: the frame around the token at `query`."
     top, left = (round(q * pixels / n) for q, n in zip(query, grid))
     bottom, right = (round((q + 1) * pixels / n) for q, n in zip(query, grid))
     frame = np.zeros((pixels, pixels), bool)
@@ -160,7 +161,7 @@ def _frame(query, grid, pixels):
 def clickable(
     picture: Widget, grid: tuple[int, int], on_click: Callable[[tuple[int, int]], None], pixels: int
 ) -> Widget:
-    "A picture widget under a grid of transparent buttons; `on_click((row, column))` is called by them."
+    "A picture widget under a grid of transparent buttons, which call `on_click((row, column))`."
     import ipywidgets as widgets
 
     square, same = dict(width=f'{pixels}px', height=f'{pixels}px'), dict(grid_area='1 / 1 / 2 / 2')
@@ -186,7 +187,7 @@ def _buttons(grid, on_click):
 def as_batch(images: Tensor, transform: EvalTransform = IMAGENET) -> Tensor:
     """Images uint8 or normalised float, [3, h, w] or [N, 3, h, w] -> float [N, 3, h, w].
 
-    uint8 is normalised by `transform`. ValueError for another shape."""
+    uint8 is normalised by `transform`. Raises ValueError for other shapes."""
     if images.ndim not in (3, 4) or images.shape[-3] != 3:
         raise ValueError(f'images must be [N, 3, h, w] or [3, h, w], not {list(images.shape)}')
     images = images if images.ndim == 4 else images[None]
@@ -196,10 +197,10 @@ def as_batch(images: Tensor, transform: EvalTransform = IMAGENET) -> Tensor:
 def similarity_widget(
     backbone: nn.Module, views: Tensor, query: tuple[int, int] | None = None, pixels: int = 180
 ) -> Widget:
-    """Click on a place of any of `views`: all of them show the similarity of their tokens to it.
+    """An ipywidgets box: click a place in any of `views`, and all show their tokens' similarity to it.
 
-    Views [V, 3, h, w], or one image [3, h, w], uint8 or normalised as the backbone wants. An ipywidgets box,
-    at first with `query` (row, column) of the first view, or its middle. ValueError without tokens."""
+    `views` [V, 3, h, w], or one image [3, h, w]: uint8, or normalised for the backbone. `query` (row, column)
+    in the first view: the initial place (default: the middle). Raises ValueError without tokens."""
     import ipywidgets as widgets
 
     transform = transform_of(backbone)

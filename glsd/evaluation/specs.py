@@ -27,9 +27,9 @@ __all__ = ['Net', 'open_net', 'open_nets', 'common_size', 'at_block', 'open_data
 
 # %% ../../nbs/8_evaluation/26_specs.ipynb #a362c6e4
 class Net(NamedTuple):
-    """A frozen backbone with where it came from.
+    """A frozen backbone and where it came from.
 
-    recipe: None if it was not trained here. size: the pixels it was made for."""
+    recipe: None if glsd did not train it. size: the image size in pixels that it was made for."""
 
     spec: str
     backbone: Any
@@ -38,12 +38,12 @@ class Net(NamedTuple):
 
     @property
     def is_untrained(self) -> bool:
-        "Whether nobody has trained its weights: a control."
+        "Whether its weights are random: a control."
         return self.spec.startswith('random:')
 
 # %% ../../nbs/8_evaluation/26_specs.ipynb #9f634ef1
 def open_net(spec: str | Path | nn.Module, **images: Any) -> Net:
-    "A `Net` from a spec or a module; `images` (mean, std, ...) as for `load_frozen`."
+    "A `Net` from a spec or a module; `images` (mean, std, ...): as in `load_frozen`."
     check_images(**images)
     if isinstance(spec, nn.Module):
         backbone, recipe, text = spec, None, type(spec).__name__
@@ -55,9 +55,9 @@ def open_net(spec: str | Path | nn.Module, **images: Any) -> Net:
 
 
 def open_nets(specs: Sequence[str] | Mapping[str, Any], **images: Any) -> dict[str, Net]:
-    """{name: Net} from 'spec' or 'name=spec', or from {name: spec or module}.
+    """{name: Net} from a list of 'spec' or 'name=spec', or from {name: spec or module}.
 
-    ValueError if two have one name, or there are none."""
+    Raises ValueError if two have the same name, or there are none."""
     named = list(specs.items()) if isinstance(specs, Mapping) else [_named(s) for s in specs]
     names = [name for name, _ in named]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -78,7 +78,7 @@ def _named(spec):
 
 # %% ../../nbs/8_evaluation/26_specs.ipynb #0bf919b4
 def common_size(nets: Mapping[str, Net], size: Any = None) -> Any:
-    "`size`, or the one that all of `nets` were made for; ValueError if they were made for different ones."
+    "`size`, or the one that all `nets` were made for; raises ValueError if these differ."
     sizes = {net.size for net in nets.values()}
     if not size and len(sizes) > 1:
         raise ValueError(
@@ -88,18 +88,18 @@ def common_size(nets: Mapping[str, Net], size: Any = None) -> Any:
 
 
 def at_block(nets: Mapping[str, Net], block: int | None) -> dict[str, Net]:
-    """The same nets as if they ended after a block; None: as they are.
+    """The same nets, cut after block number `block`; None: unchanged.
 
-    ValueError for a block that is not there."""
+    Raises ValueError for a block that does not exist."""
     if block is None:
         return dict(nets)
     return {name: net._replace(backbone=AtBlock(net.backbone, block)) for name, net in nets.items()}
 
 # %% ../../nbs/8_evaluation/26_specs.ipynb #607bd461
 def open_data(source: str | Path) -> Dataset:
-    """A folder of images or of shards, or a list of images: a file in their folder, or FOLDER@LIST.
+    """The data set in a folder of images or shards, or in a list file: in the images' folder, or FOLDER@LIST.
 
-    FileNotFoundError or ValueError, in one line, for what is not there."""
+    Raises FileNotFoundError or ValueError for what does not exist."""
     folder, _, files = str(source).partition('@')
     if Path(source).is_file():
         return ImageFolder(Path(source).parent, files=source)
@@ -114,14 +114,14 @@ def subsample(dataset: Dataset, n: int | None) -> Dataset:
 
 
 def toyworld(name: str, recipe: Any, n: int, split: str) -> ToyWorld:
-    "`n` scenes of that world, of the size and seed that `recipe` has, or of 64 pixels without one."
+    "`n` scenes of the toy world `name`, with the image size and seed of `recipe`; without it, 64 pixels."
     if recipe is None:
         return open_toyworld(name, n, 64, split)
     return open_toyworld(name, n, recipe.image_size, split, recipe.data_seed)
 
 # %% ../../nbs/8_evaluation/26_specs.ipynb #f5ad3554
 def labelled(source: str | Path, role: str) -> Dataset:
-    "Images that must have labels. ValueError if they have none."
+    "The data set `source`. Raises ValueError, naming its `role`, if it has no labels."
     dataset = open_data(source)
     if not len(dataset.classes):
         raise ValueError(f'{source}: the {role} images need labels; lay them out as one folder a class')
@@ -129,7 +129,7 @@ def labelled(source: str | Path, role: str) -> Dataset:
 
 
 def labelled_pair(recipe: Any, anchors: Any = None, test: Any = None) -> tuple[Dataset, Dataset] | None:
-    "The labelled sets (anchors, test), or None if none are named and the recipe's data bring no labels."
+    "The labelled sets (anchors, test), or None if none are named and the recipe's data have no labels."
     if bool(anchors) != bool(test):
         raise ValueError('both are needed, --anchors and --test: two folders with one folder a class')
     if anchors and anchors not in TOY_WORLDS:
@@ -143,7 +143,7 @@ def labelled_pair(recipe: Any, anchors: Any = None, test: Any = None) -> tuple[D
 
 # %% ../../nbs/8_evaluation/26_specs.ipynb #d9438557
 class Where(NamedTuple):
-    "What a user said about images: sources, and at most how many of each set."
+    "The images that a user asks for: sources, and the maximum number from each set."
 
     anchors: str | None = None
     test: str | None = None
@@ -152,7 +152,7 @@ class Where(NamedTuple):
 
 # %% ../../nbs/8_evaluation/26_specs.ipynb #906002bd
 def labelled_sets(recipe: Any, where: Where) -> tuple[Dataset, Dataset]:
-    "(anchors, test) for k-NN and the linear probe. ValueError if nothing says which."
+    "(anchors, test) for k-NN and the linear probe. Raises ValueError if no images are named."
     source = where.data or (recipe and recipe.data)
     if where.anchors or where.test or source in TOY_WORLDS:
         toy = None if where.anchors or where.test else source
@@ -184,7 +184,7 @@ def _source(recipe, where):
 
 
 def any_images(recipe: Any, where: Where) -> tuple[Dataset]:
-    "One set of images, with labels or without. ValueError if nothing says which."
+    "One set of images, with or without labels. Raises ValueError if no images are named."
     source = _source(recipe, where)
     if source in TOY_WORLDS:
         return (toyworld(source, recipe, where.images or 500, 'val'),)
@@ -192,7 +192,7 @@ def any_images(recipe: Any, where: Where) -> tuple[Dataset]:
 
 
 def labelled_images(recipe: Any, where: Where) -> tuple[Dataset]:
-    "One set of labelled images: of a folder with train/ and val/ (or test/) in it, the latter."
+    "One set of labelled images; from a folder with train/ and val/ (or test/), the latter."
     source = where.test or _source(recipe, where)
     if source in TOY_WORLDS:
         return (toyworld(source, recipe, where.images or 2000, 'val'),)
@@ -201,7 +201,7 @@ def labelled_images(recipe: Any, where: Where) -> tuple[Dataset]:
 
 
 def lists_or_images(recipe: Any, where: Where) -> tuple[RetrievalSet | Dataset]:
-    "A retrieval benchmark where there are lists (taken whole), or one set of images."
+    "A retrieval benchmark if there are lists (then with all images), else one set of images."
     source = _source(recipe, where)
     if source in TOY_WORLDS:
         return (toy_retrieval(where.images or 40, recipe.image_size if recipe else 64),)
@@ -211,7 +211,7 @@ def lists_or_images(recipe: Any, where: Where) -> tuple[RetrievalSet | Dataset]:
 
 # %% ../../nbs/8_evaluation/26_specs.ipynb #c45767ee
 def mask_sets(recipe: Any, where: Where) -> tuple[Any, Any]:
-    "Images with masks: a memory and queries. FileNotFoundError, in one line, for images without masks."
+    "Two sets of images with masks, memory and queries. Raises FileNotFoundError for images without masks."
     source = _source(recipe, where)
     if source in TOY_WORLDS:
         memory, queries = (

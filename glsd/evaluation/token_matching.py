@@ -34,7 +34,7 @@ __all__ = ['best_match', 'token_distances', 'score', 'PixelPatches', 'mean_ci', 
 def best_match(tokens: Tensor, others: Tensor) -> Tensor:
     """Index [B, S] of the most similar (cosine) of `others` [B, T, d] for each of `tokens` [B, S, d].
 
-    ValueError if a similarity is not finite."""
+    Raises ValueError if a similarity is not finite."""
     s = F.normalize(tokens.float(), dim=-1) @ F.normalize(others.float(), dim=-1).mT
     bad = int((~s.isfinite().all(-1)).sum())
     if bad:
@@ -54,14 +54,14 @@ def token_distances(grid: tuple[int, int]) -> Tensor:
 def score(found: Tensor, truth: Tensor, known: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Accuracy in per cent [B] and distance error in tokens [B] of the matches `found` [B, S].
 
-    `truth` [B, S]: the right ones; `known` bool [B, S]: which tokens have one, and so count."""
+    `truth` [B, S]: the true matches; `known` bool [B, S]: which tokens have one (only these count)."""
     D, n = token_distances(grid).to(truth.device), known.sum(-1)
     right, miss = (found == truth) & known, D[truth, found] * known
     return 100 * right.sum(-1) / n, miss.sum(-1) / n
 
 # %% ../../nbs/8_evaluation/10_token_matching.ipynb #4bff8f64
 class PixelPatches(nn.Module):
-    "A backbone that learned nothing: the token of a square is its own normalised pixels."
+    "A baseline backbone without weights: each token is the normalised pixels of its square."
 
     def __init__(self, stride: int):
         super().__init__()
@@ -75,13 +75,13 @@ class PixelPatches(nn.Module):
 
 # %% ../../nbs/8_evaluation/10_token_matching.ipynb #9d513bd2
 def mean_ci(x: Tensor) -> tuple[float, list[float]]:
-    "Mean of x [n] and its 95 % interval over images, [low, high]."
+    "Mean of x [n] and its 95 % confidence interval over images, [low, high]."
     mean, half = float(x.double().mean()), 1.96 * float(x.double().std()) / len(x) ** 0.5
     return mean, [mean - half, mean + half]
 
 
 def summary(accuracy: Tensor, distance: Tensor, stride: int) -> dict[str, Any]:
-    """Means over images and their 95 % intervals, of accuracies in per cent [n] and distances in tokens [n].
+    """Means over images, with 95 % intervals, of accuracies in per cent [n] and distances in tokens [n].
 
     'distance_px' is the distance in pixels of the crop."""
     figures: dict[str, Any] = {}
@@ -93,9 +93,9 @@ def summary(accuracy: Tensor, distance: Tensor, stride: int) -> dict[str, Any]:
 def match_scores(
     backbone: nn.Module, controls: Mapping[str, nn.Module], views: Views, grid: tuple[int, int]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Of one batch of pairs: {who: (accuracy [B], distance [B])}.
+    """Scores of one batch of pairs: {who: (accuracy [B], distance [B])}.
 
-    The backbone, the controls {name: backbone}, and two guesses: 'same_place' and 'chance'."""
+    who: 'backbone', the names in `controls` {name: backbone}, and two guesses, 'same_place' and 'chance'."""
     (a, b), (a_geo, b_geo) = views.crops[0], views.w_geo[0]
     truth, known = exact_map(a_geo, b_geo, grid)
     scores = {}
@@ -110,7 +110,7 @@ def _tokens(net, crops):
 
 # %% ../../nbs/8_evaluation/10_token_matching.ipynb #e6e42488
 def _guesses(truth, known, grid):
-    "What 'the same place' scores, and a match that is drawn at random."
+    "Scores of guessing the same place in the other crop, and of a random match."
     same = torch.arange(truth.shape[1]).expand_as(truth)
     far = (token_distances(grid).mean(0)[truth] * known).sum(-1) / known.sum(-1)
     chance = torch.full_like(far, 100 / truth.shape[1])
@@ -118,7 +118,7 @@ def _guesses(truth, known, grid):
 
 # %% ../../nbs/8_evaluation/10_token_matching.ipynb #536b94c5
 @torch.no_grad()
-def correspondence(  # over 25 lines: every option has its own
+def correspondence(  # over 25 lines: one for each option
     backbone: nn.Module,
     dataset: Dataset,
     size: int,
@@ -130,12 +130,12 @@ def correspondence(  # over 25 lines: every option has its own
     workers: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """How well tokens find the token that sees the same place in another crop, for JSON (GLSD Sec. 4.7).
+    """How often a token's most similar token in another crop shows the same place (GLSD Sec. 4.7).
 
-    accuracy (%), distance (tokens) and distance_px (pixels of the crop), each a mean over images with its
-    95 % interval (`..._ci`), for the backbone, and the same under 'pixels', 'same_place' and 'chance'. One
-    pair of `size` x `size` crops an image, up to `shift` of the crop apart, each mirrored with probability
-    `flip`; `photometric=None`: no colours. ValueError on bad input, in one line."""
+    A dict for JSON: accuracy (%), distance (tokens) and distance_px (pixels of the crop), means over images
+    with 95 % intervals (`..._ci`); the same under 'pixels', 'same_place' and 'chance'. One pair of crops
+    per image, offset by up to `shift` of their side, each mirrored with probability `flip`;
+    `photometric=None`: no colour augmentation. Raises ValueError on bad input."""
     grid, n = token_grid(backbone, size), len(dataset)
     if n < 2:
         raise ValueError(f'{n} images give no interval: correspondence needs at least 2')
@@ -146,7 +146,7 @@ def correspondence(  # over 25 lines: every option has its own
 
 # %% ../../nbs/8_evaluation/10_token_matching.ipynb #82797780
 def _protocol(pairs):
-    "What a reader of the figures needs to know about the pairs."
+    "The settings of the pairs, to be reported with the figures."
     return dict(
         size=pairs.size,
         grid=list(pairs.grid),
@@ -174,9 +174,9 @@ def _summaries(backbone, batches, grid, stride, progress):
 def draw_matches(
     ax: Axes, a: Tensor, b: Tensor, found: Tensor, truth: Tensor, known: Tensor, grid: tuple[int, int]
 ) -> None:
-    """Both crops [3, s, s] side by side (pale), b on the left, and a line from each known token of a.
+    """Draws both crops [3, s, s], pale, b on the left, and a line from each known token of a to its match.
 
-    `found`, `truth`, `known` [S] as in `score`. Thin lines are wrong; the title counts the right ones."""
+    `found`, `truth`, `known` [S] as in `score`. Thin lines: wrong; the title counts the right ones."""
     side, k = a.shape[-1], known.nonzero()[:, 0]
     offset = side + side // 6
     for crop, x in ((b, 0), (a, offset)):
@@ -190,7 +190,7 @@ def draw_matches(
 
 
 def _middles(k, grid, side, x):
-    "Where the tokens number `k` [n] of a crop that begins at `x` have their middle: [n, 2]."
+    "Centres [n, 2] of the tokens with indices `k` [n] in a crop whose left edge is at `x`."
     H, W = grid
     return torch.stack([x + (k % W + 0.5) * side / W, (k // W + 0.5) * side / H], -1)
 
@@ -211,12 +211,12 @@ def correspondence_picture(
     """Figure 5 of the GLSD paper: a row for each of `backbones` {name: backbone}, a column for each image.
 
     Tokens of the right crop that have a counterpart are joined to the most similar token of the left one;
-    thin: wrong. First row: the truth. `images`: so many, evenly spaced, or their numbers. `options` go to
-    `Pairs`."""
+    thin lines: wrong. First row: true matches. `images`: how many, evenly spaced, or their indices.
+    `options` go to `Pairs`."""
     chosen = chosen_indices(len(dataset), images)
     if not backbones or not chosen:
         raise ValueError('correspondence_picture needs at least one backbone and one image')
-    width = max(2.4, 7 / len(chosen))  # two crops and the space between: 13 to 6
+    width = max(2.4, 7 / len(chosen))  # two crops and the gap between them have the aspect ratio 13 : 6
     fig = new_figure(width * len(chosen), (0.46 * width + 0.2) * (1 + len(backbones)))
     axes = fig.subplots(1 + len(backbones), len(chosen), squeeze=False)
     first = next(iter(backbones.values()))
@@ -228,7 +228,7 @@ def correspondence_picture(
 
 # %% ../../nbs/8_evaluation/10_token_matching.ipynb #0d65c040
 def _draw_row(axes, net, views, grid):
-    "The pairs of `views`, one in each of `axes`, with the matches of `net`, or for None the true ones."
+    "Draws the pairs of `views`, one in each of `axes`, with the matches of `net` (None: the true ones)."
     (a, b), (a_geo, b_geo) = views.crops[0], views.w_geo[0]
     truth, known = exact_map(a_geo, b_geo, grid)
     found = truth if net is None else best_match(_tokens(net, a), _tokens(net, b)).cpu()

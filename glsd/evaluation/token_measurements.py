@@ -32,7 +32,7 @@ def measure_correspondence(
     batch_size: int = 64,
     workers: int = 0,
 ) -> dict[str, Any]:
-    "How many tokens find the token that sees the same place in another crop, and how far off they are."
+    "Share of tokens whose most similar token in another crop shows the same place, and mean distance error."
     from glsd.evaluation.token_matching import correspondence
 
     options: dict[str, Any] = dict(seed=seed, batch_size=batch_size, workers=workers)
@@ -40,7 +40,7 @@ def measure_correspondence(
 
 
 def check_correspondence(net: Net, images: Any, size: int, **options) -> None:
-    "The grid, the shift, the number of images, and whether the first one is large enough."
+    "Checks grid, shift and number of images, and that the first one is large enough."
     from glsd.evaluation.pairs import Pairs, token_grid
 
     if len(images) < 2:
@@ -75,7 +75,7 @@ EVALUATIONS['correspondence'] = Evaluation(
 
 # %% ../../nbs/8_evaluation/28_token_measurements.ipynb #2759c3a6
 def measure_collapse(net: Net, images: Any, size: int, n: int = 256) -> dict[str, Any]:
-    "Rank and deviation of features on `n` images, of a run folder also its heads; and the report in words."
+    "Rank and deviation of features on `n` images, for a run folder also its heads; with a report in words."
     from glsd.evaluation import report, watching
 
     figures = watching.collapse_of_backbone(net.backbone, images, size, n)
@@ -86,7 +86,7 @@ def measure_collapse(net: Net, images: Any, size: int, n: int = 256) -> dict[str
 
 
 def has_heads(net: Net) -> bool:
-    "Whether a net is a run of self-distillation, heads and all, measured at its end."
+    "Whether a net is a self-distillation run with its heads, measured after its last block."
     from glsd.objectives import find_method
     from glsd.objectives.self_distillation import SelfDistillation
 
@@ -96,7 +96,7 @@ def has_heads(net: Net) -> bool:
 
 # %% ../../nbs/8_evaluation/28_token_measurements.ipynb #1be666f0
 def check_collapse(net: Net, images: Any, size: int, **options) -> None:
-    "Enough images, for features and for the batch that the heads are shown."
+    "Checks that there are enough images for the features, and for a batch for the heads."
     if len(images) < 2:
         raise ValueError(
             f'{len(images)} image(s): collapse is about what differs between images, give two at least'
@@ -133,7 +133,7 @@ EVALUATIONS['collapse'] = Evaluation(
 def measure_attention(
     net: Net, images: Any, size: int, mass: float = 0.6, block: int = -1, seed: int = 0
 ) -> dict[str, Any]:
-    "Jaccard index of attention masks against the scenes' own; without masks only the protocol is left."
+    "Jaccard index of attention masks against those of the scenes; without masks, the settings alone."
     from glsd.evaluation.object_masks import attention_jaccard
 
     protocol: dict[str, Any] = dict(size=size, mass=mass, block=block, seed=seed)
@@ -143,7 +143,7 @@ def measure_attention(
 
 
 def check_attention(net: Net, images: Any, size: int, **options) -> None:
-    "Whether there is attention in that block, masks for it, and a mass."
+    "Checks that the block has attention, and that masks (if any) and `mass` are valid."
     from glsd.evaluation import attention, object_masks
 
     if hasattr(images, 'scene'):
@@ -154,7 +154,7 @@ def check_attention(net: Net, images: Any, size: int, **options) -> None:
 
 # %% ../../nbs/8_evaluation/28_token_measurements.ipynb #53b7813f
 def draw_attention(nets: dict, results: dict, images: Any, size: int, block: int = -1, **options) -> Any:
-    "Attention, masks and colours of three images."
+    "Attention, masks and PCA colours of three images."
     from glsd.evaluation.object_masks import attention_picture
 
     return attention_picture(backbones_of(nets), images, size, block=block)
@@ -192,7 +192,7 @@ def measure_dense(
     seed: int = 0,
     workers: int = 0,
 ) -> dict[str, Any]:
-    "Segmentation by looking tokens up in a memory of labelled ones; mIoU at the masks' own resolution."
+    "Segmentation by nearest-neighbour retrieval from labelled tokens; mIoU at the masks' own resolution."
     from glsd.evaluation.dense import dense_nn
 
     options: dict[str, Any] = dict(memory_size=memory_size, batch_size=batch_size, seed=seed, workers=workers)
@@ -200,7 +200,7 @@ def measure_dense(
 
 # %% ../../nbs/8_evaluation/28_token_measurements.ipynb #ab584c93
 def check_dense(net: Net, memory: Any, queries: Any, size: int | tuple[int, int], **options) -> None:
-    "Classes, and a `k` that the memory can hold."
+    "Checks the classes, and that the memory can hold `k` neighbours."
     from glsd.evaluation import dense
     from glsd.evaluation.pairs import with_tokens
 

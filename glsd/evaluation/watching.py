@@ -31,11 +31,11 @@ __all__ = ['collapse_monitor', 'HEAD_PANELS', 'FEATURE_PANELS', 'figures_of', 'a
 
 # %% ../../nbs/8_evaluation/15_watching.ipynb #346e9149
 def figures_of(method: Any, views: Any) -> dict:
-    """`collapse_figures` of a self-distillation method on a batch; of others `feature_figures`, and
-    `code_figures` of a tokenizer.
+    """`collapse_figures` of a self-distillation method on a batch; for other methods `feature_figures`, for
+    a tokenizer with `code_figures`.
 
-    Of all processes. The teacher's temperature is the one that it has after its warm-up."""
-    from glsd.training.processes import all_gather_outputs  # here: a report needs no trainer
+    Over the batches of all processes. The teacher's temperature is that after its warm-up."""
+    from glsd.training.processes import all_gather_outputs  # lazy: a report needs no trainer
 
     if not isinstance(method, SelfDistillation):
         features = method.backbone(views.crops[0].flatten(0, 1))
@@ -50,26 +50,26 @@ def figures_of(method: Any, views: Any) -> dict:
 
 
 def all_gather_rows_of(x: torch.Tensor) -> torch.Tensor:
-    "A tensor [n, ...] of all processes, one after the other."
+    "The tensors [n, ...] of all processes, concatenated."
     from glsd.training.processes import all_gather_batch, world_size
 
     return all_gather_batch(x, len(x) * world_size()) if world_size() > 1 else x
 
 
 def _codes_of(method):
-    "Codes in use, of a tokenizer."
+    "{'codes': code_figures} of a tokenizer, {} of other methods."
     if not hasattr(method, 'counts'):
         return {}
-    from glsd.masked.dvae import code_figures  # here: a report needs no timm
+    from glsd.masked.dvae import code_figures  # lazy: a report needs no timm
 
     return dict(codes=code_figures(method.counts))
 
 # %% ../../nbs/8_evaluation/15_watching.ipynb #e4f4c4b4
 class CollapseMonitor:
-    """A monitor for `pretrain`: `figures` and `report` are those of its last look.
+    """A monitor for `pretrain`; `figures` and `report` are those of its last call.
 
-    `pretrain(recipe, out, monitors={'collapse': collapse_monitor()})` logs `shares`, and with `warn` it says
-    in words, once, what it has found at two looks in a row; all but 'stuck', as the loop says that."""
+    `pretrain(recipe, out, monitors={'collapse': collapse_monitor()})` logs `shares`. `warn`: warn once of
+    each kind of finding seen in two calls in a row, except 'stuck', of which the training loop warns."""
 
     def __init__(self, warn: bool = True):
         self.warn = warn
@@ -170,12 +170,12 @@ def _spectra(figures):
 
 # %% ../../nbs/8_evaluation/15_watching.ipynb #931f2e1f
 def collapse_picture(found: dict) -> Figure:
-    """The histories of runs, or the spectra of backbones.
+    """Training curves of runs, or feature spectra of backbones.
 
-    {name: lines of a run's metrics, as `read_metrics` gives them}: per head DINO's Figure 7, below it the
-    features, over steps, as shares of the most that is possible. Or {name: figures of a backbone or a
-    run}: the spectra of pooled features and tokens. ValueError for none, for both at once, and for a run
-    whose metrics have no 'collapse/...'."""
+    `found`: {name: metrics of a run, from `read_metrics`} draws a row for each head (DINO's Figure 7) and
+    one for the features, as shares of their maximum over steps; {name: figures of a backbone or a run}
+    draws the spectra of pooled features and tokens. Raises ValueError if it is empty or has both kinds,
+    or if the metrics of a run have no 'collapse/...'."""
     kinds = {isinstance(v, dict) for v in found.values()}
     if len(kinds) != 1:
         raise ValueError(
@@ -188,7 +188,7 @@ def collapse_picture(found: dict) -> Figure:
 def collapse_of_run(path: Any, dataset: Any = None) -> dict:
     """`figures_of` a run's last checkpoint, on the first batch of its data (or of `dataset`).
 
-    FileNotFoundError if there is none; ValueError if the images are fewer than a batch."""
+    Raises FileNotFoundError if there is no checkpoint, ValueError for fewer images than a batch."""
     from glsd.training.loop import batches, load_method, load_run
     from glsd.training.trainer import build_dataset
 
@@ -203,8 +203,8 @@ def collapse_of_run(path: Any, dataset: Any = None) -> dict:
 def collapse_of_backbone(backbone: nn.Module, dataset: Dataset, size: int, n: int = 256) -> dict:
     """`feature_figures` of a backbone in eval mode on `n` images, evenly spaced in `dataset`.
 
-    Images as the backbone wants them, at `size`. ValueError for fewer than two images, and for features that
-    are not finite."""
+    Images are preprocessed as the backbone expects, at `size`. Raises ValueError for fewer than two images,
+    or features that are not finite."""
     if len(dataset) < 2:
         raise ValueError(
             f'{len(dataset)} image(s): collapse is about what differs between images, so give two at least'

@@ -23,14 +23,14 @@ __all__ = ['timm_network', 'fast_when_offline', 'read_weights', 'put_weights']
 
 # %% ../../nbs/8_evaluation/16_weights.ipynb #24d87f5b
 def timm_network(name: str, pretrained: bool = False) -> nn.Module:
-    """A timm model without classifier, for images of any size where it can be had.
+    """A timm model without classifier, for images of any size where timm allows it.
 
-    OSError, in one line, if published weights cannot be fetched."""
-    for options in (dict(dynamic_img_size=True), dict(strict_img_size=False)):  # a ViT, a Swin
+    Raises OSError if pretrained weights cannot be fetched."""
+    for options in (dict(dynamic_img_size=True), dict(strict_img_size=False)):  # ViT, Swin
         try:
             return _create(name, pretrained, **options)
         except TypeError:
-            pass  # this kind of network does not know the word
+            pass  # the architecture has no such option
     return _create(name, pretrained)
 
 
@@ -46,7 +46,7 @@ def _create(name, pretrained, **options):
 # %% ../../nbs/8_evaluation/16_weights.ipynb #a2e59dc6
 @contextmanager
 def fast_when_offline() -> Iterator[None]:
-    "In this block the hub's client uses its cache only, if the hub cannot be reached."
+    "Within the block, `huggingface_hub` uses only its cache if the hub cannot be reached."
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
@@ -58,9 +58,9 @@ def fast_when_offline() -> Iterator[None]:
 
 # %% ../../nbs/8_evaluation/16_weights.ipynb #7cb0823d
 def _reachable(url, seconds=3.0):
-    """Whether somebody answers at a URL.
+    """Whether a server answers at a URL within `seconds`.
 
-    Yes where a proxy stands between, which only the client knows how to use."""
+    True if there is a proxy, which only the client knows how to use."""
     parts, answers = parse.urlsplit(url), []
     if parts.scheme in request.getproxies():
         return True
@@ -73,17 +73,17 @@ def _reachable(url, seconds=3.0):
         except OSError:
             pass
 
-    thread = threading.Thread(target=knock, daemon=True)  # looking up a name has no time limit of its own
+    thread = threading.Thread(target=knock, daemon=True)  # a DNS lookup has no timeout of its own
     thread.start()
     thread.join(seconds)
     return bool(answers)
 
 # %% ../../nbs/8_evaluation/16_weights.ipynb #835b2060
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, or of a checkpoint that holds weights only.
+    """The tensors of a .safetensors file, or of a checkpoint that `torch.load(weights_only=True)` can read.
 
-    Of a checkpoint with several parts: an average (EMA), 'state_dict', 'model' or 'teacher', whichever is
-    there. FileNotFoundError, or ValueError for a file that cannot be read."""
+    From a checkpoint with several parts: the EMA, 'state_dict', 'model' or 'teacher', whichever is there.
+    Raises FileNotFoundError, or ValueError for a file that cannot be read."""
     if not Path(path).is_file():
         raise FileNotFoundError(f'no such file: {path}')
     try:
@@ -97,9 +97,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 # %% ../../nbs/8_evaluation/16_weights.ipynb #4574e699
 def put_weights(model: nn.Module, weights: dict[str, Tensor], where: Any) -> None:
-    """Puts weights into a timm model: prefixes and a classifier are left aside. In place.
+    """Loads weights into a timm model in place, ignoring key prefixes and a classifier.
 
-    What else does not fit is converted as timm does it, or is a ValueError of one line."""
+    Weights that still do not fit are converted as in timm; raises ValueError if that does not help."""
     from glsd.training.weights import load_weights
 
     ours = set(model.state_dict())
@@ -115,7 +115,7 @@ def put_weights(model: nn.Module, weights: dict[str, Tensor], where: Any) -> Non
 def _converted(convert, weights, model):
     try:
         return convert(dict(weights), model)
-    except Exception:  # made for other files; what does not fit is said by `load_weights`
+    except Exception:  # made for other files; `load_weights` reports what does not fit
         return weights
 
 

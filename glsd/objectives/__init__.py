@@ -14,7 +14,7 @@ __all__ = ['ADCLR', 'ADCLRLoss', 'Ablation', 'AblationLoss', 'DINO', 'DINOLoss',
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # what editors and type checkers see; the names themselves come at their first use
+if TYPE_CHECKING:  # for editors and type checkers; at run time, names are imported at first use
     from glsd.objectives.ablation import ROWS, Ablation, AblationLoss
     from glsd.objectives.adclr import ADCLR, ADCLRLoss
     from glsd.objectives.branches import Objective
@@ -100,7 +100,7 @@ _all_ = [
 
 
 def __getattr__(name: str) -> Any:
-    "A name of this floor, imported from its chapter at its first use: a loss imports no more than it needs."
+    "Imports a name of this floor from its chapter at first use: a loss imports no more than it needs."
     for module, names in _PLACES.items():
         if name in names.split():
             return getattr(import_module(f'glsd.objectives.{module}'), name)

@@ -22,21 +22,22 @@ from .method import nearest, register_method
 from .moby import MoBYHead
 from .self_distillation import DistillationOptions, SelfDistillation
 
-if TYPE_CHECKING:  # a name only: a loss needs no backbone
+if TYPE_CHECKING:  # for annotations only: a loss needs no backbone
     from glsd.objectives.branches import Outputs
 
 # %% ../../nbs/4_distillation/16_ablation.ipynb #c5d054e6
-TARGETS = 'center', 'sinkhorn', 'sinkhorn_each', 'plain'  # what makes the teacher's logits a distribution
+TARGETS = 'center', 'sinkhorn', 'sinkhorn_each', 'plain'  # from the teacher's logits to a distribution
 
 
 @torch.no_grad()
 def distillation_targets(
     logits: Tensor, temperature: float, targets: str = 'center', center: Tensor | float = 0.0
 ) -> Tensor:
-    """The teacher's distributions of logits [B, T, K], all of one batch: [B, T, K].
+    """The teacher's target distributions [B, T, K] for the logits [B, T, K] of a whole batch.
 
-    'center': softmax without the centre, as DINO; 'sinkhorn': three rounds over all rows together, as DINOv2;
-    'sinkhorn_each': over each view for itself, as SwAV; 'plain': softmax. float32 (float64 if given)."""
+    'center': softmax after subtracting the centre, as in DINO; 'sinkhorn': three rounds over all rows, as in
+    DINOv2; 'sinkhorn_each': on each view separately, as in SwAV; 'plain': softmax. float32 (float64 if
+    given)."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if targets == 'sinkhorn':
         return sinkhorn(logits.flatten(0, 1), temperature).view_as(logits)
@@ -46,7 +47,7 @@ def distillation_targets(
 
 # %% ../../nbs/4_distillation/16_ablation.ipynb #aba74812
 def pair_mse(student: Tensor, teacher: Tensor, W: Tensor) -> Tensor:
-    """Sum over b, s, t of W[b,s,t] |student[b,s] - teacher[b,t]|^2, over B: a scalar.
+    """Sum over b, s, t of W[b,s,t] |student[b,s] - teacher[b,t]|^2, divided by B: a scalar.
 
     student [B, S, K], teacher [B, T, K], W [B, S, T]; gradient to the student only. DINO, Table 7."""
     teacher = teacher.detach()
@@ -54,11 +55,11 @@ def pair_mse(student: Tensor, teacher: Tensor, W: Tensor) -> Tensor:
     return (W * torch.stack(apart, -1)).sum() / len(W)
 
 # %% ../../nbs/4_distillation/16_ablation.ipynb #1ecd39bf
-COMPARE = 'ce', 'mse', 'mse_unit'  # cross-entropy, squared error of probabilities, of unit vectors
+COMPARE = 'ce', 'mse', 'mse_unit'  # cross-entropy, squared error of probabilities or of unit vectors
 
 
 def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
-    "ValueError, in one line, for an option that is none of those known."
+    "Raises a one-line ValueError for an option that is not in `known`."
     if value not in known:
         raise ValueError(f'{name}={value!r}{nearest(value, known)}')
 
@@ -69,12 +70,12 @@ def dense(logits: Any) -> Tensor:
 
 # %% ../../nbs/4_distillation/16_ablation.ipynb #ca9a4f47
 class AblationLoss(DINOLoss):
-    """DINO's loss with other targets, another comparison, or a predictor; without options it is DINO's.
+    """DINO's loss with other targets, another comparison, or a predictor; with default options it is DINO's.
 
-    targets: one of `TARGETS`; compare: one of `COMPARE`; predictor_hidden: its width. The rest: see
-    `Distillation`. ValueError for others. DINO (Caron et al. 2021), Table 7."""
+    targets: one of `TARGETS`; compare: one of `COMPARE`; predictor_hidden: its hidden width. The rest: see
+    `Distillation`. ValueError for other choices. DINO (Caron et al. 2021), Table 7."""
 
-    apart: Callable[..., Tensor]  # grows below
+    apart: Callable[..., Tensor]  # defined below
 
     def __init__(
         self,
@@ -93,13 +94,13 @@ class AblationLoss(DINOLoss):
 
     @property
     def is_dino(self) -> bool:
-        "Are all options those of DINO?"
+        "True if all options are DINO's."
         return self.predictor is None and (self.targets, self.compare) == ('center', 'ce')
 
     def loss(
         self, student: 'Outputs', teacher: 'Outputs', s: Any, t: Any, teacher_temp: float, **options
     ) -> Tensor:
-        "Of logits s [B, S, K] and t [B, T, K], weighted."
+        "The weighted loss of logits s [B, S, K] and t [B, T, K]."
         if self.is_dino:
             return super().loss(student, teacher, s, t, teacher_temp, **options)
         W = self.matching(student, teacher) * self.weight
@@ -108,13 +109,13 @@ class AblationLoss(DINOLoss):
         return self.apart(s, t, W, teacher_temp)
 
     def uniform_loss(self, student: 'Outputs', teacher: 'Outputs', teacher_temp: float) -> Any:
-        "DINO's, where the term is DINO's."
+        "As in `DINOLoss` if all options are DINO's, else None."
         return super().uniform_loss(student, teacher, teacher_temp) if self.is_dino else None
 
 # %% ../../nbs/4_distillation/16_ablation.ipynb #70f4d25e
 @patch
 def apart(self: AblationLoss, s: Tensor, t: Tensor, W: Tensor, teacher_temp: float) -> Tensor:
-    "How far s [B, S, K] and t [B, T, K] are apart, pair by pair with the weights W [B, S, T]: a scalar."
+    "Distance between s [B, S, K] and t [B, T, K], over all pairs with the weights W [B, S, T]: a scalar."
     if self.compare == 'mse_unit':
         dtype = torch.promote_types(s.dtype, torch.float32)
         return pair_mse(F.normalize(s.to(dtype), dim=-1), F.normalize(t.to(dtype), dim=-1), W)
@@ -126,12 +127,12 @@ def apart(self: AblationLoss, s: Tensor, t: Tensor, W: Tensor, teacher_temp: flo
 # %% ../../nbs/4_distillation/16_ablation.ipynb #0c7be505
 @dataclass(frozen=True)
 class AblationOptions(DistillationOptions):
-    "What DINO's Table 7 turns, beside momentum and crops."
+    "The switches of DINO's Table 7, besides momentum and crops."
 
-    targets: str = 'center'  # or sinkhorn, sinkhorn_each, plain
-    compare: str = 'ce'  # or mse, mse_unit
-    predictor: bool = False  # the student alone has one
-    predictor_hidden: int = 256
+    targets: str = 'center'  # the teacher's targets: center, sinkhorn, sinkhorn_each or plain
+    compare: str = 'ce'  # how outputs are compared with targets: ce, mse or mse_unit
+    predictor: bool = False  # add a predictor to the student (the teacher has none)
+    predictor_hidden: int = 256  # hidden width of the predictor
 
 
 @register_method('dino_ablation')
@@ -142,14 +143,12 @@ class Ablation(SelfDistillation):
     terms = (AblationLoss,)
 
 # %% ../../nbs/4_distillation/16_ablation.ipynb #298b0fa7
-_NO_MOMENTUM: dict[str, Any] = dict(
-    momentum=0.0, momentum_final=0.0
-)  # the teacher is the student of the last step
+_NO_MOMENTUM: dict[str, Any] = dict(momentum=0.0, momentum_final=0.0)  # the teacher is a copy of the student
 _NO_MULTICROP: dict[str, Any] = dict(n_local=0, global_scale=(0.14, 1.0), clip=0.0)
 _BYOL: dict[str, Any] = dict(targets='plain', compare='mse_unit', predictor=True, out_dim=256)
 _SWAV: dict[str, Any] = dict(targets='sinkhorn_each', teacher_temp=0.05, teacher_temp_start=0.05)
 
-# DINO's Table 7: name of a row -> fields of a recipe
+# DINO's Table 7: name of a row -> recipe fields
 ROWS: dict[str, dict[str, Any]] = {
     'DINO': dict(method='dino_ablation'),
     'no momentum encoder': dict(method='dino_ablation', **_NO_MOMENTUM),

@@ -18,7 +18,7 @@ from .method import register_method
 from .self_distillation import DistillationOptions, SelfDistillation
 from ..views.multicrop import MultiCrop
 
-if TYPE_CHECKING:  # a name only: a loss needs no backbone
+if TYPE_CHECKING:  # for annotations only: a loss needs no backbone
     from glsd.objectives.branches import Outputs
     from glsd.views.multicrop import Views
 
@@ -29,7 +29,7 @@ def query_pairs(n_views: int, n_queries: int, device: Any = None) -> Tensor:
 
 # %% ../../nbs/4_distillation/14_adclr.ipynb #f6db5b93
 def queries_of(views: 'Views') -> Tensor:
-    "The query crops of a batch for each of its V global views [V*B, Q, 3, p, p]. ValueError without any."
+    "The batch's query crops, repeated for each of V global views: [V*B, Q, 3, p, p]. ValueError without any."
     if views.queries is None:
         raise ValueError(
             'ADCLR reads query crops, and these views have none: set n_query to at least 1 (the paper: 10)'
@@ -37,12 +37,12 @@ def queries_of(views: 'Views') -> Tensor:
     return views.queries.transpose(0, 1).repeat(len(views.crops[0]), 1, 1, 1, 1)
 
 # %% ../../nbs/4_distillation/14_adclr.ipynb #e83fc232
-class ADCLRLoss(Distillation):  # in one cell: short methods that fill a `Term`'s places
-    """Local term of ADCLR: what query i reads in one global view is compared with what it reads in the other.
+class ADCLRLoss(Distillation):  # in one cell: short methods that override those of `Term`
+    """Local term of ADCLR: compares the features of query i in one global view with those in the other.
 
-    `weight` is the paper's lambda. The head is the global one: no parameter is added. `bidirectional`:
-    queries are part of one plain sequence and are read as well, the ablation. ADCLR (Zhang et al. 2023), Eq.
-    3 to 6. ValueError for views without queries; a backbone that cannot take them refuses by itself."""
+    `weight` is the paper's lambda. Shares the head of the view term: no parameter is added. `bidirectional`:
+    patches attend to queries, too, all in one plain sequence (the ablation). ADCLR (Zhang et al. 2023), Eq.
+    3 to 6. ValueError for views without queries; a backbone that cannot take queries raises its own error."""
 
     name, level = 'query', 'queries'
 
@@ -55,14 +55,14 @@ class ADCLRLoss(Distillation):  # in one cell: short methods that fill a `Term`'
         return {self.name: 'view'}
 
     def backbone_inputs(self, views: 'Views', branch: Any, teacher: bool) -> list[dict]:
-        "The queries, for each of the global views."
+        "The query crops, repeated for each global view."
         inputs: dict[str, Any] = {'queries': queries_of(views)}
         if self.bidirectional:
             inputs['bidirectional'] = True
         return [inputs]
 
     def matching(self, student: 'Outputs', teacher: 'Outputs') -> Tensor:
-        "`query_pairs` of every image, [B, V*Q, V*Q]."
+        "`query_pairs`, the same for every image, [B, V*Q, V*Q]."
         V, (B, VQ, _) = student.n_global, student.logits[self.name].shape
         return query_pairs(V, VQ // V, student.logits[self.name].device).expand(B, -1, -1)
 
@@ -71,33 +71,33 @@ class ADCLRLoss(Distillation):  # in one cell: short methods that fill a `Term`'
 class ADCLROptions(DistillationOptions):
     "What ADCLR adds to the options of self-distillation."
 
-    backbone: str = 'vit_small_p16'
-    n_query: int = 10  # crops of one patch (Sec. 3.2)
-    query_scale: tuple = (0.05, 0.15)  # share of the image's area
-    query_weight: float = 0.5  # lambda
-    query_bidirectional: bool = False  # queries are read as well: the ablation
+    backbone: str = 'vit_small_p16'  # name of the backbone
+    n_query: int = 10  # query crops per image, each the size of one patch (Sec. 3.2)
+    query_scale: tuple = (0.05, 0.15)  # smallest and largest area of a query crop, as a share of the image
+    query_weight: float = 0.5  # weight of the query term (lambda)
+    query_bidirectional: bool = False  # let patches attend to queries, too: the ablation
 
 # %% ../../nbs/4_distillation/14_adclr.ipynb #cc78bf8c
 @register_method('adclr')
 class ADCLR(SelfDistillation):
-    "ADCLR (Zhang et al. 2023): DINO, and query crops."
+    "ADCLR (Zhang et al. 2023): DINO, and a term for query crops."
 
     Options = ADCLROptions
     terms: ClassVar[tuple[type[Term], ...]] = (DINOLoss, ADCLRLoss)
 
     @property
     def views(self) -> MultiCrop:
-        "With query crops of one patch."
+        "Makes the views, with query crops of one patch each."
         o, patch = self.options, self.student.backbone.patch
         return self.view_options.multicrop(n_query=o.n_query, query_scale=o.query_scale, query_size=patch)
 
 
 @register_method('adclr_ibot')
 class ADCLRIBOT(ADCLR):
-    "ADCLR*, with iBOT's term beside it."
+    "ADCLR*: ADCLR with iBOT's term added."
 
     terms = (DINOLoss, IBOTLoss, ADCLRLoss)
 
     @dataclass(frozen=True)
     class Options(ADCLROptions, IBOTOptions):
-        "Those of ADCLR and of iBOT."
+        "Options of ADCLR and of iBOT."

@@ -16,11 +16,11 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 # %% ../../nbs/4_distillation/11_aggregation.ipynb #5811bd82
-NEIGHBOURS: dict[int | str, float] = {3: 8, 5: 24, 'all': float('inf')}  # which ones -> how many at most
+NEIGHBOURS: dict[int | str, float] = {3: 8, 5: 24, 'all': float('inf')}  # neighbourhood -> most neighbours
 
 
 def check_positives(k: int, size: int | str) -> None:
-    "ValueError, in one line, for an unknown neighbourhood, or a k that is not in it."
+    "Raises a one-line ValueError for an unknown neighbourhood, or a k that does not fit it."
     if size not in NEIGHBOURS:
         raise ValueError(f"neighbours={size!r}: 3 (the 3x3 around a patch), 5 (5x5), or 'all'")
     if not 1 <= k <= NEIGHBOURS[size]:
@@ -29,9 +29,9 @@ def check_positives(k: int, size: int | str) -> None:
 
 # %% ../../nbs/4_distillation/11_aggregation.ipynb #448f055a
 def neighbours(grid: tuple[int, int], size: int | str = 3, device: Any = None) -> Tensor:
-    """Which patches are neighbours: bool [H*W, H*W], none of itself; a patch at the border has fewer.
+    """Which patches are neighbours: bool [H*W, H*W], False on the diagonal; patches at the border have fewer.
 
-    size: 3 or 5, the block around a patch, or 'all'. ValueError for another one, and for a grid of one token.
+    size: 3 or 5, the block around a patch, or 'all'. ValueError for others, and for a grid of one token.
     SelfPatch, Sec. 2.2."""
     check_positives(1, size)
     if grid[0] * grid[1] < 2:
@@ -48,10 +48,10 @@ def neighbours(grid: tuple[int, int], size: int | str = 3, device: Any = None) -
 def positives(
     tokens: Tensor, grid: tuple[int, int], k: int = 4, size: int | str = 3
 ) -> tuple[Tensor, Tensor]:
-    """The k neighbours of each patch that are most similar to it: index and found, both [N, H*W, n].
+    """The k neighbours that are most similar to each patch: index and found, both [N, H*W, n].
 
-    `tokens` [N, H*W, d]; n is k, or fewer where no patch has as many neighbours; `found` (bool) is False
-    where a patch has fewer. ValueError as `neighbours`. SelfPatch Eq. 3."""
+    `tokens` [N, H*W, d]; n is k, or less if no patch has k neighbours; `found` (bool) is False at places that
+    a patch with fewer neighbours leaves empty. ValueError as in `neighbours`. SelfPatch Eq. 3."""
     near = neighbours(grid, size, tokens.device)
     with torch.autocast(tokens.device.type, enabled=False):
         x = F.normalize(tokens.float(), dim=-1)
@@ -61,27 +61,27 @@ def positives(
 
 # %% ../../nbs/4_distillation/11_aggregation.ipynb #6b8c471d
 def pick(x: Tensor, index: Tensor) -> Tensor:
-    "Sets of tokens: x [N, T, d], index [N, Q, n] -> [N, Q, n, d]."
+    "Gathers sets of tokens: x [N, T, d], index [N, Q, n] -> [N, Q, n, d]."
     return x[torch.arange(len(x), device=x.device)[:, None, None], index]
 
 
 def with_own(layer: Callable, own: Tensor, x: Tensor, index: Tensor | None) -> Tensor:
-    """A layer's output for each summary `own` [N, Q, d], and after it for its set of x [N, T, d]:
-    [N, Q, 1 + n, d].
+    """A layer's output for each summary `own` [N, Q, d], followed by that for its set of tokens from x
+    [N, T, d]: [N, Q, 1 + n, d].
 
-    Each token passes the layer once. Without `index` [N, Q, n] the set is all of x."""
+    Each token passes through the layer once. Without `index` [N, Q, n], every set is all of x."""
     rows = layer(x)
     sets = rows[:, None].expand(-1, own.shape[1], -1, -1) if index is None else pick(rows, index)
     return torch.cat([layer(own)[:, :, None], sets], 2)
 
 
 def split_heads(z: Tensor, n: int) -> Tensor:
-    "[N, Q, m, d] -> [N, Q, n, m, d / n]: vectors cut into those of n attention heads."
+    "[N, Q, m, d] -> [N, Q, n, m, d / n]: splits vectors into n attention heads."
     return z.unflatten(-1, (n, -1)).transpose(2, 3)
 
 # %% ../../nbs/4_distillation/11_aggregation.ipynb #666eaaf7
 class ClassAttention(nn.Module):
-    "A block that lets each summary read itself and its set of tokens, which stay as they are. CaiT, Sec. 3."
+    "A block in which each summary attends to itself and its tokens, which do not change. CaiT, Sec. 3."
 
     def __init__(self, dim: int, n_heads: int):
         super().__init__()
@@ -95,8 +95,8 @@ class ClassAttention(nn.Module):
     ) -> Tensor:
         """Summaries y [N, Q, d] -> [N, Q, d].
 
-        `tokens` [N, T, d]; `index` [N, Q, n] the sets (None: all tokens); `found` [N, Q, n], False where a
-        place is empty."""
+        `tokens` [N, T, d]; `index` [N, Q, n]: the set of each summary (None: all tokens); `found` [N, Q, n]:
+        False where a place is empty."""
         own, x = self.norm1(y), self.norm1(tokens)
         query = self.q(own)[:, :, None]
         key, value = with_own(self.k, own, x, index), with_own(self.v, own, x, index)
@@ -108,17 +108,17 @@ class ClassAttention(nn.Module):
 
 # %% ../../nbs/4_distillation/11_aggregation.ipynb #e00d754b
 def init_linear(layer: nn.Module) -> None:
-    "A linear layer starts as in DINO's ViT: a truncated normal of deviation 0.02, no bias."
+    "Initialises linear layers as in DINO's ViT: weights truncated normal with std 0.02, bias 0."
     if isinstance(layer, nn.Linear):
         nn.init.trunc_normal_(layer.weight, std=0.02)
         nn.init.zeros_(layer.bias)
 
 # %% ../../nbs/4_distillation/11_aggregation.ipynb #a04fbc96
 class Aggregation(nn.Module):
-    """h of SelfPatch Eq. 4 and 5, sets of tokens -> one vector each.
+    """h of SelfPatch Eq. 4 and 5: sets of tokens -> one vector each.
 
-    Two class-attention blocks and a LayerNorm; as many heads as have 64 numbers or more. Initialised as
-    DINO's ViT."""
+    `depth` class-attention blocks and a LayerNorm; as many attention heads as possible with at least 64
+    channels each. Initialised as in DINO's ViT."""
 
     def __init__(self, dim: int, depth: int = 2):
         super().__init__()
@@ -129,7 +129,7 @@ class Aggregation(nn.Module):
         self.apply(init_linear)
 
     def forward(self, tokens: Tensor, index: Tensor | None = None, found: Tensor | None = None) -> Tensor:
-        "Tokens [N, T, d] and sets `index` [N, Q, n] -> [N, Q, d]; without `index` one of all, [N, 1, d]."
+        "Tokens [N, T, d], sets `index` [N, Q, n] -> [N, Q, d]; without `index` one set of all, [N, 1, d]."
         y = self.cls.expand(len(tokens), 1 if index is None else index.shape[1], -1)
         for block in self.blocks:
             y = block(y, tokens, index, found)
@@ -137,7 +137,7 @@ class Aggregation(nn.Module):
 
 # %% ../../nbs/4_distillation/11_aggregation.ipynb #8b98da19
 class Mean(nn.Module):
-    "The same with the mean in place of attention: the ablation of SelfPatch, Table 4 (d)."
+    "`Aggregation` by the mean instead of attention: the ablation of SelfPatch, Table 4 (d)."
 
     def __init__(self, dim: int):
         super().__init__()

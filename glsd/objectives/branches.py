@@ -22,31 +22,31 @@ from ..views.multicrop import Views
 
 # %% ../../nbs/4_distillation/5_branches.ipynb #e39eba05
 def batch_first(x: Tensor, batch: int) -> Tensor:
-    "View by view to image by image: [V*B, d] -> [B, V, d], and [V*B, T, d] -> [B, V*T, d]."
+    "From view by view to image by image: [V*B, d] -> [B, V, d], and [V*B, T, d] -> [B, V*T, d]."
     return x.unflatten(0, (-1, batch)).transpose(0, 1).flatten(1, -2)
 
 # %% ../../nbs/4_distillation/5_branches.ipynb #b6ed38eb
 @dataclass
 class Outputs:
-    "What student or teacher give, batch first: the views of an image follow each other, global ones first."
+    "Outputs of student or teacher, batch first; the views of an image follow each other, global ones first."
 
     pooled: Tensor  # [B, V, d]
     tokens: Tensor  # [B, S, d]  S tokens of all views: view after view, row by row
     grids: list  # (H, W) of each of the V views
-    w_geo: Tensor  # [B, V, 7]
+    w_geo: Tensor  # [B, V, 7]  where each view lies in its image
     logits: dict  # name of a term -> [B, V, K] if its head reads 'pooled', [B, S, K] if 'tokens'
-    n_global: int = 2  # the first views are the global ones
-    queries: Tensor | None = None  # [B, n_global * Q, d]  of query crops, view after view (ADCLR)
-    inputs: list = field(default_factory=list)  # what the backbone got beside the crops (iBOT: masks)
+    n_global: int = 2  # the first n_global views are the global ones
+    queries: Tensor | None = None  # [B, n_global * Q, d]  features of query crops, view after view (ADCLR)
+    inputs: list = field(default_factory=list)  # extra backbone inputs of each size group (iBOT: masks)
 
 # %% ../../nbs/4_distillation/5_branches.ipynb #e8b42fd8
-class Branch(nn.Module):  # in one cell: half of it says what its arguments are
-    """Student or teacher: a backbone and its heads; `heads` says what each reads, as {'view': 'pooled'}.
+class Branch(nn.Module):  # in one cell: half of it describes the arguments
+    """Student or teacher: a backbone and its heads; `heads`: name -> source, such as {'view': 'pooled'}.
 
-    A source is 'pooled', 'tokens', 'queries', or a function(outputs, modules) -> [B, n, d]. A head is a new
-    `DINOHead` with the other keywords, unless `modules` has another module of its name, or the name of a head
-    to share; whatever else is in `modules` stands beside the heads, for those functions. `make_logits(z,
-    directions)` makes logits of what a `DINOHead` projects. ValueError for a head that reads something else.
+    A source is 'pooled', 'tokens', 'queries', or a function(outputs, modules) -> [B, n, d]. Each head is a
+    new `DINOHead` with `head_kwargs`, unless `modules` has its name, with another module or the name of a
+    head to share; any other `modules` are for the functions to use. `make_logits(z, directions)` computes
+    logits from the projections z of a `DINOHead`. ValueError for an unknown source.
     """
 
     def __init__(
@@ -67,9 +67,9 @@ class Branch(nn.Module):  # in one cell: half of it says what its arguments are
         self.heads.update({name: self.heads[m] for name, m in modules.items() if isinstance(m, str)})
 
     def forward(self, views: Views, n_groups: int | None = None, inputs: list | tuple = ()) -> Outputs:
-        """All size groups, or the first `n_groups` of them, with the backbone inputs of each; see `Outputs`.
+        """`Outputs` of all size groups, or of the first `n_groups`; `inputs`: extra backbone inputs of each.
 
-        Features are sorted batch first BEFORE the heads: they are d wide, logits are K wide."""
+        Features are sorted batch first BEFORE the heads: they have d channels, logits have K."""
         out = outputs_of(self.backbone, views, n_groups, inputs)
         directions: dict = {}
         for name, source in self.sources.items():
@@ -78,7 +78,7 @@ class Branch(nn.Module):  # in one cell: half of it says what its arguments are
         return out
 
     def logits(self, head: nn.Module, x: Tensor, directions: dict) -> Any:
-        "Of one head. `directions` keeps the normalised prototypes of those that several names share."
+        "Logits of one head. `directions` caches normalised prototypes, for heads that several names share."
         if not isinstance(head, DINOHead):
             return head(x)
         if head not in directions:
@@ -87,7 +87,7 @@ class Branch(nn.Module):  # in one cell: half of it says what its arguments are
 
 # %% ../../nbs/4_distillation/5_branches.ipynb #d4b00e87
 def check_sources(heads: dict) -> None:
-    "ValueError for a head that reads something that a branch does not have."
+    "Raises ValueError for a head with an unknown source."
     for name, source in heads.items():
         if source not in ('pooled', 'tokens', 'queries') and not callable(source):
             raise ValueError(
@@ -97,7 +97,7 @@ def check_sources(heads: dict) -> None:
 
 # %% ../../nbs/4_distillation/5_branches.ipynb #446385fe
 def outputs_of(backbone: nn.Module, views: Views, n_groups: int | None, inputs: list | tuple) -> Outputs:
-    "`Outputs` without logits: each size group of the views through the backbone, sorted batch first."
+    "`Outputs` without logits: runs the backbone on each size group and sorts its features batch first."
     groups, B = views.crops[:n_groups], views.crops[0].shape[1]
     inputs = [*inputs] + [{}] * (len(groups) - len(inputs))
     features = [backbone(crops.flatten(0, 1), **more) for crops, more in zip(groups, inputs)]
@@ -111,7 +111,7 @@ def outputs_of(backbone: nn.Module, views: Views, n_groups: int | None, inputs: 
 
 # %% ../../nbs/4_distillation/5_branches.ipynb #41a7a783
 def check_names(terms: Sequence[Term]) -> None:
-    "ValueError if two terms have the same name: each would write over the other's logits and value."
+    "Raises ValueError if two terms have the same name: each would overwrite the other's logits and value."
     names = [term.name for term in terms]
     for name, term in zip(names, terms):
         if names.count(name) > 1:
@@ -120,7 +120,7 @@ def check_names(terms: Sequence[Term]) -> None:
 
 # %% ../../nbs/4_distillation/5_branches.ipynb #299f6cc8
 class Objective(nn.Module):
-    "Several loss terms as one. ValueError if two have the same name."
+    "Several loss terms in one module. ValueError if two have the same name."
 
     def __init__(self, *terms: Term):
         super().__init__()
@@ -135,27 +135,27 @@ class Objective(nn.Module):
         views: Views | None = None,
         overwrite: bool = False,
     ) -> dict[str, Tensor]:
-        "The weighted value of each term, a scalar. `overwrite`: the student's logits may be written over."
+        "Weighted scalar of each term, by name. `overwrite`: the student's logits may be overwritten."
         return {k: term(student, teacher, teacher_temp, views, overwrite) for k, term in self.terms.items()}
 
     @property
     def teacher_groups(self) -> int | None:
-        "Size groups for the teacher: 1, the global views, or None, all."
+        "How many size groups the teacher gets: 1 (the global views) or None (all)."
         return None if any(term.teacher_sees_all for term in self.terms.values()) else 1
 
 # %% ../../nbs/4_distillation/5_branches.ipynb #b15f0c3b
 def heads_of(terms: Any, teacher: bool = False) -> dict:
-    "Which logits a branch has to give for these terms, and what the head of each reads."
+    "Heads that a branch needs for these terms: name of the logits -> what the head reads."
     return {k: v for term in terms for k, v in (term.teacher_heads if teacher else term.heads).items()}
 
 
 def modules_of(terms: Any, backbone: Any, **head_kwargs) -> dict:
-    "New modules of a branch for these terms, beside or in place of DINO's heads."
+    "New modules of a branch for these terms, beside or instead of DINO's heads."
     return {k: v for term in terms for k, v in term.extra_modules(backbone, **head_kwargs).items()}
 
 
 def backbone_inputs(terms: Any, views: Views, branch: nn.Module, teacher: bool) -> list[dict]:
-    "What the backbone of a branch gets beside the crops, a dict for each size group."
+    "Extra inputs of a branch's backbone besides the crops: a dict for each size group."
     inputs: list[dict] = [{} for _ in views.crops]
     for term in terms:
         for group, more in zip(inputs, term.backbone_inputs(views, branch, teacher)):

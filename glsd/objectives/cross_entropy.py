@@ -15,17 +15,17 @@ from torch.autograd.function import once_differentiable
 
 # %% ../../nbs/4_distillation/3_cross_entropy.ipynb #e0c8341a
 def block_sizes(S: int, T: int, K: int, on_gpu: bool) -> tuple[int, int]:
-    """How many rows of K logits, and how many images of S and T tokens, are taken at a time.
+    """How many rows of K logits, and how many images of S and T tokens, make up a block.
 
-    2 MB fit into a core's cache, a GPU likes more."""
+    2 MB fit into a core's cache; a GPU is faster with larger blocks."""
     block = 2**24 if on_gpu else 2**19  # elements
     return max(1, block // K), max(1, block // (max(S, T) * K))
 
 
 def sparse_weights(W: Tensor, images: int) -> tuple[Tensor, Tensor]:
-    """The weights of W [B, S, T] that are not zero, and their places: weight and index [B, S, most].
+    """The nonzero weights of W [B, S, T] and their positions: weight and index, both [B, S, most].
 
-    The index counts the teacher's tokens of `images` images in a row, the first T being those of the first.
+    The index counts the teacher's tokens within a block of `images` images: token t of image i is i * T + t.
     """
     B, _, T = W.shape
     weight, index = W.topk(max(1, int((W > 0).sum(-1).max())), -1)
@@ -35,24 +35,24 @@ def sparse_weights(W: Tensor, images: int) -> tuple[Tensor, Tensor]:
 def rows_loss(
     s: Tensor, P: Tensor, index: Tensor, weight: Tensor, temp: float, grad: Tensor | None = None
 ) -> Tensor:
-    """Loss of rows of logits s [n, K], whose targets are blends of the rows of P [m, K]. A scalar.
+    """Loss of logits s [n, K], whose targets are weighted sums of rows of P [m, K]. A scalar.
 
-    `index` and `weight` [n, most] say which rows, and how much of each. Writes the gradient, times `temp`,
+    `index` and `weight` [n, most]: which rows of P, and their weights. Writes the gradient, times `temp`,
     into `grad` [n, K], which may be `s` itself."""
     log_q = s.to(P.dtype).div(temp).log_softmax(-1)
     target = F.embedding_bag(index, P, per_sample_weights=weight, mode='sum')  # W P
-    loss = -(target * log_q).sum()  # torch.dot adds up in one row: 2e-5 off with 65,536 prototypes, this 5e-9
+    loss = -(target * log_q).sum()  # at K = 65,536 off by 5e-9; torch.dot, which sums in series: 2e-5
     if grad is not None:
         torch.sub(log_q.exp_().mul_(weight.sum(-1, keepdim=True)), target, out=grad)
     return loss
 
 # %% ../../nbs/4_distillation/3_cross_entropy.ipynb #9cb43f96
 class _SoftCrossEntropy(torch.autograd.Function):
-    "Loss and gradient in one pass over blocks of rows that stay in the cache; see `soft_cross_entropy`."
+    "Loss and gradient in one pass over blocks of rows that fit in the cache; see `soft_cross_entropy`."
 
     @staticmethod
     def forward(ctx, student, teacher, W, student_temp, teacher_temp, center, grad):
-        "The loss, a scalar; the gradient is computed on the way."
+        "The loss, a scalar; the gradient is computed in the same pass."
         (B, S, K), T = student.shape, teacher.shape[1]
         rows, images = block_sizes(S, T, K, student.is_cuda)
         weight, index = sparse_weights(W.div(B * student_temp), images)
@@ -69,13 +69,13 @@ class _SoftCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        "The gradient that `forward` left."
+        "The gradient that `forward` computed."
         (grad,) = ctx.saved_tensors
-        return (grad if g == 1 else grad * g), *[None] * 6  # a weight belongs into W: no second buffer
+        return (grad if g == 1 else grad * g), *[None] * 6  # put a weight into W, to save this buffer
 
 # %% ../../nbs/4_distillation/3_cross_entropy.ipynb #597757ce
 def check_logits(student: Any, teacher: Any, W: Tensor, student_temp: float, teacher_temp: float) -> None:
-    "ValueError, in one line, if logits and W do not fit together, or a temperature is not positive."
+    "Raises a one-line ValueError if logits and W do not fit together, or a temperature is not positive."
     (B, S, K), T = student.shape, teacher.shape[1]
     if teacher.shape != (B, T, K) or W.shape != (B, S, T):
         raise ValueError(
@@ -86,7 +86,7 @@ def check_logits(student: Any, teacher: Any, W: Tensor, student_temp: float, tea
         raise ValueError(f'temperatures must be positive: student {student_temp}, teacher {teacher_temp}')
 
 # %% ../../nbs/4_distillation/3_cross_entropy.ipynb #473135a0
-# in one cell: most of it is its signature and docstring
+# in one cell: most of it is signature and docstring
 def soft_cross_entropy(
     student: Any,
     teacher: Any,
@@ -97,12 +97,12 @@ def soft_cross_entropy(
     *,
     overwrite: bool = False,
 ) -> Tensor:
-    """Sum over b, s, t of W[b,s,t] H(P[b,t], Q[b,s]), over B: the one core of every objective. A scalar.
+    """Sum over b, s, t of W[b,s,t] H(P[b,t], Q[b,s]), divided by B: the core of every objective. A scalar.
 
     `student` logits [B, S, K], `teacher` logits [B, T, K], `W` >= 0 [B, S, T] (weights of the pairs),
     P = softmax((teacher - center) / teacher_temp), Q = softmax(student / student_temp), `center` [K].
-    Gradient to `student` only. `overwrite`: the gradient takes the place of the student's logits, which are
-    gone then (not those of a leaf). Computes in float32 (float64 if given), also under autocast. Logits may
+    H: cross-entropy. Gradient to `student` only. `overwrite`: the gradient overwrites the student's logits,
+    unless they are a leaf. Computes in float32 (float64 if given), also under autocast. Logits may
     be tensors, or `Factored` (see the chapter on fused losses). ValueError if shapes disagree or a
     temperature is not positive. GLSD Eq. 2-7; DINO (Caron et al. 2021), Eq. 1 and 2."""
     check_logits(student, teacher, W, student_temp, teacher_temp)
@@ -134,7 +134,7 @@ def aligned_cross_entropy(
 ) -> Tensor:
     """Row s of the student against row s of the teacher: the mean of weight[b,s] H(P[b,s], Q[b,s]). A scalar.
 
-    Logits [B, S, K], `weight` [B, S]; the rest as in `soft_cross_entropy`, of which it is the diagonal."""
+    Logits [B, S, K], `weight` [B, S]. A `soft_cross_entropy` with diagonal W; other arguments as there."""
     s, t = (x.flatten(0, 1)[:, None] for x in (student, teacher))
     W = weight.flatten()[:, None, None]
     return soft_cross_entropy(s, t, W, student_temp, teacher_temp, center, overwrite=overwrite)

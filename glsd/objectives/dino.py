@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from .cross_entropy import aligned_cross_entropy, soft_cross_entropy
 
-if TYPE_CHECKING:  # names only: a loss needs no backbone and makes no crops
+if TYPE_CHECKING:  # for annotations only: a loss needs no backbone and makes no crops
     from glsd.objectives.branches import Outputs
     from glsd.views.multicrop import Views
 
 # %% ../../nbs/4_distillation/4_dino.ipynb #103c5499
 def log_sum(x: Tensor) -> Tensor:
-    "log of the sum of exp(x [n, K]) over rows, those of all processes: [K]."
+    "logsumexp of x [n, K] over the rows of all processes: [K]."
     most = x.amax(0)
     if dist.is_initialized():
         dist.all_reduce(most, dist.ReduceOp.MAX)
@@ -33,11 +33,12 @@ def log_sum(x: Tensor) -> Tensor:
 # %% ../../nbs/4_distillation/4_dino.ipynb #08413f75
 @torch.no_grad()
 def sinkhorn(scores: Tensor, temperature: float = 0.05, iterations: int = 3) -> Tensor:
-    """Targets [n, K] of scores [n, K]: rows sum to 1, and over all rows of all processes each column gets
-    nearly the same.
+    """Targets [n, K] for scores [n, K]: each row sums to 1, and all columns have nearly the same sum over the
+    rows of all processes.
 
-    DINO's teacher temperature, SwAV's epsilon. Computes in float32 (float64 if given), also under autocast.
-    No gradient. ValueError for bad arguments. SwAV (Caron et al. 2020), Sec. 3.1; Sinkhorn and Knopp 1967."""
+    `temperature`: DINO's teacher temperature, SwAV's epsilon. Computes in float32 (float64 if given), also
+    under autocast. No gradient. ValueError for bad arguments. SwAV (Caron et al. 2020), Sec. 3.1; Sinkhorn
+    and Knopp 1967."""
     if scores.ndim != 2 or not len(scores):
         raise ValueError(f'sinkhorn takes scores [n, K] of at least one row, not {tuple(scores.shape)}')
     if not temperature > 0 or iterations < 1:
@@ -52,7 +53,7 @@ def sinkhorn(scores: Tensor, temperature: float = 0.05, iterations: int = 3) -> 
 
 # %% ../../nbs/4_distillation/4_dino.ipynb #c404916d
 def view_pairs(n_student: int, n_teacher: int, device: Any = None) -> Tensor:
-    """Weights [n_student, n_teacher], sum 1: the mean over all pairs of views but a view with itself (Eq. 2).
+    """Weights [n_student, n_teacher], sum 1: the mean over all pairs of different views (GLSD Eq. 2).
 
     The teacher's views are the student's first ones. ValueError if no pair is left."""
     pairs = 1 - torch.eye(n_student, n_teacher, device=device)
@@ -61,15 +62,15 @@ def view_pairs(n_student: int, n_teacher: int, device: Any = None) -> Tensor:
     return pairs / pairs.sum()
 
 # %% ../../nbs/4_distillation/4_dino.ipynb #547fa187
-class Term(nn.Module):  # in one cell: what a loss may ask of the method around it, to be read as a whole
-    """One loss term, and what it needs from the method it is part of.
+class Term(nn.Module):  # in one cell: all that a loss may ask of its method, to be read as a whole
+    """One loss term, and what it needs from the method that it is part of.
 
-    `forward(student, teacher, teacher_temp, views=None, overwrite=False)` gives a weighted scalar. Parameters
-    of its own are trained with the student. Random numbers come from torch's global generator."""
+    `forward(student, teacher, teacher_temp, views=None, overwrite=False)` returns a weighted scalar. The
+    term's own parameters are trained with the student. Random numbers come from torch's global generator."""
 
-    name = ''  # of the term, and of the logits that it reads
+    name = ''  # name of the term, and of the logits that it reads
     teacher_sees_all = False  # True: the teacher gets the local crops, too
-    reads_queries = False  # True: views come with query crops
+    reads_queries = False  # True: the term needs views with query crops
 
     def __init__(self, name: str | None = None):
         super().__init__()
@@ -77,7 +78,7 @@ class Term(nn.Module):  # in one cell: what a loss may ask of the method around 
 
     @property
     def heads(self) -> dict:
-        "Which logits the student has to give, and what their head reads: see `Branch`."
+        "Heads that the student needs: name of the logits -> what the head reads, see `Branch`."
         return {}
 
     @property
@@ -86,21 +87,21 @@ class Term(nn.Module):  # in one cell: what a loss may ask of the method around 
         return self.heads
 
     def extra_modules(self, backbone: Any, **head_kwargs) -> dict:
-        "Modules beside or in place of DINO's heads, new for each branch: name -> module, or a head to share."
+        "New modules of a branch, beside or instead of DINO's heads: name -> module, or a head to share."
         return {}
 
     def backbone_inputs(self, views: 'Views', branch: Any, teacher: bool) -> list[dict]:
-        "What the backbone gets beside the crops, a dict for each size group."
+        "Extra inputs of the backbone besides the crops: a dict for each size group."
         return []
 
     def uniform_loss(self, student: 'Outputs', teacher: 'Outputs', teacher_temp: float) -> Any:
-        "What the term would be if the student's outputs were uniform, or None: it has no such value."
+        "Value of the term if the student's outputs were uniform; None if there is no such value."
         return None
 
 # %% ../../nbs/4_distillation/4_dino.ipynb #7e7e5f59
 @torch.no_grad()
 def update_center(center: Tensor, logits: Any, momentum: float) -> None:
-    "Moves `center` [K], in place, towards the mean of logits [B, n, K] of all processes. DINO, Eq. 4."
+    "Moves `center` [K], in place, towards the mean of logits [B, n, K] over all processes. DINO, Eq. 4."
     mean = logits.mean((0, 1), dtype=center.dtype)
     if dist.is_initialized():
         dist.all_reduce(mean)
@@ -108,12 +109,12 @@ def update_center(center: Tensor, logits: Any, momentum: float) -> None:
     center.lerp_(mean, 1 - momentum)
 
 # %% ../../nbs/4_distillation/4_dino.ipynb #a91926b0
-class Distillation(Term):  # in one cell: subclasses fill the gaps of this form
-    """A term around `soft_cross_entropy`: its head reads `level`, `matching` gives W [B, S, T].
+class Distillation(Term):  # in one cell: a template that subclasses fill in
+    """A term that calls `soft_cross_entropy`: its head reads `level`, `matching` gives W [B, S, T].
 
-    Subclasses set `name`, `level` and `matching`. `weight` multiplies the term. The centre (buffer [out_dim])
-    follows the teacher's logits while the module is in training mode, after the loss was computed with the
-    old one."""
+    Subclasses define `name`, `level` and `matching`. `weight` multiplies the term. In training mode, each
+    call updates the centre (buffer [out_dim]) with the teacher's logits, after computing the loss with the
+    old centre."""
 
     name, level = 'region', 'tokens'
     center: Tensor
@@ -132,11 +133,11 @@ class Distillation(Term):  # in one cell: subclasses fill the gaps of this form
 
     @property
     def heads(self) -> dict:
-        "One, that reads `level`."
+        "One head, which reads `level`."
         return {self.name: self.level}
 
     def matching(self, student: 'Outputs', teacher: 'Outputs') -> Tensor:
-        "W [B, S, T]: which pairs of the student's and the teacher's rows count, and how much."
+        "W [B, S, T]: the weight of each pair of a student row and a teacher row."
         raise TypeError(f'{type(self).__name__} needs a matching(student, teacher)')
 
     def forward(
@@ -147,7 +148,7 @@ class Distillation(Term):  # in one cell: subclasses fill the gaps of this form
         views: 'Views | None' = None,
         overwrite: bool = False,
     ) -> Tensor:
-        "The weighted loss, a scalar. `overwrite`: the student's logits may be written over."
+        "The weighted loss, a scalar. `overwrite`: the student's logits may be overwritten."
         s, t = student.logits[self.name], teacher.logits[self.name].detach()
         loss = self.loss(student, teacher, s, t, teacher_temp, overwrite=overwrite)
         if self.training:
@@ -157,42 +158,42 @@ class Distillation(Term):  # in one cell: subclasses fill the gaps of this form
     def loss(
         self, student: 'Outputs', teacher: 'Outputs', s: Any, t: Any, teacher_temp: float, **options
     ) -> Tensor:
-        "Of logits s [B, S, K] and t [B, T, K], weighted."
+        "The weighted loss of logits s [B, S, K] and t [B, T, K]."
         W = self.matching(student, teacher) * self.weight
         return soft_cross_entropy(s, t, W, self.student_temp, teacher_temp, self.center, **options)
 
     def uniform_loss(self, student: 'Outputs', teacher: 'Outputs', teacher_temp: float) -> Any:
-        "The weights of all pairs times ln K."
+        "The sum of an image's pair weights (mean over images) times ln K."
         W = self.matching(student, teacher) * self.weight
         return W.sum() / len(W) * math.log(len(self.center))
 
 # %% ../../nbs/4_distillation/4_dino.ipynb #60668994
 class AlignedDistillation(Distillation):
-    "A `Distillation` of each token with the one in its place; subclasses give `pair_weights` [B, S]."
+    "A `Distillation` of each token with the one in the same place; subclasses define `pair_weights`."
 
     def pair_weights(self, student: 'Outputs') -> Tensor:
-        "How much each token counts, [B, S]."
+        "The weight of each token, [B, S]."
         raise TypeError(f'{type(self).__name__} needs pair_weights(student)')
 
     def matching(self, student: 'Outputs', teacher: 'Outputs') -> Tensor:
-        "The diagonal, for those who look at the pairs; the loss does without."
+        "`pair_weights` as a diagonal W [B, S, S], to inspect the pairs; `loss` does not use it."
         return self.pair_weights(student).diag_embed()
 
     def loss(
         self, student: 'Outputs', teacher: 'Outputs', s: Any, t: Any, teacher_temp: float, **options
     ) -> Tensor:
-        "Of logits s and t [B, S, K], weighted."
+        "The weighted loss of logits s and t [B, S, K]."
         weight = self.weight * s.shape[1] * self.pair_weights(student)
         return aligned_cross_entropy(s, t, weight, self.student_temp, teacher_temp, self.center, **options)
 
     def uniform_loss(self, student: 'Outputs', teacher: 'Outputs', teacher_temp: float) -> Any:
-        "The weights of all tokens times ln K."
+        "The sum of an image's token weights (mean over images) times ln K."
         weight = self.weight * self.pair_weights(student)
         return weight.sum() / len(weight) * math.log(len(self.center))
 
 # %% ../../nbs/4_distillation/4_dino.ipynb #032e3903
 class DINOLoss(Distillation):
-    "Each view of the student is compared with each other view of the teacher. GLSD Eq. 2, DINO Eq. 3."
+    "Compares each view of the student with every other view of the teacher. GLSD Eq. 2, DINO Eq. 3."
 
     name, level = 'view', 'pooled'
 

@@ -19,15 +19,15 @@ from .dino import DINOLoss, Term
 from .method import register_method
 from .self_distillation import DistillationOptions, SelfDistillation
 
-if TYPE_CHECKING:  # a name only: a loss needs no backbone
+if TYPE_CHECKING:  # for annotations only: a loss needs no backbone
     from glsd.objectives.branches import Outputs
     from glsd.views.multicrop import Views
 
 # %% ../../nbs/4_distillation/15_drloc.ipynb #cb588767
 def pool_grid(tokens: Tensor, grid: tuple[int, int], size: int = 7) -> tuple[Tensor, tuple[int, int]]:
-    """Averages neighbours until the grid is at most `size` x `size`: [B, H*W, d] -> [B, h*w, d] and (h, w).
+    """Average-pools tokens to a grid of at most `size` x `size`: [B, H*W, d] -> [B, h*w, d] and (h, w).
 
-    A smaller grid stays as it is. ValueError if tokens and grid do not fit. DrLoc Sec. 3 (2x2 pooling of
+    A smaller grid is not changed. ValueError if tokens and grid do not fit. DrLoc Sec. 3 (2x2 pooling of
     14x14)."""
     if tokens.shape[1] != grid[0] * grid[1]:
         raise ValueError(
@@ -41,9 +41,9 @@ def pool_grid(tokens: Tensor, grid: tuple[int, int], size: int = 7) -> tuple[Ten
 
 # %% ../../nbs/4_distillation/15_drloc.ipynb #944a6636
 def draw_pairs(batch: int, grid: tuple[int, int], m: int | None = 64, device: Any = None) -> Tensor:
-    """m pairs of tokens of each image, [batch, m, 2] (numbers row by row), uniform, with repetition.
+    """Indices of m random pairs of tokens for each image, [batch, m, 2], row by row; pairs may repeat.
 
-    m=None: every pair once. From torch's global generator. ValueError for a grid of one token, or m over
+    m=None: every pair once. From torch's global generator. ValueError for a grid of one token, or m above
     the number of pairs (k*k)^2. DrLoc Sec. 4."""
     n = grid[0] * grid[1]
     if n < 2:
@@ -63,7 +63,7 @@ def offsets(pairs: Tensor, grid: tuple[int, int]) -> Tensor:
     """Rows and columns from the second token of each pair [..., 2] to the first: (i - p, j - h), [..., 2].
 
     DrLoc Eq. 4."""
-    places = torch.stack([pairs // grid[1], pairs % grid[1]], -1)  # [..., which of the two, axis]
+    places = torch.stack([pairs // grid[1], pairs % grid[1]], -1)  # [..., first or second token, axis]
     return places[..., 0, :] - places[..., 1, :]
 
 # %% ../../nbs/4_distillation/15_drloc.ipynb #4557b0ef
@@ -79,11 +79,11 @@ def check_variant(variant: str, divisor: str = 'k') -> None:
         raise ValueError(f'divisor {divisor!r} of DrLoc is unknown: choose one of {", ".join(DIVISORS)}')
 
 # %% ../../nbs/4_distillation/15_drloc.ipynb #f53e4f50
-class LocalizationMLP(nn.Module):  # in one cell: half of it are signatures
-    """f of DrLoc: a token and another -> n_out numbers; `n_layers` hidden layers with ReLU (2: Table 15).
+class LocalizationMLP(nn.Module):  # in one cell: half of it is signatures
+    """f of DrLoc: two tokens -> n_out numbers; `n_layers` hidden layers with ReLU (2: Table 15).
 
-    n_out: 2 numbers, or for the variants 'ce' and 'cycle' 2k+1 logits for each of two axes; `for_variant`
-    knows which. Released code: three hidden layers for these two variants."""
+    n_out: 2, or for the variants 'ce' and 'cycle' 2k+1 logits for each of two axes; `for_variant` chooses.
+    The released code has three hidden layers for these two variants."""
 
     def __init__(self, dim: int, n_out: int = 2, hidden: int = 512, n_layers: int = 2):
         super().__init__()
@@ -92,8 +92,8 @@ class LocalizationMLP(nn.Module):  # in one cell: half of it are signatures
         self.rest = nn.Sequential(*layers, nn.ReLU(), nn.Linear(hidden, n_out))
 
     def forward(self, e: Tensor, pairs: Tensor) -> Tensor:
-        "Tokens [B, n, dim] and pairs of them [B, m, 2] -> [B, m, n_out]."
-        # W [a; b] = W1 a + W2 b: multiply each token once, not in each pair
+        "Tokens [B, n, dim] and indices of pairs [B, m, 2] -> [B, m, n_out]."
+        # W [a; b] = W1 a + W2 b: multiply each token once, not once per pair
         W1, W2 = self.first.weight.chunk(2, 1)
         image, (a, b) = torch.arange(len(e), device=e.device)[:, None], pairs.unbind(-1)
         return self.rest(F.linear(e, W1)[image, a] + F.linear(e, W2, self.first.bias)[image, b])
@@ -102,7 +102,7 @@ class LocalizationMLP(nn.Module):  # in one cell: half of it are signatures
     def for_variant(
         cls, dim: int, variant: str = 'l1', hidden: int = 512, n_layers: int = 2, k: int = 7
     ) -> 'LocalizationMLP':
-        "With the outputs that `variant` needs on grids of up to k x k. ValueError for an unknown one."
+        "An MLP with the outputs that `variant` needs on grids up to k x k. ValueError for an unknown one."
         check_variant(variant)
         return cls(dim, 2 * (2 * k + 1) if variant in ('ce', 'cycle') else 2, hidden, n_layers)
 
@@ -112,8 +112,8 @@ def regression_error(
 ) -> Tensor:
     """|t - d| on each axis, [B, m, 2]: t = |offset| / k (Eq. 1), or offset / k if `signed` (Eq. 3).
 
-    d, offset [B, m, 2]. divisor: 'k'; 'none', the released code's runs: offsets 0 to k-1 as they are; 'k-1':
-    |offset| / (k-1), or signed (offset + k-1) / 2(k-1). ValueError for others."""
+    d (predictions), offset [B, m, 2]. divisor: 'k'; 'none' (the released code's runs): offsets 0 to k-1 as
+    they are; 'k-1': |offset| / (k-1), or if `signed` (offset + k-1) / 2(k-1). ValueError for others."""
     t, k = (offset if signed else offset.abs()), torch.tensor(grid, device=d.device)
     if divisor == 'none':
         return (t - d).abs()
@@ -130,8 +130,9 @@ def class_error(logits: Tensor, offset: Tensor) -> Tensor:
 
 # %% ../../nbs/4_distillation/15_drloc.ipynb #27bddae7
 def cycle_error(logits: Tensor, offset: Tensor, alpha: float = 0.001) -> Tensor:
-    """(c - mu)^2 / sigma^2 + alpha log sigma on each axis: p's mean and variance (at least 1e-6) over -k...k.
-    DrLoc Eq. 6."""
+    """(c - mu)^2 / sigma^2 + alpha log sigma on each axis, [B, m, 2], for the true offset c. DrLoc Eq. 6.
+
+    mu and sigma^2 (at least 1e-6): mean and variance of p = softmax(logits) over the classes -k...k."""
     k, p = logits.shape[-1] // 2, logits.softmax(-1)
     c = torch.arange(-k, k + 1, device=p.device, dtype=p.dtype)
     mu = p @ c
@@ -140,7 +141,7 @@ def cycle_error(logits: Tensor, offset: Tensor, alpha: float = 0.001) -> Tensor:
 
 # %% ../../nbs/4_distillation/15_drloc.ipynb #6c9685b0
 def check_outputs(n_out: int, grid: tuple[int, int], variant: str) -> None:
-    "ValueError if an MLP of n_out outputs does not fit the variant, or has too few classes for the grid."
+    "Raises ValueError if n_out outputs of an MLP do not fit the variant, or are too few for the grid."
     if variant in ('ce', 'cycle'):
         fits = n_out % 4 == 2 and n_out // 4 >= max(grid) - 1
     else:
@@ -152,7 +153,7 @@ def check_outputs(n_out: int, grid: tuple[int, int], variant: str) -> None:
 
 
 def pair_errors(out: Tensor, offset: Tensor, grid: tuple[int, int], variant: str, divisor: str) -> Tensor:
-    "The error on each axis [B, m, 2] of an MLP's output [B, m, n_out] for these offsets [B, m, 2]."
+    "Error on each axis, [B, m, 2], of an MLP's output [B, m, n_out] given the true offsets [B, m, 2]."
     if variant == 'ce':
         return class_error(out.unflatten(-1, (2, -1)), offset)
     if variant == 'cycle':
@@ -160,7 +161,7 @@ def pair_errors(out: Tensor, offset: Tensor, grid: tuple[int, int], variant: str
     return regression_error(out, offset, grid, variant == 'signed', divisor)
 
 # %% ../../nbs/4_distillation/15_drloc.ipynb #d6da0a42
-# in one cell: most of it is its signature and docstring
+# in one cell: most of it is signature and docstring
 def dense_localization_loss(
     tokens: Tensor,
     grid: tuple[int, int],
@@ -171,14 +172,15 @@ def dense_localization_loss(
     divisor: str = 'k',
     pairs: Tensor | None = None,
 ) -> Tensor:
-    """How badly `mlp` tells the offset between two tokens of an image. A scalar. DrLoc Eq. 2.
+    """Error of `mlp` in predicting the offset between two tokens of an image. A scalar. DrLoc Eq. 2.
 
-    `tokens` [B, H*W, d] of `grid` (H, W), pooled to 7x7 at most; `m` random pairs an image, or `pairs` [B, m,
-    2] of the pooled grid. `variant`: 'l1' (Eq. 1 and 2), 'signed' (Eq. 3), 'all' (L1 of every pair, whatever
-    m), 'ce' (Eq. 5), 'cycle' (Eq. 6); the last two need an mlp of 2(2k+1) outputs. `reduction='mean'` over
-    images, pairs and both axes (pseudocode in A, the reference); 'sum': over images and axes (Eq. 2).
-    `divisor`: see `regression_error`. Gradient to tokens and mlp. ValueError for an unknown variant,
-    reduction or divisor, a grid of one token, m over the pairs, or an mlp of other outputs."""
+    `tokens` [B, H*W, d] of `grid` (H, W), pooled to 7x7 at most; `m` random pairs per image, or `pairs` [B,
+    m, 2] of the pooled grid. `variant`: 'l1' (Eq. 1 and 2), 'signed' (Eq. 3), 'all' (L1 of every pair,
+    ignoring m), 'ce' (Eq. 5), 'cycle' (Eq. 6); the last two need an mlp with 2(2k+1) outputs. `reduction`:
+    'mean' over images, pairs and both axes (pseudocode in A, the reference), or 'sum' over images and axes
+    of the mean over pairs (Eq. 2). `divisor`: see `regression_error`. Gradient to tokens and mlp. ValueError
+    for an unknown variant, reduction or divisor, a grid of one token, too large an m, or an mlp that does not
+    fit."""
     check_variant(variant, divisor)
     if reduction not in ('mean', 'sum'):
         raise ValueError(f"reduction is {reduction!r}: 'mean' (the reference) or 'sum' (the paper)")
@@ -194,7 +196,7 @@ def dense_localization_loss(
 def every_block_loss(blocks: list, mlps: list, **options) -> Tensor:
     """The sum of `dense_localization_loss` over blocks. A scalar. DrLoc Eq. 7.
 
-    `blocks`: (tokens [B, H*W, d], grid) of each, with an mlp of its own."""
+    `blocks`: (tokens [B, H*W, d], grid) of each block; `mlps`: one for each block."""
     losses = [
         dense_localization_loss(tokens, grid, mlp, **options)
         for (tokens, grid), mlp in zip(blocks, mlps, strict=True)
@@ -203,15 +205,15 @@ def every_block_loss(blocks: list, mlps: list, **options) -> Tensor:
 
 # %% ../../nbs/4_distillation/15_drloc.ipynb #2e1c32d8
 def n_pairs(grid: tuple[int, int], size: int = 7) -> int:
-    "Pairs of tokens on a grid, once it is pooled to `size` x `size` at most."
+    "Number of pairs of tokens on a grid, after pooling to at most `size` x `size`."
     return (min(grid[0], size) * min(grid[1], size)) ** 2
 
 # %% ../../nbs/4_distillation/15_drloc.ipynb #2fdba6ce
-class DRLocLoss(Term):  # in one cell: half of it are its arguments
-    """DrLoc as a local term of self-distillation: the student locates its own tokens, in each of its views.
+class DRLocLoss(Term):  # in one cell: half of it is arguments
+    """DrLoc as a local term of self-distillation, on the student's tokens in each view; ignores the teacher.
 
     The mean over views and images; a view with fewer than m pairs of tokens takes as many as it has. The MLP
-    belongs to the loss and learns with the student; the teacher plays no part. m, variant, divisor: see
+    belongs to the loss and is trained with the student. m, variant, divisor: see
     `dense_localization_loss`; hidden, n_layers: of the MLP. ValueError as there."""
 
     name = 'drloc'
@@ -242,7 +244,7 @@ class DRLocLoss(Term):  # in one cell: half of it are its arguments
     ) -> Tensor:
         "The weighted loss of the student's tokens, a scalar."
         tokens, losses = student.tokens.split([h * w for h, w in student.grids], 1), []
-        for grid in dict.fromkeys(student.grids):  # views of one size in one go
+        for grid in dict.fromkeys(student.grids):  # all views of one size at once
             same = torch.cat([x for x, g in zip(tokens, student.grids) if g == grid])
             m = self.m if grid == student.grids[0] else min(self.m, n_pairs(grid))
             losses.append(len(same) * dense_localization_loss(same, grid, self.mlp, m, **self.options))
@@ -259,9 +261,9 @@ class DRLoc(SelfDistillation):
     class Options(DistillationOptions):
         "What DrLoc adds to the options of self-distillation."
 
-        drloc_weight: float = 0.5  # lambda
-        drloc_m: int = 64  # pairs of tokens of a view
-        drloc_variant: str = 'l1'  # l1, signed, all, ce or cycle
-        drloc_hidden: int = 512  # of the MLP
-        drloc_n_layers: int = 2  # of the MLP; the released code: 3 for ce and cycle
-        drloc_divisor: str = 'k'  # of the offsets; the released code: none
+        drloc_weight: float = 0.5  # weight of the localisation term (lambda)
+        drloc_m: int = 64  # pairs of tokens drawn from each view
+        drloc_variant: str = 'l1'  # the loss for an offset: l1, signed, all, ce or cycle
+        drloc_hidden: int = 512  # width of the MLP's hidden layers
+        drloc_n_layers: int = 2  # hidden layers of the MLP; the released code: 3 for ce and cycle
+        drloc_divisor: str = 'k'  # what offsets are divided by: k, none (the released code) or k-1

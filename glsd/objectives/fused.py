@@ -24,13 +24,13 @@ from glsd.objectives.cross_entropy import (
 
 # %% ../../nbs/4_distillation/17_fused.ipynb #82da2ed5
 class Cuttable:  # in one cell: one-line methods with a tensor's names
-    "What can be said of logits without multiplying them out: parts of the batch, and their mean."
+    "Operations on logits that need not multiply them out: taking parts of the batch, and the mean."
 
     z: Tensor
     directions: Tensor
 
     def with_z(self, z: Tensor) -> Any:
-        "The same prototypes, other rows."
+        "The same prototypes with other rows z."
         kind: Any = type(self)
         return kind(z, self.directions)
 
@@ -44,15 +44,15 @@ class Cuttable:  # in one cell: one-line methods with a tensor's names
         return self.with_z(self.z * factor)
 
     def flatten(self, first: int, last: int) -> Any:
-        "Leading dimensions as one."
+        "Flattens leading dimensions."
         return self.with_z(self.z.flatten(first, last))
 
     def split(self, size: int) -> list:
-        "Parts of the first dimension."
+        "Splits the first dimension."
         return [self.with_z(z) for z in self.z.split(size)]
 
     def detach(self) -> Any:
-        "Without a gradient."
+        "The same without gradient."
         kind: Any = type(self)
         return kind(self.z.detach(), self.directions.detach())
 
@@ -61,17 +61,17 @@ class Cuttable:  # in one cell: one-line methods with a tensor's names
         return self.z.new_zeros(*size, **options)
 
     def mean(self, dim: Any, dtype: torch.dtype | None = None) -> Tensor:
-        "Over leading dimensions: the product with the mean of z. float32 also under autocast."
+        "Mean over leading dimensions: multiplies out the mean of z. float32 also under autocast."
         with torch.autocast(self.z.device.type, enabled=False):
             return F.linear(self.z.mean(dim, dtype=dtype), self.directions.to(dtype))
 
 # %% ../../nbs/4_distillation/17_fused.ipynb #4ddcea72
 @dataclass
 class Factored(Cuttable):  # in one cell: one-line methods with a tensor's names
-    """Logits [..., K] that are not multiplied out: z [..., b] times directions [K, b].
+    """Logits [..., K] kept as two factors, not multiplied out: z [..., b] times directions [K, b].
 
-    Leading dimensions can be cut, flattened, split and averaged as a tensor's; `dense()` multiplies out.
-    ValueError if the factors do not fit, or the prototypes themselves are cut."""
+    Leading dimensions can be sliced, flattened, split and averaged as in a tensor; `dense()` multiplies out.
+    ValueError if the factors do not fit together, or the last dimension is sliced."""
 
     z: Tensor
     directions: Tensor
@@ -85,12 +85,12 @@ class Factored(Cuttable):  # in one cell: one-line methods with a tensor's names
 
     @property
     def shape(self) -> torch.Size:
-        "Of the logits."
+        "Shape of the logits."
         return torch.Size((*self.z.shape[:-1], len(self.directions)))
 
     @property
     def device(self) -> torch.device:
-        "Of z."
+        "Device of z."
         return self.z.device
 
     def dense(self) -> Tensor:
@@ -102,7 +102,7 @@ class Factored(Cuttable):  # in one cell: one-line methods with a tensor's names
         return self.dense().float()
 
     def cross_entropy(self, teacher: Any, *args) -> Tensor:
-        "`fused_cross_entropy` with these as the student's logits: what `soft_cross_entropy` calls."
+        "`fused_cross_entropy` with these as the student's logits; called by `soft_cross_entropy`."
         return fused_cross_entropy(self, teacher, *args)
 
 # %% ../../nbs/4_distillation/17_fused.ipynb #cf7b26fe
@@ -122,7 +122,7 @@ def write_softmax(P: Tensor, z: Tensor, D: Tensor, center: Tensor, temp: float, 
 def add_loss(
     loss: Tensor, q: Tensor, P: Tensor, index: Tensor, weight: Tensor, temp: float, rows: int, wanted: bool
 ) -> None:
-    "Adds the loss of logits q [n, K] to `loss`, `rows` at a time; if `wanted` q becomes its gradient."
+    "Adds the loss of logits q [n, K] to `loss`, `rows` at a time; if `wanted`, the gradient overwrites q."
     for s, j, w in zip(*(x.split(rows) for x in (q, index, weight))):
         loss += rows_loss(s, P, j, w, temp, s if wanted else None)
 
@@ -132,7 +132,7 @@ class _Fused(torch.autograd.Function):  # in one cell: a forward and its backwar
 
     @staticmethod
     def forward(ctx, z, D, z_t, D_t, W, student_temp, teacher_temp, center, product, needs, block):
-        "The loss, a scalar; the gradients are computed on the way."
+        "The loss, a scalar; the gradients are computed in the same pass."
         z, D, z_t, D_t = (x.to(product) for x in (z, D, z_t, D_t))
         (B, S, _), T, (K, _) = z.shape, z_t.shape[1], D.shape
         few = block_sizes(S, T, K, z.is_cuda)[0]  # rows for the softmax
@@ -158,13 +158,13 @@ class _Fused(torch.autograd.Function):  # in one cell: a forward and its backwar
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        "The gradients that `forward` left."
+        "The gradients that `forward` computed."
         grads = iter(ctx.saved_tensors)
         grads = [next(grads) if needed else None for needed in ctx.needs]
         return *(x if x is None or g == 1 else x * g for x in grads), *[None] * 9
 
 # %% ../../nbs/4_distillation/17_fused.ipynb #e91f7132
-# in one cell: half of it is its signature and docstring
+# in one cell: half of it is signature and docstring
 def fused_cross_entropy(
     student: Any,
     teacher: Any,
@@ -178,8 +178,8 @@ def fused_cross_entropy(
 
     Gradient to the student's z and directions. At most `block` logits (elements) of the student exist at a
     time, and as many of the teacher, or those of one image. Products in autocast's precision, all sums in
-    float32 (float64 if given). A teacher's dense tensor, too, is taken, and then the student's logits are
-    multiplied out. ValueError as `soft_cross_entropy`."""
+    float32 (float64 if given). The teacher may also be a dense tensor; then the student's logits are
+    multiplied out, too. ValueError as in `soft_cross_entropy`."""
     check_logits(student, teacher, W, student_temp, teacher_temp)
     if isinstance(teacher, Tensor):
         dense = student.dense()

@@ -18,16 +18,16 @@ from .self_distillation import DistillationOptions, SelfDistillation
 from .similarity import token_pairs
 from ..views.geometry import match_tokens
 
-if TYPE_CHECKING:  # a name only: a loss needs no backbone
+if TYPE_CHECKING:  # for annotations only: a loss needs no backbone
     from glsd.objectives.branches import Outputs
 
 # %% ../../nbs/4_distillation/8_geometric.ipynb #b2e5592c
 def found_matches(
     w_geo: Tensor, grids: list, w_geo_other: Tensor, grids_other: list, threshold: bool
 ) -> Tensor:
-    """True at the nearest token of each other view, for each token of all views: bool [B, S, T].
+    """For each token of all views, True at the nearest token of each view of the other side: bool [B, S, T].
 
-    With `threshold` only where it lies under `match_tokens`' threshold. Makes no distances of all pairs."""
+    With `threshold`, only if `match_tokens` finds the match valid. Never computes all pairwise distances."""
     rows = []
     for i, grid in enumerate(grids):
         parts = []
@@ -48,10 +48,10 @@ def geometric_matching(
     search: str = 'student',
     threshold: bool = True,
 ) -> Tensor:
-    """W [B, S, T]: every token is matched with the one nearest in the original image, in each other view.
+    """W [B, S, T]: every token is matched with the token of each other view nearest to it in the image.
 
-    `w_geo` [B, V, 7] of the student's views, and the teacher's. With `threshold` a pair at half the larger
-    token diagonal or more is left out (weight 0; the mean still counts it). ValueError for an unknown
+    `w_geo` [B, V, 7] of the student's views, and the teacher's. With `threshold`, pairs that are half the
+    larger token diagonal or more apart get weight 0 (the mean still counts them). ValueError for an unknown
     `search`. GLSD Eq. 6 and 7."""
     W = token_pairs(grids, grids_teacher, search, w_geo.device)
     if search == 'student':
@@ -60,26 +60,26 @@ def geometric_matching(
 
 # %% ../../nbs/4_distillation/8_geometric.ipynb #f17a1a1a
 class GeometricLoss(Distillation):
-    "Local term of GLSD: a token is compared with the token of each other view in the same place. GLSD Eq. 7."
+    "Local term of GLSD: compares a token with the one at the same place in each other view. GLSD Eq. 7."
 
     def __init__(self, out_dim: int, search: str = 'student', threshold: bool = True, **kwargs):
         super().__init__(out_dim, **kwargs)
         self.search, self.threshold = search, threshold
 
     def matching(self, student: 'Outputs', teacher: 'Outputs') -> Tensor:
-        "Matches by place, W [B, S, T]; see `geometric_matching`."
+        "W [B, S, T] of tokens matched by their place in the image; see `geometric_matching`."
         views = student.w_geo, student.grids, teacher.w_geo, teacher.grids
         return geometric_matching(*views, self.search, self.threshold)
 
 # %% ../../nbs/4_distillation/8_geometric.ipynb #43d328c9
 @register_method('geometric')
 class Geometric(SelfDistillation):
-    "GLSD's Geometric setting: DINO, and matching by geometry between tokens."
+    "GLSD's Geometric setting: DINO, and a term between tokens matched by geometry."
 
     terms = (DINOLoss, GeometricLoss)
 
     @dataclass(frozen=True)
     class Options(DistillationOptions):
-        region_weight: float = 1.0
-        region_search: str = 'student'  # which side looks for matches; the paper: teacher
-        region_threshold: bool = True  # leave out pairs that are half a token or more apart
+        region_weight: float = 1.0  # weight of the term between tokens
+        region_search: str = 'student'  # whose tokens look for a match: student, or teacher as in the paper
+        region_threshold: bool = True  # leave out pairs that are half a token diagonal or more apart

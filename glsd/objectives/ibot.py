@@ -19,13 +19,13 @@ from .dino import AlignedDistillation, DINOLoss
 from .method import register_method
 from .self_distillation import DistillationOptions, SelfDistillation
 
-if TYPE_CHECKING:  # a name only: a loss needs no backbone
+if TYPE_CHECKING:  # for annotations only: a loss needs no backbone
     from glsd.objectives.branches import Outputs
     from glsd.views.multicrop import Views
 
 # %% ../../nbs/4_distillation/13_ibot.ipynb #f03b2587
 def draw_block(missing: float, low: int, rng: np.random.Generator, aspect: float) -> tuple[int, int]:
-    "Height and width of a block: an area between `low` and `missing`, and a random shape."
+    "Random height and width of a block: area in `low` to `missing`, ratio h / w in `aspect` to 1 / `aspect`."
     area = rng.uniform(min(low, missing), max(low, missing))
     shape = math.exp(rng.uniform(math.log(aspect), -math.log(aspect)))
     return round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
@@ -36,9 +36,9 @@ def block_mask(
 ) -> np.ndarray:
     """Masks at most n patches of a grid (H, W) in blocks: bool [H, W], True = masked.
 
-    aspect: height over width of a block lies between it and 1/aspect. low: the smallest area that is asked
-    for (None: a ninth of the grid). A block is smaller than the grid both ways. BEiT (Bao et al. 2021),
-    Algorithm 1, in the form of its and iBOT's code."""
+    aspect: height / width of a block lies between aspect and 1/aspect. low: the smallest area drawn for a
+    block (None: a ninth of the grid). A block is smaller than the grid in height and in width. BEiT (Bao et
+    al. 2021), Algorithm 1, as in the code of BEiT and iBOT."""
     (H, W), mask = grid, np.zeros(grid, bool)
     low = (min(grid) // 3) ** 2 if low is None else low
     missing, tries = n, 0
@@ -65,15 +65,15 @@ def draw_masks(
 ) -> Tensor:
     """Masks of n views: bool [n, H*W], row by row, True = masked.
 
-    With probability `prob` a view is masked in blocks of a share uniform in ratio +- ratio_var, else not at
-    all (iBOT, Sec. 4)."""
+    With probability `prob`, blocks mask a share of the view that is uniform in ratio +- ratio_var; otherwise
+    nothing is masked (iBOT, Sec. 4)."""
     shares = (rng.random(n) < prob) * rng.uniform(ratio - ratio_var, ratio + ratio_var, n)
     masks = [block_mask(grid, share * grid[0] * grid[1], rng) for share in shares]
     return torch.from_numpy(np.stack(masks)).flatten(1)
 
 # %% ../../nbs/4_distillation/13_ibot.ipynb #7a43be73
 class MaskToken(nn.Module):
-    "The vector [dim] that stands for every masked patch; starts at zero, as in iBOT's code."
+    "The learned vector [dim] that replaces every masked patch; starts at zero, as in iBOT's code."
 
     def __init__(self, dim: int):
         super().__init__()
@@ -87,7 +87,7 @@ def global_tokens(outputs: 'Outputs', modules: Any = None) -> Tensor:
 # %% ../../nbs/4_distillation/13_ibot.ipynb #fa3d6b0d
 @torch.no_grad()
 def masked_weights(mask: Tensor, batch: int) -> Tensor:
-    """Weights [B, V*N] of the masks of the global views [V*B, N], which come view after view.
+    """Weights [B, V*N] of tokens, from the masks [V*B, N] of the global views, view after view.
 
     The mean over the masked patches of a view, then over views."""
     weight = mask / mask.sum(1, keepdim=True).clamp(min=1) * (batch / len(mask))
@@ -95,7 +95,7 @@ def masked_weights(mask: Tensor, batch: int) -> Tensor:
 
 # %% ../../nbs/4_distillation/13_ibot.ipynb #819a055b
 def draw_view_masks(views: 'Views', stride: int, **options) -> Tensor:
-    "Masks [V*B, N] for the global views, from torch's global generator. ValueError for a grid of one token."
+    "Masks [V*B, N] of the global views, seeded by torch's generator. ValueError for a grid of one token."
     V, B, _, h, w = views.crops[0].shape
     grid = -(-h // stride), -(-w // stride)
     if max(grid) < 2:
@@ -107,12 +107,12 @@ def draw_view_masks(views: 'Views', stride: int, **options) -> Tensor:
     return draw_masks(V * B, grid, rng, **options).to(views.crops[0].device)
 
 # %% ../../nbs/4_distillation/13_ibot.ipynb #d7f0d344
-class IBOTLoss(AlignedDistillation):  # in one cell: half of it are its arguments
-    """Local term of iBOT: a masked patch is compared with what the teacher makes of it, unmasked.
+class IBOTLoss(AlignedDistillation):  # in one cell: half of it is arguments
+    """Local term of iBOT: compares a masked patch with the teacher's output for the same patch, unmasked.
 
-    ratio, ratio_var, prob: see `draw_masks`. The head is shared with the global term; the centre is its own.
-    iBOT (Zhou et al. 2022), Eq. 2. ValueError for a ratio that leaves 0 to 1, or a grid without parts to
-    mask."""
+    ratio, ratio_var, prob: see `draw_masks`. Shares the head of the view term, but has its own centre.
+    iBOT (Zhou et al. 2022), Eq. 2. ValueError for a masked share or `prob` outside 0 to 1, or a grid of one
+    token."""
 
     name = 'patch'
 
@@ -127,7 +127,7 @@ class IBOTLoss(AlignedDistillation):  # in one cell: half of it are its argument
 
     @property
     def heads(self) -> dict:
-        "Reads the tokens of the global views."
+        "One head, which reads the tokens of the global views."
         return {self.name: global_tokens}
 
     def extra_modules(self, backbone: Any, **head_kwargs) -> dict:
@@ -135,14 +135,14 @@ class IBOTLoss(AlignedDistillation):  # in one cell: half of it are its argument
         return {self.name: 'view', 'mask': MaskToken(backbone.embed_dim)}
 
     def backbone_inputs(self, views: 'Views', branch: Any, teacher: bool) -> list[dict]:
-        "Masks of the student's global views."
+        "Masks and mask token for the student's global views; nothing for the teacher."
         if teacher:
             return []
         mask = draw_view_masks(views, branch.backbone.stride, **self.options)
         return [dict(mask=mask, mask_token=branch.heads['mask'].token)]
 
     def pair_weights(self, student: 'Outputs') -> Tensor:
-        "`masked_weights` of the masks that the student got, [B, S]."
+        "`masked_weights` of the student's masks, [B, S]."
         return masked_weights(student.inputs[0]['mask'], len(student.tokens))
 
 # %% ../../nbs/4_distillation/13_ibot.ipynb #e4c48ffe
@@ -150,15 +150,15 @@ class IBOTLoss(AlignedDistillation):  # in one cell: half of it are its argument
 class IBOTOptions(DistillationOptions):
     "What iBOT adds to the options of self-distillation."
 
-    patch_weight: float = 1.0
-    patch_ratio: float = 0.3  # share of a view's patches that is masked
-    patch_ratio_var: float = 0.2  # more or less
-    patch_prob: float = 0.5  # share of the views that are masked at all
+    patch_weight: float = 1.0  # weight of the patch term
+    patch_ratio: float = 0.3  # share of the patches that is masked in a masked view, on average
+    patch_ratio_var: float = 0.2  # the masked share is uniform in patch_ratio +- patch_ratio_var
+    patch_prob: float = 0.5  # share of the global views that are masked at all
 
 
 @register_method('ibot')
 class IBOT(SelfDistillation):
-    "iBOT (Zhou et al. 2022): DINO, and a masked student."
+    "iBOT (Zhou et al. 2022): DINO, and a term for masked patches."
 
     Options = IBOTOptions
     terms = (DINOLoss, IBOTLoss)

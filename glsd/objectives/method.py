@@ -20,33 +20,33 @@ import torch
 from torch import Tensor, nn
 
 from ..views.multicrop import MultiCrop
-from ..views.multicrop import Views as Batch  # `Views` is a class attribute of a method
+from ..views.multicrop import Views as Batch  # a method has a class attribute `Views`
 
 # %% ../../nbs/4_distillation/1_method.ipynb #cb7e0eb3
 @dataclass(frozen=True)
 class ViewOptions:
-    "Which crops of an image a method gets; defaults: the paper's (GLSD Sec. 3.2; sizes as DINO's)."
+    "How each image is cropped and augmented; defaults of GLSD (Sec. 3.2), sizes of DINO."
 
-    global_size: int = 224  # pixels
-    local_size: int = 96  # pixels
-    n_global: int = 2
-    n_local: int = 8
-    global_scale: tuple = (0.4, 1.0)  # share of the image's area
-    local_scale: tuple = (0.05, 0.4)  # share of the image's area
-    strength: float = 1.0  # of the colour jitter
-    crop_only: bool = False  # crops and flips alone: the colours are those of the image
-    rotate: bool = False  # turns each view by 0, 90, 180 or 270 degrees
-    colour_on_device: bool = False  # workers send uint8 crops, the trainer's device gives them their colours
+    global_size: int = 224  # side of a global crop, in pixels
+    local_size: int = 96  # side of a local crop, in pixels
+    n_global: int = 2  # global crops per image
+    n_local: int = 8  # local crops per image
+    global_scale: tuple = (0.4, 1.0)  # smallest and largest area of a global crop, as a share of the image
+    local_scale: tuple = (0.05, 0.4)  # smallest and largest area of a local crop, as a share of the image
+    strength: float = 1.0  # multiplies the amplitudes of the colour jitter
+    crop_only: bool = False  # crops and flips only: no colour augmentation
+    rotate: bool = False  # rotate each view at random by 0, 90, 180 or 270 degrees
+    colour_on_device: bool = False  # workers send uint8 crops, colours are augmented on the training device
 
     def multicrop(self, **more) -> MultiCrop:
-        "The `MultiCrop` of these options; `more` are further arguments of it."
+        "A `MultiCrop` with these options; `more`: further arguments to it."
         return MultiCrop(**asdict(self), **more)
 
 # %% ../../nbs/4_distillation/1_method.ipynb #9c663b92
 def decay_groups(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> list[dict]:
-    """AdamW's two groups: weights decay; biases and other parameters of one dimension do not.
+    """AdamW's two groups: weights decay; biases and other parameters of at most one dimension do not.
 
-    Parameters that need no gradient are left out. DINO (Caron et al. 2021), its code."""
+    Frozen parameters are left out. As in DINO's code (Caron et al. 2021)."""
     decay: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, p in named_parameters:
@@ -55,13 +55,13 @@ def decay_groups(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> list[d
     return [dict(params=decay), dict(params=rest, weight_decay=0.0)]
 
 # %% ../../nbs/4_distillation/1_method.ipynb #66b8f984
-class Method(nn.Module):  # in one cell, longer than others: it is the contract, and is read as a whole
-    """A way of learning: its networks, and all that a trainer has to know of it.
+class Method(nn.Module):  # one long cell: this is the contract, to be read as a whole
+    """A learning method: its networks, and all that a trainer has to know about it.
 
-    A subclass makes its networks in `__init__`, calls the one that is kept `backbone`, and writes
-    `training_step`. `Options` are its own fields of a recipe, `Views` those of what it is shown;
-    `defaults` are values of either, or of the run, that differ from the usual ones. `classes`: the names
-    of the data's classes, where there are any.
+    A subclass builds its networks in `__init__`, names the one that outlives training `backbone`, and
+    defines `training_step`. `Options`: the method's own recipe fields; `Views`: the recipe fields of its
+    crops; `defaults`: values of either, or of the run, that replace the usual defaults. `classes`: the
+    names of the data's classes, if there are any.
     """
 
     Views: ClassVar[type] = ViewOptions
@@ -71,10 +71,10 @@ class Method(nn.Module):  # in one cell, longer than others: it is the contract,
 
     @dataclass(frozen=True)
     class Options:
-        "What every method has."
+        "Options of every method."
 
-        backbone: str = 'vit_small_p16'
-        drop_path: float = 0.1  # stochastic depth, in what is trained
+        backbone: str = 'vit_small_p16'  # name of the backbone
+        drop_path: float = 0.1  # rate of stochastic depth, in the trained backbone only
 
     def __init__(self, options: Any = None, views: Any = None, classes: Sequence[str] = ()):
         super().__init__()
@@ -84,68 +84,68 @@ class Method(nn.Module):  # in one cell, longer than others: it is the contract,
 
     @classmethod
     def default(cls, kind: type, **values) -> Any:
-        "Options of that kind (`Options` or `Views`): the method's defaults, and `values` on top."
+        "An instance of `kind` (`Options` or `Views`): the method's defaults, overridden by `values`."
         own = {f.name: cls.defaults[f.name] for f in fields(kind) if f.name in cls.defaults}
         return kind(**own | values)
 
     @property
     def views(self) -> MultiCrop:
-        "Makes the views of an image; the loader calls it, in its workers."
+        "Makes the views of an image; called in the loader's workers."
         return self.view_options.multicrop()
 
     def training_step(self, views: Batch, values: dict) -> dict[str, Tensor]:
-        """Named loss terms of a batch of views: weighted scalars, of which the trainer minimises the sum.
+        """Loss terms of a batch of views: name -> weighted scalar. The trainer minimises their sum.
 
-        `values`: the schedules' numbers at this step. In eval mode queues, centres and averages stay put."""
+        `values`: the scheduled values at this step. In eval mode, queues, centres and averages do not
+        change."""
         raise TypeError(f'{type(self).__name__} has no training_step(views, values): a method needs one')
 
     def after_step(self, values: dict) -> None:
-        "The optimiser has moved the weights: moving averages follow."
+        "Called after each optimiser step: update moving averages here."
 
     def parameter_groups(self) -> list[dict]:
-        "The optimiser's groups: one with `weight_decay=0.` does not decay, `lr_scale` multiplies the lr."
+        "The optimiser's groups: `weight_decay=0.` turns decay off, `lr_scale` multiplies the learning rate."
         return decay_groups(self.named_parameters())
 
     def schedules(self, steps: int) -> dict[str, np.ndarray]:
-        "Numbers of its own that change during a run of so many steps: name -> [steps]."
+        "Extra scheduled values: name -> one number per step, [steps]."
         return {}
 
     def after_backward(self, values: dict) -> None:
-        "The gradients are there and no weight has moved: a method may drop some."
+        "Called after the backward pass, before clipping and the optimiser step: drop gradients here."
 
     def stuck(self, views: Batch, values: dict) -> dict[str, str]:
-        "Terms that do not learn, with what to try: name -> one line. Reported if seen twice in a row."
+        "Loss terms that do not learn: name -> one line of advice. Reported if found twice in a row."
         return {}
 
     def dry_step(self, views: Batch, values: dict) -> Tensor:
-        """What `glsd plan` counts, on tensors without numbers: a scalar that depends on all that a step
-        computes."""
+        "What `glsd plan` counts, on meta tensors: a scalar that depends on everything a step computes."
         return torch.stack(list(self.training_step(views, values).values())).sum()
 
     @classmethod
     def check(cls, recipe: Any) -> None:
-        "ValueError, in one line, for fields of a recipe that do not go together."
+        "Raises a one-line ValueError for recipe fields that contradict each other."
 
     @classmethod
     def check_data(cls, recipe: Any, n_images: int) -> None:
-        "ValueError or a warning, in one line, for a recipe that does not go with so many images."
+        "Raises a one-line ValueError, or warns, if the recipe does not suit `n_images` images."
 
     @classmethod
     def open_data(cls, recipe: Any) -> Any:
-        "Its own data set, for a method that does not learn from images; None: the recipe's images."
+        "The data set of a method that does not learn from images; None: use the recipe's images."
         return None
 
     @classmethod
     def monitors(cls, recipe: Any) -> dict[str, Callable]:
-        "What a run is measured by while it trains, unless other monitors are given: name -> monitor."
+        "Monitors to run during training if the caller gives none: name -> monitor."
         return {}
 
     def load_backbone(self, load: Callable[[nn.Module], None]) -> None:
-        "Starts from given weights: calls `load` with each backbone that is to have them."
+        "Starts from given weights: calls `load` on each backbone that should get them."
         load(self.backbone)
 
     def forward(self, views: Batch, values: dict, step: str = 'training_step') -> Any:
-        "`training_step`, or another method of that name: what torch's wrappers for several processes call."
+        "Calls `training_step`, or the method named `step`: DDP and FSDP wrap only `forward`."
         return getattr(self, step)(views, values)
 
 # %% ../../nbs/4_distillation/1_method.ipynb #ac499c12
@@ -153,7 +153,7 @@ class Method(nn.Module):  # in one cell, longer than others: it is the contract,
 def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """teacher <- momentum * teacher + (1 - momentum) * student, for all parameters, in place (GLSD Sec. 3.3).
 
-    Buffers (running statistics) stay the teacher's own. Sharded parameters are averaged part by part."""
+    Buffers (running statistics) are not averaged. Sharded parameters are averaged shard by shard."""
     pairs = zip(teacher.parameters(), student.parameters(), strict=True)
     parts = [[p.to_local() if hasattr(p, 'to_local') else p for p in pair] for pair in pairs]
     teachers, students = (list(side) for side in zip(*parts))
@@ -161,12 +161,12 @@ def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
 
 # %% ../../nbs/4_distillation/1_method.ipynb #1561d316
 METHODS: dict[str, type[Method]] = {}  # name -> method
-# where chapters register theirs
+# packages whose modules register methods
 PACKAGES = 'glsd.objectives', 'glsd.masked', 'glsd.contrastive', 'glsd.training'
 
 
 def register_method(*names: str) -> Callable[[type[Method]], type[Method]]:
-    "Class decorator: `find_method(name)` gives the class, under each of these names."
+    "Class decorator: registers a method under each of these names, for `find_method`."
 
     def register(cls: type[Method]) -> type[Method]:
         METHODS.update(dict.fromkeys(names, cls))
@@ -176,7 +176,7 @@ def register_method(*names: str) -> Callable[[type[Method]], type[Method]]:
 
 # %% ../../nbs/4_distillation/1_method.ipynb #d3fb6f20
 def import_chapters(until: str = '') -> None:
-    "Imports every module of the floors that have methods, which registers them; stops when `until` is known."
+    "Imports the modules of `PACKAGES`, which registers their methods; skips the rest once `until` is known."
     for name in PACKAGES:
         if until in METHODS or not importlib.util.find_spec(name):
             continue
@@ -185,20 +185,20 @@ def import_chapters(until: str = '') -> None:
 
 
 def list_methods() -> list[str]:
-    "All names that `find_method` knows without a module."
+    "All registered names: those that `find_method` takes without a module."
     import_chapters()
     return sorted(METHODS)
 
 # %% ../../nbs/4_distillation/1_method.ipynb #705b5fbf
 def nearest(word: str, known: Iterable[str]) -> str:
-    "'; did you mean X?', or a list of all there is."
+    "The end of an error message: '; did you mean X?', or a list of all `known`."
     names = list(known)
     close = difflib.get_close_matches(str(word).replace('-', '_').lower(), names, n=1, cutoff=0.5)
     return f'; did you mean {close[0]!r}?' if close else f'; there are: {", ".join(names)}'
 
 # %% ../../nbs/4_distillation/1_method.ipynb #9f0e0850
 def find_method(name: str) -> type[Method]:
-    "The class of a method by its name, or by its place 'module:Class'. ValueError for others."
+    "The class of a method, by its name or by 'module:Class'. ValueError for an unknown one."
     if ':' in name:
         return _method_at(*name.split(':', 1))
     import_chapters(until=name)
@@ -218,7 +218,7 @@ def _method_at(module: str, name: str) -> type[Method]:
 
 # %% ../../nbs/4_distillation/1_method.ipynb #337aab3f
 def create_method(name: str, classes: Sequence[str] = (), **values) -> Method:
-    """A method by its name; `values` are fields of its options and of its views. ValueError for other names.
+    """A method by its name; `values`: fields of its options and views. ValueError for unknown names.
 
     `create_method('geometric', backbone='swin_mini', out_dim=1024, n_local=4)`"""
     cls = find_method(name)

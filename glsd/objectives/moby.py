@@ -18,17 +18,17 @@ from .dino import Term
 from .method import register_method
 from .self_distillation import DistillationOptions, SelfDistillation
 
-if TYPE_CHECKING:  # a name only: a loss needs no backbone
+if TYPE_CHECKING:  # for annotations only: a loss needs no backbone
     from glsd.objectives.branches import Outputs
     from glsd.views.multicrop import Views
 
 # %% ../../nbs/4_distillation/10_moby.ipynb #c597063e
 def contrast(q: Tensor, positive: Tensor, negatives: Tensor, temperature: float = 0.2) -> Tensor:
-    """Mean over queries of the cross-entropy of finding their key: q, positive [n, c], negatives [K, c], all
-    of length 1. A scalar.
+    """InfoNCE: the mean cross-entropy of picking each query's positive key among all negatives. A scalar.
 
-    Gradient to `q` only. Computes in float32 (float64 if given), also under autocast. ValueError if
-    `temperature` is not positive. MoBY (Xie et al. 2021), Sec. 2; MoCo (He et al. 2020), Eq. 1."""
+    q, positive [n, c] and negatives [K, c], all of length 1. Gradient to `q` only. Computes in float32
+    (float64 if given), also under autocast. ValueError if `temperature` is not positive. MoBY (Xie et al.
+    2021), Sec. 2; MoCo (He et al. 2020), Eq. 1."""
     if not temperature > 0:
         raise ValueError(f'temperature must be positive, not {temperature}')
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -40,9 +40,9 @@ def contrast(q: Tensor, positive: Tensor, negatives: Tensor, temperature: float 
 # %% ../../nbs/4_distillation/10_moby.ipynb #8dd35f81
 @torch.no_grad()
 def enqueue(queue: Tensor, place: Tensor, keys: Tensor) -> None:
-    """Writes keys [n, V, c] over the oldest ones of queue [V, K, c], in place.
+    """Overwrites the oldest keys of queue [V, K, c] with keys [n, V, c], in place.
 
-    `place` (long, no dimensions) marks the oldest and moves on. MoCo (He et al. 2020), Sec. 3.2."""
+    `place` (long, no dimensions): index of the oldest key; advances, too. MoCo (He et al. 2020), Sec. 3.2."""
     K, n = queue.shape[1], len(keys)
     fresh = keys[-K:]
     at = (place + n - len(fresh) + torch.arange(len(fresh), device=queue.device)) % K
@@ -68,13 +68,13 @@ class MoBYHead(nn.Module):
 
 # %% ../../nbs/4_distillation/10_moby.ipynb #b614782c
 def global_views(outputs: 'Outputs', modules: Any = None) -> Tensor:
-    "Pooled features of the global views [B, n_global, d]."
+    "Pooled features of the global views, [B, n_global, d]: a source for a head, see `Branch`."
     return outputs.pooled[:, : outputs.n_global]
 
 
 @torch.no_grad()
 def all_gather_keys(keys: Tensor) -> Tensor:
-    "Keys [n, ...] of all processes, one process after the other."
+    "Keys [n, ...] of all processes, concatenated in the order of their ranks."
     if not dist.is_initialized():
         return keys
     parts = [torch.empty_like(keys) for _ in range(dist.get_world_size())]
@@ -82,11 +82,11 @@ def all_gather_keys(keys: Tensor) -> Tensor:
     return torch.cat(parts)
 
 # %% ../../nbs/4_distillation/10_moby.ipynb #d42a425f
-class MoBYLoss(Term):  # in one cell: half of it are its arguments
-    """Each global view of the student finds the teacher's key of the other one among those of other images.
+class MoBYLoss(Term):  # in one cell: half of it is arguments
+    """Each global view of the student picks the teacher's key of the other one among keys of other images.
 
-    queue: keys of each view that are kept; hidden, width: of projector and predictor; `weight` multiplies the
-    term. The value is the sum of both directions. ValueError unless there are two global views. MoBY, Sec. 2.
+    queue: number of keys stored for each view; hidden, width: of projector and predictor; `weight` multiplies
+    the term. The loss sums both directions. ValueError unless there are two global views. MoBY, Sec. 2.
     """
 
     name = 'view'
@@ -113,7 +113,7 @@ class MoBYLoss(Term):  # in one cell: half of it are its arguments
 
     @property
     def heads(self) -> dict:
-        "A projector of the global views."
+        "One head: the projector, which reads the global views."
         return {self.name: self.source}
 
     def extra_modules(self, backbone: Any, **head_kwargs) -> dict:
@@ -128,13 +128,13 @@ class MoBYLoss(Term):  # in one cell: half of it are its arguments
         views: 'Views | None' = None,
         overwrite: bool = False,
     ) -> Tensor:
-        """The weighted loss, a scalar; in training mode the keys of this batch replace the oldest in the
+        """The weighted loss, a scalar. In training mode, this batch's keys then replace the oldest in the
         queue."""
         keys = F.normalize(teacher.logits[self.name].detach().float(), dim=-1)  # [B, 2, width]
         if keys.shape[1] != 2:
             raise ValueError(f'MoBY compares two global views, not {keys.shape[1]}: set n_global=2')
         q = F.normalize(self.predictor(student.logits[self.name]).float(), dim=-1)
-        old = self.queue.clone()  # the gradient needs them after they were overwritten
+        old = self.queue.clone()  # backward needs them after they are overwritten
         there, back = (contrast(q[:, i], keys[:, 1 - i], old[1 - i], self.temperature) for i in (0, 1))
         if self.training:
             enqueue(self.queue, self.place, all_gather_keys(keys))
@@ -145,10 +145,10 @@ class MoBYLoss(Term):  # in one cell: half of it are its arguments
 class MoBYOptions(DistillationOptions):
     "What MoBY adds to the options of self-distillation."
 
-    view_queue: int = 4096  # keys of each view that are kept
-    view_temperature: float = 0.2
-    view_hidden: int = 4096  # of projector and predictor
-    view_width: int = 256
+    view_queue: int = 4096  # number of keys stored for each view
+    view_temperature: float = 0.2  # softmax temperature of the contrastive loss
+    view_hidden: int = 4096  # hidden width of projector and predictor
+    view_width: int = 256  # output width of projector and predictor
 
 
 @register_method('moby')

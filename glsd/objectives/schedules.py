@@ -12,11 +12,11 @@ import numpy as np
 def cosine_schedule(
     base: float, final: float, steps: int, warmup_steps: int = 0, start: float = 0.0
 ) -> np.ndarray:
-    """A value for every step: a line from `start` to `base`, then half a cosine from `base` towards `final`.
+    """One value per step: linear from `start` to `base`, then half a cosine from `base` towards `final`.
 
     Returns float64 [steps]; ValueError for less than one step. The last value is one step short of `final`,
-    as in DINO [6], whose schedule GLSD uses for learning rate, weight decay and the teacher's momentum (Sec.
-    4.2)."""
+    as in DINO (Caron et al. 2021). GLSD uses this schedule for learning rate, weight decay and the teacher's
+    momentum (Sec. 4.2)."""
     if steps < 1:
         raise ValueError(f'a schedule needs at least 1 step, not {steps}')
     warmup_steps = min(warmup_steps, steps)
@@ -26,9 +26,9 @@ def cosine_schedule(
 
 # %% ../../nbs/4_distillation/2_schedules.ipynb #f76ce597
 def warmup_schedule(start: float, final: float, steps: int, warmup_steps: int) -> np.ndarray:
-    """A value for every step: a line from `start` to `final` over `warmup_steps`, constant afterwards.
+    """One value per step: linear from `start` to `final` over `warmup_steps`, constant afterwards.
 
-    Returns float64 [steps]; ValueError for less than one step. The teacher's temperature (DINO [6]: 0.04 to
+    Returns float64 [steps]; ValueError for less than one step. For the teacher's temperature (DINO: 0.04 to
     0.07 over 30 of 300 epochs)."""
     if steps < 1:
         raise ValueError(f'a schedule needs at least 1 step, not {steps}')

@@ -30,28 +30,28 @@ from ..views.multicrop import Views
 class DistillationOptions(Method.Options):
     """Options of every self-distillation method. Durations are shares of the run.
 
-    GLSD Sec. 4.2; heads and schedules as DINO's."""
+    GLSD Sec. 4.2; heads and schedules as in DINO."""
 
-    backbone: str = 'swin_tiny_w7'
-    out_dim: int = 65536  # prototypes of a head, the support I of Eq. 3
-    head_hidden: int = 2048
-    head_bottleneck: int = 256
-    head_batchnorm: bool = False
-    norm_last_layer: bool = True  # lengths of the prototypes fixed at 1; the published commands pass False
-    fused: bool = False  # logits are never stored: the loss makes a few rows of them at a time
-    view_weight: float = 1.0  # of the term between views; GLSD's code: 1/2 beside a local term
-    student_temp: float = 0.1
-    teacher_temp: float = 0.07
-    teacher_temp_start: float = 0.04
-    teacher_temp_warmup: float = 0.1  # 30 of 300 epochs
-    center_momentum: float = 0.9
-    momentum: float = 0.996  # of the teacher, lambda of Sec. 3.3
-    momentum_final: float = 1.0
-    freeze_last: float = 1 / 300  # before the prototypes of a head move
+    backbone: str = 'swin_tiny_w7'  # name of the backbone
+    out_dim: int = 65536  # number of prototypes of a head (the support I of Eq. 3)
+    head_hidden: int = 2048  # width of the hidden layers of a head
+    head_bottleneck: int = 256  # output width of a head's MLP, which is compared with the prototypes
+    head_batchnorm: bool = False  # BatchNorm in the hidden layers of a head
+    norm_last_layer: bool = True  # fix the lengths of the prototypes at 1; the published commands pass False
+    fused: bool = False  # save memory: never store all logits, the loss computes a few rows at a time
+    view_weight: float = 1.0  # weight of the term between views; GLSD's code: 1/2 beside a local term
+    student_temp: float = 0.1  # softmax temperature of the student
+    teacher_temp: float = 0.07  # softmax temperature of the teacher, after the warm-up
+    teacher_temp_start: float = 0.04  # softmax temperature of the teacher at the start
+    teacher_temp_warmup: float = 0.1  # share of the run until teacher_temp is reached: 30 of 300 epochs
+    center_momentum: float = 0.9  # momentum of the centre, a moving average of the teacher's logits
+    momentum: float = 0.996  # momentum of the teacher's weights at the start (lambda of Sec. 3.3)
+    momentum_final: float = 1.0  # momentum of the teacher's weights at the end
+    freeze_last: float = 1 / 300  # share of the run, from its start, in which the prototypes are frozen
 
 # %% ../../nbs/4_distillation/6_self_distillation.ipynb #cab3d851
 def init_parameters(cls: type) -> set[str]:
-    "Names of all arguments that a class and its bases are made with."
+    "Names of all constructor arguments of a class and its bases."
     classes = [c for c in cls.__mro__ if '__init__' in vars(c)]
     return {p for c in classes for p in inspect.signature(vars(c)['__init__']).parameters} - {
         'self',
@@ -61,17 +61,17 @@ def init_parameters(cls: type) -> set[str]:
 
 
 def create_term(term: type[Term], options: Any, dim: int) -> Term:
-    """A term with those of the method's options that it takes: under its name (`region_search`), or without.
+    """Creates a term; its constructor arguments come from the method's options.
 
-    `dim`: width of the backbone."""
+    Term 'region' gets `search` from `region_search`, or else `search`. `dim`: width of the backbone."""
     values = {**asdict(options), 'dim': dim}
     wanted = init_parameters(term)
     own = {k: values[f'{term.name}_{k}'] for k in wanted if f'{term.name}_{k}' in values}
     return term(**{k: values[k] for k in wanted if k in values} | own)
 
 # %% ../../nbs/4_distillation/6_self_distillation.ipynb #b6a70e76
-class StudentTeacher(Method):  # in one cell: the networks, and what becomes of them
-    "The networks of self-distillation: two branches and an objective; the teacher is kept. GLSD Sec. 3.3."
+class StudentTeacher(Method):  # in one cell: the networks, and how they are updated
+    "The networks of self-distillation: branches and objective. A run keeps the teacher. GLSD Sec. 3.3."
 
     terms: ClassVar[tuple[type[Term], ...]] = ()
     Options = DistillationOptions
@@ -89,15 +89,15 @@ class StudentTeacher(Method):  # in one cell: the networks, and what becomes of 
 
     @property
     def backbone(self) -> nn.Module:  # type: ignore[override]  # a property in the attribute's place
-        "The teacher's."
+        "The teacher's backbone."
         return self.teacher.backbone
 
     def after_step(self, values: dict) -> None:
-        "The teacher follows the student."
+        "Updates the teacher, a moving average of the student."
         ema_update(self.teacher, self.student, values['momentum'])
 
     def load_backbone(self, load: Callable[[nn.Module], None]) -> None:
-        "Both start from the given weights."
+        "Loads the given weights into both backbones."
         load(self.student.backbone)
         load(self.teacher.backbone)
 
@@ -117,7 +117,7 @@ def create_branch(backbone: Backbone, objective: Objective, options: Any, teache
 
 
 def logits_maker(fused: bool) -> Callable:
-    "What makes logits [..., K] of projections z [..., b] and directions [K, b]: the product, or one put off."
+    "Function of z [..., b] and directions [K, b] -> logits [..., K]: a tensor, or `Factored` if `fused`."
     if not fused:
         return F.linear
     from glsd.objectives.fused import Factored  # the last chapter of this floor
@@ -126,12 +126,12 @@ def logits_maker(fused: bool) -> Callable:
 
 # %% ../../nbs/4_distillation/6_self_distillation.ipynb #04b707c1
 class SelfDistillation(StudentTeacher):  # in one cell: a step, in the order in which it happens
-    """Student and teacher agree on what the `terms` compare. A subclass names those, and has their `Options`.
+    """Trains the student to agree with the teacher on what the `terms` compare.
 
-    GLSD Sec. 3; DINO (Caron et al. 2021)."""
+    A subclass defines `terms`, and `Options` with their options. GLSD Sec. 3; DINO (Caron et al. 2021)."""
 
     def outputs(self, views: Views, values: dict | None = None) -> tuple[Outputs, Outputs]:
-        "`Outputs` of student and teacher; the teacher's without a gradient."
+        "`Outputs` of student and teacher; the teacher's without gradient."
         terms = self.objective.terms.values()
         with torch.no_grad():
             inputs = backbone_inputs(terms, views, self.teacher, teacher=True)
@@ -139,7 +139,7 @@ class SelfDistillation(StudentTeacher):  # in one cell: a step, in the order in 
         return self.student(views, inputs=backbone_inputs(terms, views, self.student, teacher=False)), teacher
 
     def training_step(self, views: Views, values: dict) -> dict[str, Tensor]:
-        "The weighted terms by name; needs `teacher_temp` of the schedules' values."
+        "The weighted terms by name; reads `teacher_temp` from `values`."
         student, teacher = self.outputs(views)
         return self.objective(student, teacher, values['teacher_temp'], views, overwrite=True)
 
@@ -154,18 +154,18 @@ class SelfDistillation(StudentTeacher):  # in one cell: a step, in the order in 
         )
 
     def after_backward(self, values: dict) -> None:
-        "The prototypes do not move while they are frozen."
+        "Drops the gradients of the prototypes while they are frozen."
         if values.get('frozen'):
             for name, p in self.named_parameters():
                 if '.last_layer.' in name:
                     p.grad = None
 
     def stuck(self, views: Views, values: dict) -> dict[str, str]:
-        "Terms at ln K, see `uniform_terms`."
+        "Terms stuck at ln K, see `uniform_terms`."
         return uniform_terms(self.objective, *self.outputs(views), values['teacher_temp'])
 
     def dry_step(self, views: Views, values: dict) -> Tensor:
-        "All logits; the terms themselves need numbers to choose what they compare."
+        "The sum of all logits: terms choose what they compare by values, and meta tensors have none."
         logits = [x for out in self.outputs(views) for x in out.logits.values()]
         return torch.stack([(x if isinstance(x, Tensor) else x.dense()).sum() for x in logits]).sum()
 
@@ -174,7 +174,7 @@ class SelfDistillation(StudentTeacher):  # in one cell: a step, in the order in 
 def uniform_terms(
     objective: Objective, student: Outputs, teacher: Outputs, teacher_temp: float, tolerance: float = 0.01
 ) -> dict[str, str]:
-    "Terms that are what uniform outputs of the student would cost, with what to try: name -> one line."
+    "Terms whose value is that of uniform outputs of the student: name -> one line of advice."
     doubled = replace(student, logits={k: v * 2 for k, v in student.logits.items()})
     found, terms = {}, cast(dict[str, Term], objective.terms)
     for name, term in terms.items():

@@ -24,7 +24,7 @@ from .method import register_method
 from .moby import MoBYHead, MoBYLoss, MoBYOptions
 from .self_distillation import DistillationOptions, SelfDistillation
 
-if TYPE_CHECKING:  # a name only: a loss needs no backbone
+if TYPE_CHECKING:  # for annotations only: a loss needs no backbone
     from glsd.objectives.branches import Outputs
     from glsd.views.multicrop import Views
 
@@ -34,7 +34,7 @@ def each_view(f: Callable, tokens: Tensor, grids: list) -> Tensor:
 
     `tokens` [B, S, d] of all views -> [B, sum of n, d]."""
     parts = []
-    for grid, alike in itertools.groupby(grids):  # views of one size stand together
+    for grid, alike in itertools.groupby(grids):  # views of one size are adjacent
         n, size = len(list(alike)), grid[0] * grid[1]
         x, tokens = tokens[:, : n * size].unflatten(1, (n, size)), tokens[:, n * size :]
         parts.append(f(x.flatten(0, 1), grid).unflatten(0, x.shape[:2]).flatten(1, 2))
@@ -42,44 +42,44 @@ def each_view(f: Callable, tokens: Tensor, grids: list) -> Tensor:
 
 
 def summaries(outputs: 'Outputs', modules: Any) -> Tensor:
-    "Each view as a whole [B, V, d]. SelfPatch Eq. 4."
+    "One summary of each view, [B, V, d]. SelfPatch Eq. 4."
     return each_view(lambda x, grid: modules['aggregate'](x), outputs.tokens, outputs.grids)
 
 
 def global_summaries(outputs: 'Outputs', modules: Any = None) -> Tensor:
-    "The global views alone [B, n_global, d]."
-    grids = outputs.grids[: outputs.n_global]  # f reads only the tokens of these
+    "`summaries` of the global views only, [B, n_global, d]."
+    grids = outputs.grids[: outputs.n_global]  # `each_view` reads only the tokens of these
     return each_view(lambda x, grid: modules['aggregate'](x), outputs.tokens, grids)
 
 # %% ../../nbs/4_distillation/12_selfpatch.ipynb #611c88df
 class SummaryDINOLoss(DINOLoss):
-    "DINO between aggregated representations; the teacher's are those of the global views. SelfPatch Eq. 6."
+    "DINO between summaries of views; the teacher has those of the global views only. SelfPatch Eq. 6."
 
     @property
     def heads(self) -> dict:
-        "Reads the summaries of all views."
+        "One head, which reads the summaries of all views."
         return {self.name: summaries}
 
     @property
     def teacher_heads(self) -> dict:
-        "Reads the summaries of the global views."
+        "One head, which reads the summaries of the global views."
         return {self.name: global_summaries}
 
 
 class SummaryMoBYLoss(MoBYLoss):
-    "MoBY between aggregated representations of the global views. SelfPatch Eq. 6, Table 5."
+    "MoBY between summaries of the global views. SelfPatch Eq. 6, Table 5."
 
     source = staticmethod(global_summaries)
 
 # %% ../../nbs/4_distillation/12_selfpatch.ipynb #c09e4668
 def patch_weights(grids: list, device: Any = None) -> Tensor:
-    "Weights [S] of the tokens of all views: mean over the patches of a view, then over views; sum 1."
+    "Weights [S] of the tokens of all views: the mean over a view's patches, then over views; sum 1."
     n = torch.tensor([h * w for h, w in grids], device=device)
     return (1 / (len(n) * n)).repeat_interleave(n)
 
 # %% ../../nbs/4_distillation/12_selfpatch.ipynb #021da5a1
 def check_pooling(backbone: Any) -> None:
-    "ValueError for a backbone that pools a CLS token: SelfPatch would not train it."
+    "Raises ValueError for a backbone that pools a CLS token: SelfPatch would not train that token."
     if getattr(backbone.model, 'cls_token', None) is not None:
         raise ValueError(
             f'SelfPatch gives no gradient to the CLS token that {backbone.timm_name} pools: choose a '
@@ -87,12 +87,12 @@ def check_pooling(backbone: Any) -> None:
         )
 
 # %% ../../nbs/4_distillation/12_selfpatch.ipynb #0f6bbd01
-class PatchTargets(Term):  # in one cell: short methods that fill a `Term`'s places
-    """What all patch losses of SelfPatch share: patches of the student, in every view, and the teacher's
+class PatchTargets(Term):  # in one cell: short methods that override those of `Term`
+    """What SelfPatch's patch losses share: the student's patches in every view, and as targets the teacher's
     summaries of their positives.
 
-    k positives out of neighbours 3 (3x3), 5 (5x5) or 'all'; aggregate: 'attention' or 'mean'. ValueError for
-    a k over the neighbours, an unknown option, or a backbone that pools a CLS token."""
+    k: positives of a patch, out of neighbours 3 (3x3), 5 (5x5) or 'all'; aggregate: 'attention' or 'mean'.
+    ValueError for a k that is too large, an unknown option, or a backbone that pools a CLS token."""
 
     name, teacher_sees_all = 'patch', True
 
@@ -106,16 +106,16 @@ class PatchTargets(Term):  # in one cell: short methods that fill a `Term`'s pla
 
     @property
     def heads(self) -> dict:
-        "Reads the tokens."
+        "One head, which reads the tokens."
         return {self.name: 'tokens'}
 
     @property
     def teacher_heads(self) -> dict:
-        "Reads the summaries."
+        "One head, which reads the summaries that `targets` computes."
         return {self.name: self.targets}
 
     def targets(self, outputs: 'Outputs', modules: Any) -> Tensor:
-        "What the patches of all views are compared with [B, S, d]. Eq. 5."
+        "The target of each patch of all views, [B, S, d]. SelfPatch Eq. 5."
 
         def summarise(x, grid):
             return modules['aggregate'](x, *positives(x, grid, self.k, self.neighbours))
@@ -123,13 +123,13 @@ class PatchTargets(Term):  # in one cell: short methods that fill a `Term`'s pla
         return each_view(summarise, outputs.tokens, outputs.grids)
 
     def extra_modules(self, backbone: Any, **head_kwargs) -> dict:
-        "The aggregation."
+        "The aggregation module."
         check_pooling(backbone)
         return {'aggregate': AGGREGATES[self.aggregate](backbone.dim)}
 
 # %% ../../nbs/4_distillation/12_selfpatch.ipynb #1d31bd1a
 class SelfPatchLoss(PatchTargets, AlignedDistillation):
-    """Each patch is compared with the teacher's summary of its most similar neighbours. SelfPatch Eq. 7.
+    """Compares each patch with the teacher's summary of its most similar neighbours. SelfPatch Eq. 7.
 
     `weight` is lambda of Eq. 8; the head has min(out_dim, 4096) prototypes; k, neighbours, aggregate: see
     `PatchTargets`."""
@@ -140,12 +140,12 @@ class SelfPatchLoss(PatchTargets, AlignedDistillation):
         super().__init__(out_dim=min(out_dim, 4096), weight=weight, **kwargs)
 
     def extra_modules(self, backbone: Any, **head_kwargs) -> dict:
-        "The aggregation, and a head of its own."
+        "The aggregation module, and a head for this term."
         head = DINOHead(backbone.dim, **{**head_kwargs, 'out_dim': len(self.center)})
         return super().extra_modules(backbone) | {self.name: head}
 
     def pair_weights(self, student: 'Outputs') -> Tensor:
-        "`patch_weights` of every image [B, S]."
+        "`patch_weights`, the same for every image, [B, S]."
         return patch_weights(student.grids, student.tokens.device).expand(len(student.tokens), -1)
 
 # %% ../../nbs/4_distillation/12_selfpatch.ipynb #75241ffd
@@ -153,10 +153,10 @@ class SelfPatchLoss(PatchTargets, AlignedDistillation):
 class SelfPatchOptions(DistillationOptions):
     "What SelfPatch adds to the options of self-distillation."
 
-    patch_weight: float = 0.1  # lambda of Eq. 8
-    patch_k: int = 4  # positives of a patch
-    patch_neighbours: str = '3'  # where they are looked for: 3 (3x3), 5 (5x5) or all
-    patch_aggregate: str = 'attention'  # or mean, the ablation
+    patch_weight: float = 0.1  # weight of the patch term (lambda of Eq. 8)
+    patch_k: int = 4  # positives of each patch: its most similar neighbours
+    patch_neighbours: str = '3'  # neighbourhood of a patch that positives come from: 3 (3x3), 5 (5x5) or all
+    patch_aggregate: str = 'attention'  # how positives are summarised: attention, or mean (the ablation)
 
 
 @register_method('selfpatch')
@@ -168,7 +168,7 @@ class SelfPatch(SelfDistillation):
 
 # %% ../../nbs/4_distillation/12_selfpatch.ipynb #26791d06
 def patch_contrast(q: Tensor, positive: Tensor, others: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy [B, S] of finding `positive` [B, S, c] for each q [B, S, c] among other images' keys.
+    """Cross-entropy [B, S] of picking `positive` [B, S, c] for each q [B, S, c] among other images' keys.
 
     `others` [B, G, c]: keys of each image, which are negatives for all other images. SelfPatch, Table 5."""
     with torch.autocast(q.device.type, enabled=False):
@@ -179,11 +179,11 @@ def patch_contrast(q: Tensor, positive: Tensor, others: Tensor, temperature: flo
         return -scores.log_softmax(-1)[..., 0]
 
 # %% ../../nbs/4_distillation/12_selfpatch.ipynb #9f455818
-class ContrastivePatchLoss(PatchTargets):  # in one cell: half of it are its arguments
-    """SelfPatch in MoBY's form: patches find their target among the summaries of other images.
+class ContrastivePatchLoss(PatchTargets):  # in one cell: half of it is arguments
+    """SelfPatch in MoBY's form: each patch picks its target among the summaries of other images.
 
-    `weight` is lambda; temperature, hidden, width: of the head and the predictor, as MoBY's. SelfPatch,
-    Table 5 ("Negative")."""
+    `weight` is lambda; temperature, hidden, width: as in `MoBYLoss`, for this term's projector and predictor.
+    SelfPatch, Table 5 ("Negative")."""
 
     def __init__(
         self, temperature: float = 0.2, hidden: int = 4096, width: int = 256, weight: float = 0.1, **kwargs
@@ -193,11 +193,11 @@ class ContrastivePatchLoss(PatchTargets):  # in one cell: half of it are its arg
         self.predictor = MoBYHead(width, hidden, width)
 
     def extra_modules(self, backbone: Any, **head_kwargs) -> dict:
-        "The aggregation, and a projector."
+        "The aggregation module, and a projector."
         return super().extra_modules(backbone) | {self.name: MoBYHead(backbone.dim, self.hidden, self.width)}
 
     def targets(self, outputs: 'Outputs', modules: Any) -> Tensor:
-        "Positives of all patches, and after them the global views as wholes [B, S + n_global, d]."
+        "The targets of all patches, then the summaries of the global views, [B, S + n_global, d]."
         return torch.cat([super().targets(outputs, modules), global_summaries(outputs, modules)], 1)
 
     def forward(
@@ -217,25 +217,25 @@ class ContrastivePatchLoss(PatchTargets):  # in one cell: half of it are its arg
 # %% ../../nbs/4_distillation/12_selfpatch.ipynb #3f46ebfc
 @register_method('selfpatch_moby')
 class SelfPatchMoBY(SelfDistillation):
-    "SelfPatch beside MoBY in place of DINO. SelfPatch, Table 5."
+    "SelfPatch with MoBY instead of DINO. SelfPatch, Table 5."
 
     terms = (SummaryMoBYLoss, SelfPatchLoss)
 
     @dataclass(frozen=True)
     class Options(MoBYOptions, SelfPatchOptions):
-        "Those of MoBY and of SelfPatch."
+        "Options of MoBY and of SelfPatch."
 
 
 @register_method('selfpatch_moby_negatives')
 class SelfPatchMoBYNegatives(SelfDistillation):
-    "The same with a patch loss that has negatives, too. SelfPatch, Table 5."
+    "SelfPatch with MoBY, and a patch loss with negatives, too. SelfPatch, Table 5."
 
     terms = (SummaryMoBYLoss, ContrastivePatchLoss)
 
     @dataclass(frozen=True)
     class Options(MoBYOptions, SelfPatchOptions):
-        "Those of MoBY and of SelfPatch, and of the contrast between patches."
+        "Options of MoBY, of SelfPatch, and of the contrast between patches."
 
-        patch_temperature: float = 0.2
-        patch_hidden: int = 4096
-        patch_width: int = 256
+        patch_temperature: float = 0.2  # softmax temperature of the contrast between patches
+        patch_hidden: int = 4096  # hidden width of the patches' projector and predictor
+        patch_width: int = 256  # output width of the patches' projector and predictor

@@ -15,23 +15,22 @@ from .dino import DINOLoss
 from .geometric import Geometric, GeometricLoss
 from .method import register_method
 
-if TYPE_CHECKING:  # a name only: a loss needs no backbone
+if TYPE_CHECKING:  # for annotations only: a loss needs no backbone
     from glsd.objectives.branches import Outputs
 
 # %% ../../nbs/4_distillation/9_shuffled.ipynb #7ec73363
 def shuffle_within(group: Tensor) -> Tensor:
-    """A random permutation [..., n] that moves entries only among those of the same `group` (integers [...,
-    n])."""
+    "Random permutation [..., n] that moves entries only within their `group` (integers [..., n])."
     noisy = group + 0.5 * torch.rand(group.shape, device=group.device)
     return torch.empty_like(group).scatter_(-1, group.argsort(dim=-1, stable=True), noisy.argsort(-1))
 
 # %% ../../nbs/4_distillation/9_shuffled.ipynb #6012c4be
 def shuffle_matches(W: Tensor, grids: list, other_grids: list) -> Tensor:
-    """Deal the partners anew: W [B, n, m] of n tokens (views `grids`) that picked among m (views
+    """Shuffle the partners in W [B, n, m]: n searching tokens (views `grids`), m to pick from (views
     `other_grids`).
 
-    Within each pair of views the tokens with a match swap partners at random (torch's global generator);
-    which tokens have one, the weights and how often each partner is picked stay."""
+    Tokens with a match swap partners at random within each pair of views (torch's global generator). Which
+    tokens have a match, the weights, and how often each partner is picked do not change."""
     view = torch.repeat_interleave(torch.tensor([h * w for h, w in grids], device=W.device))
     out = []
     for block in W.split([h * w for h, w in other_grids], -1):
@@ -41,16 +40,16 @@ def shuffle_matches(W: Tensor, grids: list, other_grids: list) -> Tensor:
 
 # %% ../../nbs/4_distillation/9_shuffled.ipynb #80c99c8f
 class ShuffledLoss(GeometricLoss):
-    "Geometric matching whose matches are swapped at random: the control that keeps all but the geometry."
+    "Geometric matching with partners swapped at random: the control that keeps all but the geometry."
 
     def matching(self, student: 'Outputs', teacher: 'Outputs') -> Tensor:
-        "Geometric matches, dealt out at random within each view, W [B, S, T]."
+        "W [B, S, T] of geometric matches, with partners shuffled within each pair of views."
         W, s, t = super().matching(student, teacher), student.grids, teacher.grids
         return shuffle_matches(W, s, t) if self.search == 'student' else shuffle_matches(W.mT, t, s).mT
 
 # %% ../../nbs/4_distillation/9_shuffled.ipynb #0e79e876
 @register_method('shuffled')
 class Shuffled(Geometric):
-    "The control: the Geometric setting with its matches swapped at random."
+    "The control: the Geometric setting with partners swapped at random."
 
     terms = (DINOLoss, ShuffledLoss)

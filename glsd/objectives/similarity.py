@@ -18,23 +18,23 @@ from .dino import DINOLoss, Distillation, view_pairs
 from .method import register_method
 from .self_distillation import DistillationOptions, SelfDistillation
 
-if TYPE_CHECKING:  # a name only: a loss needs no backbone
+if TYPE_CHECKING:  # for annotations only: a loss needs no backbone
     from glsd.objectives.branches import Outputs
 
 # %% ../../nbs/4_distillation/7_similarity.ipynb #c9d9e97c
 def best_per_view(cost: Tensor, grids: list) -> Tensor:
-    """True at the cheapest token of each partner view: cost [..., T] -> bool [..., T], T the tokens of all
+    """True at the cheapest token of each view: cost [..., T] -> bool [..., T], for the T tokens of all
     `grids` in order."""
     views = cost.split([h * w for h, w in grids], -1)
     return torch.cat([F.one_hot(view.argmin(-1), view.shape[-1]) for view in views], -1).bool()
 
 # %% ../../nbs/4_distillation/7_similarity.ipynb #44c116fc
 def token_pairs(student_grids: list, teacher_grids: list, search: str = 'student', device=None) -> Tensor:
-    """Weight [S, T] of a pair of tokens if it is a match: mean over the searching view's tokens, then over
-    view pairs.
+    """Weight [S, T] of each pair of tokens, should it match: the mean over the searching view's tokens, then
+    over pairs of views.
 
     `search='student'`: each student token looks for one partner in each teacher view; 'teacher': the reverse
-    (Eq. 4-7)."""
+    (GLSD Eq. 4-7). ValueError for others."""
     if search not in ('student', 'teacher'):
         raise ValueError(f"search is {search!r}: 'student' or 'teacher'")
     n_s, n_t = (torch.tensor([h * w for h, w in g], device=device) for g in (student_grids, teacher_grids))
@@ -43,7 +43,7 @@ def token_pairs(student_grids: list, teacher_grids: list, search: str = 'student
 
 # %% ../../nbs/4_distillation/7_similarity.ipynb #ca4dd7c0
 def match_by_cost(cost: Tensor, student_grids: list, teacher_grids: list, search: str = 'student') -> Tensor:
-    "Weights W [B, S, T] of the cheapest pairs: `cost` [B, S, T], one match in each view of the other side."
+    "W [B, S, T] from `cost` [B, S, T]: each searching token matches the cheapest token of each other view."
     W = token_pairs(student_grids, teacher_grids, search, cost.device)
     if search == 'student':
         return W * best_per_view(cost, teacher_grids)
@@ -54,9 +54,9 @@ def match_by_cost(cost: Tensor, student_grids: list, teacher_grids: list, search
 def similarity_matching(
     student: Tensor, teacher: Tensor, student_grids: list, teacher_grids: list, search: str = 'student'
 ) -> Tensor:
-    """W [B, S, T]: every token is matched with the one that is most similar in each other view.
+    """W [B, S, T]: every token is matched with the most similar token of each other view.
 
-    Backbone tokens [B, S, d] and [B, T, d] of views with these grids, compared by cosine. ValueError for an
+    Compares backbone tokens [B, S, d] and [B, T, d], of views with these grids, by cosine. ValueError for an
     unknown `search`. GLSD Eq. 4 and 5, EsViT (Li et al. 2022)."""
     with torch.autocast(student.device.type, enabled=False):
         s, t = (F.normalize(x.float(), dim=-1) for x in (student, teacher))
@@ -64,36 +64,35 @@ def similarity_matching(
 
 # %% ../../nbs/4_distillation/7_similarity.ipynb #5b0eb1f6
 class SimilarityLoss(Distillation):
-    "Local term of EsViT: a token is compared with the most similar token of each other view. GLSD Eq. 5."
+    "Local term of EsViT: compares a token with the most similar token of each other view. GLSD Eq. 5."
 
     def __init__(self, out_dim: int, search: str = 'student', **kwargs):
         super().__init__(out_dim, **kwargs)
         self.search = search
 
     def matching(self, student: 'Outputs', teacher: 'Outputs') -> Tensor:
-        "Matches by the similarity of tokens, W [B, S, T]; see `similarity_matching`."
+        "W [B, S, T] of tokens matched by similarity; see `similarity_matching`."
         grids = student.grids, teacher.grids
         return similarity_matching(student.tokens, teacher.tokens, *grids, self.search)
 
 # %% ../../nbs/4_distillation/7_similarity.ipynb #f04071ac
 @register_method('similarity')
 class Similarity(SelfDistillation):
-    "GLSD's Similarity setting, EsViT's loss: DINO, and matching by similarity between tokens."
+    "GLSD's Similarity setting, EsViT's loss: DINO, and a term between tokens matched by similarity."
 
     terms = (DINOLoss, SimilarityLoss)
 
     @dataclass(frozen=True)
     class Options(DistillationOptions):
-        region_weight: float = 1.0
-        region_search: str = 'student'  # which side looks for matches; the paper: teacher
+        region_weight: float = 1.0  # weight of the term between tokens
+        region_search: str = 'student'  # whose tokens look for a match: student, or teacher as in the paper
 
 # %% ../../nbs/4_distillation/7_similarity.ipynb #758ff6a8
 def distinct_share(W: Tensor, search: str = 'student') -> float:
-    """Share of the matches of an image that could have had a partner of their own and had one: 1 = as many as
-    possible.
+    """Number of distinct partners in the matches of an image, as a share of the largest possible number.
 
-    `W` [B, S, T]. Distinct partners over min(searching tokens with a match, tokens to pick from), averaged
-    over images; nan without any match. A collapsed matching picks the same few partners over and over."""
+    `W` [B, S, T]. Distinct partners / min(searching tokens with a match, tokens to pick from), averaged over
+    images; nan without any match. A collapsed matching picks the same few partners over and over."""
     picked = (W if search == 'student' else W.mT) > 0  # [B, searching, picked]
     most = picked.any(-1).sum(-1).clamp(max=picked.shape[-1])
     return (picked.any(-2).sum(-1)[most > 0] / most[most > 0]).mean().item()

@@ -15,11 +15,11 @@ import torch
 # %% ../../nbs/1_views/2_colours.ipynb #40b9bdca
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL's mode L
 
-Array = Any  # float32 numpy array or tensor: the lines below run on both
+Array = Any  # float32 numpy array or tensor: the code below runs on both
 
 
 def library(x: Array) -> Any:
-    "numpy or torch, whichever made x."
+    "The library of x: numpy or torch."
     return np if isinstance(x, np.ndarray) else torch
 
 
@@ -32,14 +32,14 @@ def luma(x: Array) -> Array:
 
 # %% ../../nbs/1_views/2_colours.ipynb #96c75920
 def clip(x: Array) -> None:
-    "To 0..255, in place. Bounds are arrays: numpy's minimum with a single number is five times slower."
+    "Clip to 0..255, in place. The bounds are arrays: numpy's minimum with a scalar is five times slower."
     lib, black = library(x), x[:1, :1] * 0
     lib.maximum(x, black, out=x)
     lib.minimum(x, black + 255, out=x)
 
 
 def brightness(x: Array, f: Array) -> None:
-    "Float pixels [n,3,px] times f [n,1,1], in place. Above 1 it is for the caller to `clip`."
+    "Multiply float pixels [n,3,px] by f [n,1,1], in place. For f > 1 the caller must `clip`."
     x *= f
 
 
@@ -49,21 +49,21 @@ def _blend(x: Array, dull: Array, f: Array) -> None:
 
 
 def saturation(x: Array, f: Array) -> None:
-    "Mixes [n,3,px] with its own grey, in place, by f [n,1,1]; see `brightness`."
+    "Blend x [n,3,px] with its own grey, in place; f [n,1,1] is the weight of x. See `brightness`."
     _blend(x, luma(x), f)
 
 # %% ../../nbs/1_views/2_colours.ipynb #d15258df
 def contrast(x: Array, f: Array) -> None:
-    "Mixes [n,3,px] with the mean grey of each sample, in place, by f [n,1,1]; see `brightness`."
+    "Blend x [n,3,px] with each sample's mean grey, in place; f [n,1,1] is the weight of x. See `brightness`."
     grey = luma(x)
     _blend(x, grey.sum(-1)[..., None] / grey.shape[-1], f)
 
 # %% ../../nbs/1_views/2_colours.ipynb #976da2d0
-_SIGN = -(2**31)  # the first bit of 32
+_SIGN = -(2**31)  # the sign bit
 
 
 def _copy_sign(size: Array, signed: Array) -> None:
-    "Gives `size`, which is at least 0, the sign of `signed`, in place; overwrites `signed`."
+    "Copy the sign of `signed` to `size` (at least 0), in place; overwrites `signed`."
     lib = library(size)
     bits, sign = size.view(lib.int32), signed.view(lib.int32)
     sign &= _SIGN
@@ -71,7 +71,7 @@ def _copy_sign(size: Array, signed: Array) -> None:
 
 # %% ../../nbs/1_views/2_colours.ipynb #09246303
 def hue(x: Array, turns: Array) -> None:
-    "Turns the hue of [n,3,px] in place by `turns` [n,1,1], -0.5 to 0.5: exact HSV, no division, no cases."
+    "Shift the hue of [n,3,px] in place by `turns` [n,1,1], -0.5 to 0.5: exact HSV, no division or branches."
     lib = library(x)
     r, g, b = x[:, :1], x[:, 1:2], x[:, 2:]
     low, high = lib.minimum(r, g), lib.maximum(r, g)
@@ -87,14 +87,14 @@ def hue(x: Array, turns: Array) -> None:
 
 # %% ../../nbs/1_views/2_colours.ipynb #b530d404
 def _channels(a: Array, chroma: Array, low: Array, high: Array, out: Array) -> None:
-    "`out` [n,3,px]: red, green and blue at the signed distance `a` from cyan, in units of the chroma."
+    "Write to `out` [n,3,px] the RGB of the hue at the signed distance a / chroma from cyan."
     lib, v = library(a), out
     v[:, :1] = a
     lib.subtract(a, chroma, out=v[:, 1:2])
     lib.add(a, chroma, out=v[:, 2:])
     lib.abs(v, out=v)
     v -= chroma * 3
-    lib.abs(v, out=v)  # the distance from the far side
+    lib.abs(v, out=v)  # now the distance from the opposite hue
     lib.subtract(high + chroma, v[:, :1], out=v[:, :1])
     v[:, 1:] -= chroma - low
     lib.maximum(v, low, out=v)
@@ -102,12 +102,12 @@ def _channels(a: Array, chroma: Array, low: Array, high: Array, out: Array) -> N
 
 # %% ../../nbs/1_views/2_colours.ipynb #ff6745ae
 def radius(sigma: Array) -> Array:
-    "How many pixels a blur of width `sigma` reaches: 2.5 sigma, rounded."
+    "Radius in pixels of a blur of width `sigma`: 2.5 sigma, rounded."
     return np.floor(2.5 * sigma + 0.5).astype(int)
 
 
 def _half_kernel(sigma: float, radius: int) -> list[float]:
-    "Weights of the centre and of 1..radius pixels away from it; the whole Gaussian kernel sums to one."
+    "Gaussian weights at 0..radius pixels from the centre; the whole kernel, both sides, sums to one."
     half = [math.exp(-0.5 * (r / sigma) ** 2) for r in range(radius + 1)]
     return [k / (half[0] + 2 * sum(half[1:])) for k in half]
 
@@ -120,7 +120,7 @@ def _pad(x: Array, R: int) -> Array:
 
 
 def _blur_along(x: Array, out: Array, kernel: Array, step: int, size: int) -> None:
-    "Blurs lines of pixels [n,c,px] whose neighbours are `step` apart, into the first `size` places of `out`."
+    "Blur flat pixels [n,c,px], whose neighbours are `step` apart, into the first `size` entries of `out`."
     lib, R = library(x), len(kernel) - 1
     total, pair = out[..., :size], lib.empty_like(out[..., :size])
 
@@ -135,7 +135,7 @@ def _blur_along(x: Array, out: Array, kernel: Array, step: int, size: int) -> No
 
 # %% ../../nbs/1_views/2_colours.ipynb #36e9b62c
 def blur(x: Array, sigma: np.ndarray, R: int) -> Array:
-    "Separable Gaussian blur of [n,c,h,w] -> the same; `sigma` [n], one radius R for all."
+    "Separable Gaussian blur, [n,c,h,w] -> the same shape; `sigma` [n], one radius R for all."
     n, c, h, w = x.shape
     kernels = np.array([_half_kernel(s, R) for s in sigma.tolist()], dtype=np.float32)
     kernel = as_in(x, kernels.T[..., None, None])  # [R+1,n,1,1]
@@ -148,5 +148,5 @@ def blur(x: Array, sigma: np.ndarray, R: int) -> Array:
 
 
 def as_in(x: Array, a: np.ndarray) -> Array:
-    "`a` as an array of the kind of x, on the device of x."
+    "`a` as the same kind of array as x, on the device of x."
     return a if isinstance(x, np.ndarray) else torch.from_numpy(a).to(x.device)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 # %% ../../nbs/1_views/1_geometry.ipynb #21c73424
 def _split(w_geo: Tensor, grid: tuple[int, int]) -> tuple[Tensor, ...]:
-    "The seven numbers of `w_geo`, each [...]. ValueError for another shape, integers or an empty grid."
+    "Split `w_geo` into its 7 numbers, each [...]. ValueError for a wrong shape, integers or an empty grid."
     if w_geo.shape[-1:] != (7,) or not w_geo.is_floating_point():
         raise ValueError(
             f'w_geo is {w_geo.dtype} of shape {tuple(w_geo.shape)}: '
@@ -25,7 +25,7 @@ def _split(w_geo: Tensor, grid: tuple[int, int]) -> tuple[Tensor, ...]:
 
 
 def _turned(u: Tensor, v: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
-    "Fractions (across, down) of a crop -> those of the crop before so many quarter turns (last section)."
+    "Fractions (across, down) of a crop -> those of the same crop before its quarter turns (last section)."
     across, down = u, v
     for k, (x, y) in enumerate([(1 - v, u), (1 - u, 1 - v), (v, 1 - u)], 1):
         across, down = torch.where(turns == k, x, across), torch.where(turns == k, y, down)
@@ -33,26 +33,26 @@ def _turned(u: Tensor, v: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _parts(f: Tensor) -> tuple[Tensor, Tensor]:
-    "Flipped (bool), and quarter turns after that (0 to 3), of f = flipped + 2 * turns."
+    "Split f = flipped + 2 * turns into flipped (bool) and the quarter turns (0 to 3) after the flip."
     turns = torch.div(f, 2, rounding_mode='floor')
     return f - 2 * turns > 0.5, turns
 
 
 def _sides(width: Tensor, height: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
-    "What a crop shows across and down: width and height of its box, swapped by a quarter turn."
+    "Extent of a crop across and down: width and height of its box, swapped by an odd number of turns."
     odd = turns % 2 > 0.5
     return torch.where(odd, height, width), torch.where(odd, width, height)
 
 # %% ../../nbs/1_views/1_geometry.ipynb #b6dee903
 def _fractions(n: int, like: Tensor) -> Tensor:
-    "The middles of n equal parts of 0..1."
+    "Centres of n equal parts of 0..1, [n]; dtype and device of `like`."
     return (torch.arange(n, dtype=like.dtype, device=like.device) + 0.5) / n
 
 
 def token_centers(w_geo: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Where the tokens of a crop look: [..., H*W, 2], (x, y) in pixels of the original image, row by row.
+    """Centres of a crop's tokens: [..., H*W, 2], (x, y) in pixels of the original image, row by row.
 
-    `w_geo` float [..., 7], `grid` (H, W); ValueError for another shape.
+    `w_geo` float [..., 7], `grid` (H, W). Raises ValueError for other shapes.
     GLSD Sec. 3.4.3: the "positional encoding" e, in closed form.
     """
     ulx, uly, lrx, lry, _, _, f = _split(w_geo, grid)
@@ -65,7 +65,7 @@ def token_centers(w_geo: Tensor, grid: tuple[int, int]) -> Tensor:
 
 # %% ../../nbs/1_views/1_geometry.ipynb #2d04bdf2
 def _nearest(e: Tensor, w_geo: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    "Index and distance of the token of the crop `w_geo` [..., 7] nearest to each point of `e` [..., n, 2]."
+    "For each point of `e` [..., n, 2], index and distance of the nearest token of the crop `w_geo` [..., 7]."
     ulx, uly, lrx, lry, _, _, f = (number[..., None] for number in _split(w_geo, grid))
     H, W = grid
     width, height = lrx - ulx, lry - uly
@@ -93,7 +93,7 @@ def token_diagonal(w_geo: Tensor, grid: tuple[int, int]) -> Tensor:
 def match_threshold(
     w_geo: Tensor, grid: tuple[int, int], w_geo_other: Tensor, grid_other: tuple[int, int]
 ) -> Tensor:
-    """The distance s [...] that a match must stay under: half the larger token diagonal of both crops.
+    """Distance s [...] below which a match is valid: half the larger of the two crops' token diagonals.
 
     In pixels of the original image. `w_geo` float [..., 7], grids (H, W); leading dimensions broadcast.
     GLSD Sec. 3.4.3.
@@ -102,11 +102,11 @@ def match_threshold(
 
 # %% ../../nbs/1_views/1_geometry.ipynb #f477381c
 class Matches(NamedTuple):
-    "For every token of one crop its nearest token of another crop; each field is [..., H*W]."
+    "The nearest token of another crop for each token of one crop; each field is [..., H*W]."
 
-    index: Tensor  # type: ignore[assignment]  # long: which token of the other crop, row by row
-    distance: Tensor  # between both centres, in pixels of the original image
-    valid: Tensor  # bool: the distance lies strictly under the paper's threshold
+    index: Tensor  # type: ignore[assignment]  # long: token of the other crop, counted row by row
+    distance: Tensor  # between the two centres, in pixels of the original image
+    valid: Tensor  # bool: distance < the paper's threshold s
 
 
 def match_tokens(
@@ -114,7 +114,7 @@ def match_tokens(
 ) -> Matches:
     """Match each token of one crop to the nearest token of another -> `Matches`, each field [..., H*W].
 
-    `w_geo`, `w_geo_other` float [..., 7], whose leading dimensions broadcast; grids (H, W).
+    `w_geo`, `w_geo_other` float [..., 7], grids (H, W); leading dimensions broadcast.
     GLSD Sec. 3.4.3: k*, d(k) and 1{d(k) < s} of Eq. 6, without a search.
     """
     index, distance = _nearest(token_centers(w_geo, grid), w_geo_other, grid_other)

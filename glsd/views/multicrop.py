@@ -26,10 +26,10 @@ Range = tuple[float, float]  # (low, high)
 def draw_box(
     size: tuple[int, int], scale: Range, ratio: Range, rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """A random crop box (x, y, width, height), in whole pixels, of an image of `size` (H, W).
+    """Draw a random crop box (x, y, width, height), in whole pixels, for an image of `size` (H, W).
 
-    `scale`: shares of the image's area; `ratio`: width/height, log-uniform. Ten tries, then the largest
-    central box within `ratio`. The distribution of torchvision's RandomResizedCrop.
+    `scale`: fraction of the image's area, uniform; `ratio`: width / height, log-uniform. After ten failed
+    tries, the largest central box within `ratio`. Same distribution as torchvision's RandomResizedCrop.
     """
     H, W = size
     low, high = math.log(ratio[0]), math.log(ratio[1])
@@ -50,18 +50,18 @@ def _central_box(H: int, W: int, ratio: Range) -> tuple[int, int, int, int]:
 
 # %% ../../nbs/1_views/4_multicrop.ipynb #a8bd1c6d
 def crop(image: Tensor, w_geo: Tensor) -> Tensor:
-    """G of GLSD Eq. 1: the boxes `w_geo` [V,7] of `image` uint8 [3,H,W], resized, flipped -> uint8 [V,3,h,w].
+    """G of GLSD Eq. 1: cut boxes `w_geo` [V,7] out of `image` uint8 [3,H,W], resize, flip -> uint8 [V,3,h,w].
 
-    f = flipped + 2 * turns: quarter turns against the clock, which come after. Bicubic with antialiasing.
-    All crops of a call have the size that the first row of `w_geo` names.
-    ValueError for what is not an image.
+    f = flipped + 2 * turns: counterclockwise quarter turns, made after the flip. Bicubic, antialiased.
+    All crops of a call get the size (h, w) of the first row of `w_geo`.
+    Raises ValueError unless `image` is a non-empty uint8 [3,H,W] or grey [1,H,W].
     """
     image, boxes = _checked(image), w_geo.int().tolist()
     size = boxes[0][4:6]
     crops = np.empty((len(boxes), 3, *size), dtype=np.uint8)
     for out, (x0, y0, x1, y1, _, _, f) in zip(crops, boxes):
         box = image[..., y0:y1, x0:x1].contiguous(memory_format=torch.channels_last)
-        upright = size[::-1] if f // 2 % 2 else size  # its size before quarter turns
+        upright = size[::-1] if f // 2 % 2 else size  # the size before the quarter turns
         resized = F.interpolate(box, upright, mode='bicubic', antialias=True)[0].numpy()
         out[:] = np.rot90(resized[..., ::-1] if f % 2 else resized, f // 2, (1, 2))
     return torch.from_numpy(crops)
@@ -75,15 +75,15 @@ def _checked(image: Tensor) -> Tensor:
     return image.expand(3, -1, -1)[None].contiguous(memory_format=torch.channels_last)
 
 # %% ../../nbs/1_views/4_multicrop.ipynb #ee83ab48
-# In one cell, although it is long: type checkers know only the methods that stand in the class.
+# A long cell: type checkers see only methods that are defined inside the class.
 @dataclass
 class Views:
     """A batch of views, grouped by size, the global group first.
 
     `crops`: per group [V,B,3,h,w], or clips [V,B,3,T,h,w]; float32, normalised. `w_geo`: per group [V,B,7].
-    `index` [B]: the samples' numbers in their data set. `label` [B]: -1 = none; None where none are needed.
-    `queries` [Q,B,3,p,p], `w_query` [Q,B,7]: crops of a single patch, for ADCLR, else None.
-    `w_pho`: per group [V,B,11], the queries' last, while crops are uint8 and wait for `finish`, else None.
+    `index` [B]: positions of the samples in their data set. `label` [B]: -1 = none; None if not needed.
+    `queries` [Q,B,3,p,p], `w_query` [Q,B,7]: single-patch crops for ADCLR, else None.
+    `w_pho`: per group [V,B,11], queries last, while crops are still uint8 (see `finish`), else None.
     """
 
     crops: list[Tensor]
@@ -96,16 +96,16 @@ class Views:
 
     @property
     def batch_size(self) -> int:
-        "Images, or clips."
+        "Number of images, or clips."
         return self.crops[0].shape[1]
 
     @property
     def n_views(self) -> int:
-        "Views of each image, in all groups together."
+        "Number of views per image, over all groups."
         return sum(len(c) for c in self.crops)
 
     def to(self, device: Any, **kwargs: Any) -> 'Views':
-        "The same views on `device`, coloured there if they wait for it; further arguments as `Tensor.to`."
+        "The same views on `device`, finished there if still uint8; further arguments as for `Tensor.to`."
         moved = _map_tensors(self, lambda t: t.to(device, **kwargs))
         return replace(moved, w_pho=self.w_pho).finish()  # w_pho is read on the CPU
 
@@ -114,7 +114,7 @@ class Views:
         return _map_tensors(self, Tensor.pin_memory)
 
     def finish(self) -> 'Views':
-        "Colours and normalises crops that are uint8 still, on their device; others are finished."
+        "Colour and normalise crops that are still uint8, on their device; finished views are returned as is."
         return self if self.w_pho is None else _coloured(self, self.w_pho)
 
 # %% ../../nbs/1_views/4_multicrop.ipynb #019604cb
@@ -136,7 +136,7 @@ def _coloured(views: Views, w_pho: list[Tensor]) -> Views:
 
 
 def _colour(crops: Tensor, w_pho: Tensor) -> Tensor:
-    "`apply_photometric` of uint8 [V,B,3,h,w], or of clips [V,B,3,T,h,w]: w_pho [V,B,11] is for all frames."
+    "`apply_photometric` to uint8 [V,B,3,h,w], or to clips [V,B,3,T,h,w]; all frames share w_pho [V,B,11]."
     if crops.ndim == 6:
         frames = crops.transpose(2, 3)  # [V,B,T,3,h,w]
         per_frame = w_pho.repeat_interleave(frames.shape[2], 1)
@@ -145,7 +145,7 @@ def _colour(crops: Tensor, w_pho: Tensor) -> Tensor:
 
 # %% ../../nbs/1_views/4_multicrop.ipynb #a672e542
 class Sample(NamedTuple):
-    "The views of one image before colour: an entry per size group, the queries' last."
+    "The views of one image before colouring: one entry per size group, queries last."
 
     crops: list[Tensor]  # uint8 [V,3,h,w]
     w_geo: list[Tensor]  # [V,7]
@@ -155,11 +155,11 @@ class Sample(NamedTuple):
 GLOBAL_1 = Photometric()
 GLOBAL_2 = Photometric(p_blur=0.1, p_solarize=0.2)
 LOCAL = Photometric(p_blur=0.5)
-PLAIN = Photometric(p_jitter=0.0, p_gray=0.0, p_blur=0.0)  # colours as they are
+PLAIN = Photometric(p_jitter=0.0, p_gray=0.0, p_blur=0.0)  # leaves the colours unchanged
 
 
 def one_view_colours(jitter: float) -> Photometric:
-    "Brightness, contrast and saturation change by up to `jitter`; no grey, no blur."
+    "Change brightness, contrast and saturation by up to `jitter`; no hue, grey or blur."
     return Photometric(jitter, jitter, jitter, hue=0.0, p_jitter=1.0, p_gray=0.0, p_blur=0.0)
 
 
@@ -170,23 +170,21 @@ def _scaled(p: Photometric, strength: float) -> Photometric:
 # %% ../../nbs/1_views/4_multicrop.ipynb #f1574628
 @dataclass
 class _Options:
-    global_size: int = 224  # pixels, both sides
-    local_size: int = 96
-    n_global: int = 2
-    n_local: int = 8
-    global_scale: Range = (0.4, 1.0)  # shares of the image's area
-    local_scale: Range = (0.05, 0.4)
-    ratio: Range = (3 / 4, 4 / 3)  # width / height
+    global_size: int = 224  # side of a global view, in pixels
+    local_size: int = 96  # side of a local view, in pixels
+    n_global: int = 2  # global views per image
+    n_local: int = 8  # local views per image
+    global_scale: Range = (0.4, 1.0)  # fraction of the image's area in a global view
+    local_scale: Range = (0.05, 0.4)  # fraction of the image's area in a local view
+    ratio: Range = (3 / 4, 4 / 3)  # width / height of a view's box
     strength: float = 1.0  # multiplies the amplitudes of the colour jitter
-    crop_only: bool = False  # crops and flips alone: the colours are those of the image
-    rotate: bool = False  # turns each view by 0, 90, 180 or 270 degrees
-    photometric: list[Photometric] | None = None  # one a view, instead of the default colours
-    n_query: int = 0  # crops of a single patch, in the colours of local views (ADCLR Sec. 3.2)
-    query_size: int = 16
-    query_scale: Range = (0.05, 0.15)
-    colour_on_device: bool = (
-        False  # uint8 batches, a quarter of the bytes; colours come with Views.to(device)
-    )
+    crop_only: bool = False  # leaves the colours unchanged: views are only cropped and flipped
+    rotate: bool = False  # turns each view by 0, 90, 180 or 270 degrees, at random
+    photometric: list[Photometric] | None = None  # one per view, instead of the default colours
+    n_query: int = 0  # single-patch crops per image, coloured like local views (ADCLR Sec. 3.2)
+    query_size: int = 16  # side of such a crop, in pixels: one patch of the backbone
+    query_scale: Range = (0.05, 0.15)  # fraction of the image's area in such a crop
+    colour_on_device: bool = False  # batches stay uint8 (a quarter of the bytes) until Views.to(device)
 
     def __post_init__(self) -> None:
         _check(self)
@@ -218,11 +216,11 @@ def _check_range(name: str, pair: Range, limit: float = math.inf) -> None:
 class _Group(NamedTuple):
     size: int
     scale: Range
-    colours: list[Photometric]  # one a view
+    colours: list[Photometric]  # one per view
 
 
 def _groups(o: _Options) -> list[_Group]:
-    "Global views, local views, queries: those that there are."
+    "The groups of global views, local views and queries, without empty ones."
     defaults = [GLOBAL_1] + [GLOBAL_2] * (o.n_global - 1) + [LOCAL] * o.n_local
     colours, query = o.photometric or [_scaled(p, o.strength) for p in defaults], _scaled(LOCAL, o.strength)
     if len(colours) != len(defaults):
@@ -239,21 +237,21 @@ def _groups(o: _Options) -> list[_Group]:
     return [group for group in groups if group.colours]
 
 # %% ../../nbs/1_views/4_multicrop.ipynb #d57efe51
-# A few lines too many for one cell, for the same reason as `Views`.
+# A long cell, for the same reason as `Views`.
 @dataclass
 class MultiCrop(_Options):
     """Draws, crops and colours `n_global` + `n_local` views of every image (GLSD Sec. 3.2; SwAV; DINO).
 
-    All options of the views are its fields. ValueError for options that make no sense.
+    Its fields are the options. Raises ValueError for impossible ones.
     """
 
     def draw(self, size: tuple[int, int], rng: np.random.Generator) -> tuple[list[Tensor], list[Tensor]]:
-        "All random numbers of one image of `size` (H, W): per group w_geo [V,7] and w_pho [V,11]."
+        "Draw all random numbers for one image of `size` (H, W): per group w_geo [V,7] and w_pho [V,11]."
         drawn = [_draw_group(group, size, self.ratio, self.rotate, rng) for group in self.groups]
         return [w_geo for w_geo, _ in drawn], [w_pho for _, w_pho in drawn]
 
     def sample(self, image: Tensor, rng: np.random.Generator) -> Sample:
-        "Draws and crops the views of one image uint8 [3,H,W]: the part that a loader's worker does."
+        "Draw and crop the views of one image uint8 [3,H,W]; this part runs in a loader's worker."
         image = _checked(image)[0]
         w_geo, w_pho = self.draw((image.shape[1], image.shape[2]), rng)
         return Sample([crop(image, w) for w in w_geo], w_geo, w_pho)
@@ -291,5 +289,5 @@ def _collate(samples: Sequence[Sample], index: Any, label: Any, has_queries: boo
 
 
 def _stacked(samples: Sequence[list[Tensor]]) -> list[Tensor]:
-    "A list over samples of lists over groups, [V,...] each -> a list over groups, [V,B,...] each."
+    "Per sample a list of groups [V,...] -> one list of groups [V,B,...]."
     return [torch.stack(group, 1) for group in zip(*samples)]

@@ -19,7 +19,7 @@ from . import colours
 from .colours import Array
 
 # %% ../../nbs/1_views/3_photometric.ipynb #93ab31bb
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, per channel, of pixels in 0..1
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, per channel, for pixels in 0..1
 
 
 def _affine(mean: Sequence[float], std: Sequence[float], device: Any = None) -> tuple[Tensor, Tensor]:
@@ -30,9 +30,9 @@ def _affine(mean: Sequence[float], std: Sequence[float], device: Any = None) -> 
 
 
 def normalize(pixels: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
-    """Pixels 0..255 [...,3,h,w], uint8 or float -> float32, channel by channel (pixel / 255 - mean) / std.
+    """Pixels 0..255 [...,3,h,w], uint8 or float -> float32, per channel (pixel / 255 - mean) / std.
 
-    The constants are ImageNet's; published weights may want others.
+    The default constants are ImageNet's; published weights may need others.
     """
     scale, shift = _affine(mean, std, pixels.device)
     return pixels * scale + shift
@@ -58,9 +58,9 @@ def photometric_vector(
     sigma: float = 0.0,
     solarize: bool = False,
 ) -> np.ndarray:
-    """A `w_pho` by hand, float32 [11]: up to four jitter `ops` in the order to apply them, and strengths.
+    """Build a `w_pho` by hand, float32 [11]: up to four jitter `ops`, in order of application, and strengths.
 
-    Factors 1 and a hue of 0 turns change nothing; `sigma` in pixels. ValueError for an unknown operation.
+    A factor of 1 or a hue of 0 turns changes nothing; `sigma` in pixels. ValueError for an unknown operation.
     """
     unknown = [op for op in ops if op not in OPS]
     if unknown or len(ops) > 4:
@@ -73,8 +73,8 @@ def photometric_vector(
 class Photometric:
     """The distribution of `w_pho` (GLSD Eq. 1) for one view; the defaults are DINO's first global view.
 
-    Factors are uniform in 1 +- amplitude, hue in +- turns, sigma in pixels of the resized crop.
-    ValueError for a probability outside 0..1, or an impossible strength.
+    Factors are uniform in 1 +- amplitude, hue in +- turns, sigma in (low, high) pixels of the resized crop.
+    Raises ValueError for a probability outside 0..1, or an impossible strength.
     """
 
     brightness: float = 0.4
@@ -91,12 +91,12 @@ class Photometric:
         _check_ranges(self)
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
-        "One `w_pho`, float32 [11]; it takes 13 uniform numbers from `rng`, whatever comes out."
+        "Draw one `w_pho`, float32 [11]; always takes 13 uniform numbers from `rng`."
         return _w_pho(self, rng.random(13).tolist())
 
 # %% ../../nbs/1_views/3_photometric.ipynb #4532c7ac
 def _w_pho(p: Photometric, u: list[float]) -> np.ndarray:
-    "The `w_pho` that 13 numbers, uniform in 0..1, stand for."
+    "Turn 13 numbers, uniform in 0..1, into a `w_pho`."
     order = sorted(range(4), key=u.__getitem__) if u[4] < p.p_jitter else [-1] * 4
     brightness = _uniform(max(0.0, 1 - p.brightness), 1 + p.brightness, u[5])
     contrast = _uniform(max(0.0, 1 - p.contrast), 1 + p.contrast, u[6])
@@ -123,9 +123,9 @@ def _check_ranges(p: Photometric) -> None:
 
 # %% ../../nbs/1_views/3_photometric.ipynb #9726f189
 def _plan(w: np.ndarray) -> tuple[list[list[int]], np.ndarray]:
-    """w [N,11] -> five keys for each of N samples, and the factors [N,4] of the four jitter slots.
+    """w [N,11] -> five keys per sample, and the factors [N,4] of the four jitter slots.
 
-    A slot's key is 2 * operation + clip, below 0 for none; the fifth is 4 * radius + 2 * grey + solarize.
+    A slot's key is 2 * operation + clip, negative for none; the fifth is 4 * radius + 2 * grey + solarize.
     """
     op = w[:, :4].astype(int)
     factor = np.take_along_axis(w[:, 4:8], op, 1)
@@ -135,7 +135,7 @@ def _plan(w: np.ndarray) -> tuple[list[list[int]], np.ndarray]:
 
 
 def _groups(keys: Sequence[int]) -> list[tuple[int, Any]]:
-    "Each key with the places that have it; `slice(None)` where all have the same."
+    "Each key with the positions that have it; `slice(None)` if all keys are the same."
     if len(set(keys)) == 1:
         return [(keys[0], slice(None))]
     places: dict[int, list[int]] = {key: [] for key in sorted(set(keys))}
@@ -148,7 +148,7 @@ _APPLY = (colours.brightness, colours.contrast, colours.saturation, colours.hue)
 
 
 def _jitter(x: Array, keys: Sequence[int], factor: np.ndarray) -> None:
-    "In place, the operation that each sample of x [n,3,px] has in one slot."
+    "Apply to each sample of x [n,3,px] its operation of one slot, in place."
     for key, rows in _groups(keys):
         if key < 0:
             continue
@@ -182,8 +182,8 @@ def _finish(x: Array, keys: Sequence[int], sigma: np.ndarray, affine: Sequence[A
 def apply_photometric(crops: Tensor, w_pho: np.ndarray | Tensor) -> Tensor:
     """P of GLSD Eq. 1, then `normalize`: uint8 crops [N,3,h,w] -> float32 [N,3,h,w], on the same device.
 
-    `w_pho` [N,11], one program a crop. A sample's result depends on that sample only: not on its batch,
-    nor on the number of threads. ValueError for other shapes.
+    `w_pho` [N,11], one row per crop. A sample's result depends on that sample only, not on its batch or
+    the number of threads. Raises ValueError for other shapes.
     """
     w = np.asarray(torch.as_tensor(w_pho).cpu(), dtype=np.float32)
     if crops.ndim != 4 or crops.shape[1] != 3 or w.shape != (len(crops), len(W_PHO)):
@@ -200,7 +200,7 @@ def apply_photometric(crops: Tensor, w_pho: np.ndarray | Tensor) -> Tensor:
 
 # %% ../../nbs/1_views/3_photometric.ipynb #45083a3b
 def _transform(crops: Array, w: np.ndarray, out: Array, piece: int) -> Array:
-    "The whole batch, numpy's or torch's, `piece` crops at a time, into `out`."
+    "Transform a whole batch (numpy or torch) into `out`, `piece` crops at a time."
     keys, factor = _plan(w)
     affine = [colours.as_in(out, a.numpy()) for a in _affine(MEAN, STD)]
     for i in range(0, len(w), piece):
