@@ -23,15 +23,15 @@ from .fields import Option, evaluation_options, method_names, recipe_options
 
 # %% ../nbs/cli.ipynb #9d71e5b3
 class _Parser(argparse.ArgumentParser):
-    "argparse, but an error is one line and names the nearest flag."
+    "argparse, but an error is one line."
 
     def error(self, message):
-        "A wrong command line."
+        "Raises ValueError for a wrong command line, instead of exiting."
         raise ValueError(f'{message} (try {self.prog} --help)')
 
 
 def nearest(word: str, words: Sequence[str]) -> str:
-    "'; did you mean X?' or a list of all there is."
+    "'; did you mean X?', or a list of all `words` if none is close."
     close = difflib.get_close_matches(word, words, 1, 0.5)
     return f'; did you mean {close[0]!r}?' if close else f'; there are: {", ".join(words)}'
 
@@ -41,7 +41,7 @@ ELSEWHERE |= {'--learning-rate': '--lr', '--data-path': 'DATA, without a flag', 
 
 
 def refuse_unknown(parser: argparse.ArgumentParser, words: list[str]) -> None:
-    "ValueError for arguments that no flag takes, with the nearest one, or what other codes mean by it."
+    "Raises ValueError for an unknown argument, naming the nearest flag, or ours for another library's."
     flags = [o for a in parser._actions for o in a.option_strings]
     word = next((w for w in words if w.startswith('-')), words[0]).split('=')[0]
     if word in ELSEWHERE:
@@ -50,19 +50,19 @@ def refuse_unknown(parser: argparse.ArgumentParser, words: list[str]) -> None:
 
 
 def flag_of(name: str) -> str:
-    "`lr_final` is `--lr-final`."
+    "The flag of a field: `lr_final` -> `--lr-final`."
     return '--' + name.replace('_', '-')
 
 # %% ../nbs/cli.ipynb #b5bf0e64
 class StoreField(argparse.Action):
-    "Keeps the value of a flag in `args.fields`, under the field's name."
+    "Stores the value of a flag in `args.fields`, under the field's name."
 
     def __call__(self, parser, namespace, values, option_string=None):
         namespace.fields = {**namespace.fields, self.dest: values}
 
 
 def add_fields(parser: Any, options: list[Option]) -> None:
-    "A flag for each option; a flag that is not given leaves no trace."
+    "Adds a flag for each option; only flags that are given appear in `args.fields`."
     for o in options:
         default = f' (default: {o.default})' if o.default else ''
         help_text = (o.help + default).strip().replace('%', '%%')
@@ -74,7 +74,7 @@ def add_fields(parser: Any, options: list[Option]) -> None:
 
 # %% ../nbs/cli.ipynb #c21cd41a
 def method_of(argv: Sequence[str], default: str) -> str:
-    "The method that a command line names: by its flag, by its recipe file, or `default`."
+    "The method of a command line: from `--method`, else from its recipe file, else `default`."
     found = {}
     for name in 'method', 'recipe':
         for i, word in enumerate(argv):
@@ -86,7 +86,7 @@ def method_of(argv: Sequence[str], default: str) -> str:
         try:
             values = yaml.safe_load(Path(found['recipe']).read_text()) or {}
         except (yaml.YAMLError, UnicodeDecodeError):
-            values = {}  # reading it in earnest says what is wrong
+            values = {}  # loading the recipe will say what is wrong
         return str(values.get('method', default)) if isinstance(values, dict) else default
     return found.get('method', default)
 
@@ -97,15 +97,15 @@ def add_recipe(
     default: str = 'geometric',
     data: str = 'a folder of images or of tar shards, or toyworld (the default)',
 ) -> None:
-    """What every command about a recipe takes: data, a file, and a flag for every field of the method's
-    recipe."""
+    """Adds what every command on a recipe takes: data, a recipe file, a method, and a flag for every field of
+    the method's recipe."""
     parser.set_defaults(fields={})
     parser.add_argument('data', nargs='?', help=data)
     parser.add_argument('--recipe', help='a YAML file of recipe fields; flags override it')
     method = method_of(argv, default)
     parser.add_argument(
         '--method', action=StoreField, default=argparse.SUPPRESS,
-        help=f'{", ".join(sorted(method_names()))}, or module:Class; here: {method}',
+        help=f'{", ".join(sorted(method_names()))}, or module:Class; now: {method}',
     )  # fmt: skip
     for part, options in recipe_parts(method).items():
         group = parser.add_argument_group(f'recipe: {part}')
@@ -113,7 +113,7 @@ def add_recipe(
 
 
 def recipe_parts(method: str) -> dict[str, list[Option]]:
-    "The options of a method's recipe by part; of a method outside of the package by importing it."
+    "The options of a method's recipe by part; a method from another package (module:Class) is imported."
     if ':' in method:
         from glsd.training.recipe import imported_options
 
@@ -125,36 +125,42 @@ def recipe_parts(method: str) -> dict[str, list[Option]]:
 # %% ../nbs/cli.ipynb #40c7c981
 HELP = dict(
     pretrain='train a backbone, by any method, on a folder of images or on the toy world',
-    finetune='fine-tune weights on labelled images, and train from scratch beside it',
+    finetune='fine-tune weights on labelled images, and train from scratch for comparison',
     evaluate='measure backbones by k-NN, a linear layer, few shots, retrieval, correspondence and more',
     reproduce='execute an experiment notebook with papermill',
     export='write the backbone of a run as safetensors for timm',
-    data='fetch a data set, lay out archives that you have, or pack images into shards',
-    doctor='what is installed, which devices there are, what is missing',
-    plan='memory, seconds a step and days of a recipe on GPUs that are not here; nothing is trained',
-    replay='do a step again that was not finite, and say which module and which images were to blame',
+    data='fetch a data set, lay out archives that you already have, or pack images into shards',
+    doctor='show what is installed, which devices there are and what is missing',
+    plan='estimate memory, seconds per step and days of a recipe on GPUs you do not have; trains nothing',
+    replay='repeat a step that was not finite, and report which module and images caused it',
 )
 
 # %% ../nbs/cli.ipynb #ba7656c7
 def add_processes(p: argparse.ArgumentParser) -> None:
-    "Where a run goes, and in how many processes it happens."
+    "Arguments for the run folder, and for the processes and machines of a run."
     p.add_argument(
-        '--out', required=True, help='the run folder; a second call goes on where the first stopped'
+        '--out', required=True, help='the run folder; a second call resumes where the first stopped'
     )
     p.add_argument(
-        '--nproc', type=int, default=1, metavar='N', help='processes here, one for each GPU; default: 1'
+        '--nproc', type=int, default=1, metavar='N', help='processes on this machine, one per GPU; default: 1'
     )
-    p.add_argument('--nnodes', type=int, default=1, metavar='N', help='machines; default: 1')
-    p.add_argument('--restarts', type=int, default=3, metavar='N', help='when a process exits; default: 3')
-    where = 'where several machines meet: the first of them, with a free port'
+    p.add_argument('--nnodes', type=int, default=1, metavar='N', help='number of machines; default: 1')
+    p.add_argument(
+        '--restarts',
+        type=int,
+        default=3,
+        metavar='N',
+        help='how often to restart all after one fails; default: 3',
+    )
+    where = 'address where several machines meet: the first machine and a free port'
     p.add_argument('--rdzv', default='', metavar='HOST:PORT', help=where)
 
 
 def add_pretrain(p: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     "Arguments of pretrain."
     add_processes(p)
-    p.add_argument('--anchors', help='labelled images whose neighbours vote in k-NN')
-    p.add_argument('--test', help='labelled images to classify by k-NN')
+    p.add_argument('--anchors', help='labelled images, the neighbours in the k-NN monitor')
+    p.add_argument('--test', help='labelled images that the k-NN monitor classifies')
     add_recipe(p, argv)
 
 
@@ -162,30 +168,31 @@ def add_finetune(p: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     "Arguments of finetune: what it starts from, labelled images, a grid of learning rates."
     add_processes(p)
     p.add_argument(
-        '--anchors', help='labelled images to train on; or a folder with train/ and val/, after --weights'
+        '--anchors',
+        help='labelled images to train on; or a folder with train/ and val/, if --weights is given',
     )
     p.add_argument('--test', help='labelled images to test on')
-    grid = 'a grid of learning rates, both for fine-tuning and from scratch'
+    grid = 'learning rates to try, both for fine-tuning and from scratch'
     p.add_argument('--lrs', type=commands.read_value, metavar='A,B', help=grid)
-    p.add_argument('--no-scratch', action='store_true', help='leave out the training from scratch')
-    start = 'the run or the file to start from; after --weights, labelled images with train/ and val/'
+    p.add_argument('--no-scratch', action='store_true', help='skip the training from scratch')
+    start = 'the run or the file to start from; if --weights is given, labelled images with train/ and val/'
     add_recipe(p, argv, 'finetune', start)
 
 # %% ../nbs/cli.ipynb #e1b945eb
 def add_plan(p: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     "Arguments of plan."
-    cards = 'whose published figures are taken: a100, h100 (default), h200, l40s, rtx4090'
-    p.add_argument('--gpus', type=int, default=1, metavar='N', help='default: 1')
+    cards = 'GPU whose published figures are used: a100, h100 (default), h200, l40s, rtx4090'
+    p.add_argument('--gpus', type=int, default=1, metavar='N', help='number of GPUs; default: 1')
     p.add_argument('--gpu', default='h100', metavar='CARD', help=cards)
     for flag, default, text in (
-        ('tflops', 0.0, 'its peak'),
-        ('efficiency', 0.0, 'the share of it that a step reaches; default: 0.4, Swin 0.3, assumed'),
-        ('memory', 0.0, 'GB of a card'),
-        ('link', 50.0, 'GB/s between cards; default: 50, assumed'),
+        ('tflops', 0.0, 'peak TFLOP/s of the GPU'),
+        ('efficiency', 0.0, 'share of the peak that a step reaches; default (assumed): 0.4, Swin 0.3'),
+        ('memory', 0.0, 'GB of memory per GPU'),
+        ('link', 50.0, 'GB/s between GPUs; default (assumed): 50'),
     ):
         p.add_argument('--' + flag, type=float, default=default, metavar='X', help=text)
     p.add_argument(
-        '--images', type=int, default=0, metavar='N', help="in the data set; default: the recipe's"
+        '--images', type=int, default=0, metavar='N', help="number of images; default: the recipe's"
     )
     add_recipe(p, argv)
 
@@ -194,23 +201,24 @@ def add_evaluate(p: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     "A subcommand for each measurement."
     sub = p.add_subparsers(dest='what', required=True, metavar='WHAT', parser_class=_Parser)
     sources = [
-        Option('anchors', '', 'labelled images whose neighbours vote'),
-        Option('test', '', 'labelled images that are classified'),
+        Option('anchors', '', 'labelled images, the neighbours that vote'),
+        Option('test', '', 'labelled images to classify'),
         Option('data', '', "a folder of images or shards, a list of images, or 'toyworld'"),
         Option('device', 'auto', 'auto, cpu or cuda'),
-        Option('size', '', 'pixels of a side that backbones see; for dense-nn also height,width'),
-        Option('images', '', 'at most so many of each set'),
-        Option('block', '', 'as if the network ended there: from 0, or from the end, -1'),
-        Option('mean', '', "of images, three numbers; default: each network's own"),
-        Option('std', '', "of images, three numbers; default: each network's own"),
+        Option('size', '', 'side of the input images in pixels; dense-nn also takes height,width'),
+        Option('images', '', 'use at most this many images of each set'),
+        Option('block', '', 'take the output of this block: counted from 0, or from the end (-1)'),
+        Option('mean', '', "of the image channels, three numbers; default: each network's own"),
+        Option('std', '', "of the image channels, three numbers; default: each network's own"),
     ]
-    spec = 'a run folder, an exported file, a timm name, NAME@FILE or random:NAME; X=... calls it X'
+    spec = 'a run folder, an exported file, a timm name, NAME@FILE or random:NAME; X=... names it X'
     for what, (text, options) in evaluation_options().items():
         q = sub.add_parser(what, help=text, description=text, allow_abbrev=False)
         q.set_defaults(call=commands.run_evaluate, parser=q, fields={})
         q.add_argument('backbones', nargs='+', metavar='BACKBONE', help=spec)
         q.add_argument(
-            '--out', help=f'the JSON file, its picture beside it; default: {what}.json in the run, or here'
+            '--out',
+            help=f'JSON file, with its picture beside it; default: {what}.json in the run folder, or here',
         )
         own = {o.name for o in options}
         add_fields(q, [o for o in sources if o.name not in own] + options)
@@ -218,43 +226,54 @@ def add_evaluate(p: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 # %% ../nbs/cli.ipynb #10fc7b9b
 def add_reproduce(p: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     "Arguments of reproduce."
-    p.add_argument('experiment', nargs='?', help='e.g. low_data')
-    p.add_argument('--scale', default='ci', choices=['ci', 'laptop', 'gpu', 'paper'])
-    p.add_argument('-p', '--parameter', action='append', default=[], metavar='NAME=VALUE')
+    p.add_argument('experiment', nargs='?', help='name of an experiment, e.g. low_data')
+    p.add_argument('--scale', default='ci', choices=['ci', 'laptop', 'gpu', 'paper'], help='default: ci')
+    p.add_argument(
+        '-p',
+        '--parameter',
+        action='append',
+        default=[],
+        metavar='NAME=VALUE',
+        help='a parameter of the notebook; may be repeated',
+    )
     p.add_argument('--out', help='default: runs/EXPERIMENT')
-    p.add_argument('--list', action='store_true', help='all experiments, their scales, and what is done')
-    fresh = 'a folder with EXPERIMENT/results.json of scale ci, to compare with results/; default: runs/ci'
+    p.add_argument('--list', action='store_true', help='list the experiments, their scales and their results')
+    fresh = 'compare FOLDER/EXPERIMENT/results.json (scale ci) with results/; default: runs/ci'
     p.add_argument('--compare', nargs='?', const='runs/ci', metavar='FOLDER', help=fresh)
 
 
 def add_export(p: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     "Arguments of export."
-    p.add_argument('run')
+    p.add_argument('run', help='the run folder')
     p.add_argument('--out', help='default: RUN/backbone.safetensors')
 
 
 def add_replay(p: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     "Arguments of replay."
-    p.add_argument('run', help='the run folder, or a file of its not_finite/')
+    p.add_argument('run', help='the run folder, or a file in its not_finite/')
 
 
 def add_data(p: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     "Arguments of data."
-    p.add_argument('action', choices=['get', 'shard'])
+    p.add_argument('action', choices=['get', 'shard'], help='get a data set, or pack a folder into shards')
     names = 'cifar10, tiny_imagenet, food101, nct_crc, imagenet1k, imagenet_subsets or imagenet100'
     p.add_argument('name', help=f'{names}; for shard, a folder of images')
     p.add_argument('--root', required=True, help='where data sets live; for shard, a new folder')
     p.add_argument('--source', help='an archive or a folder that you already have')
-    p.add_argument('--no-verify', action='store_true', help='take an archive whose sum or images differ')
-    p.add_argument('--per-shard', type=int, default=1000, metavar='N', help='images a tar; default: 1000')
+    p.add_argument(
+        '--no-verify', action='store_true', help='accept an archive with another checksum or other images'
+    )
+    p.add_argument(
+        '--per-shard', type=int, default=1000, metavar='N', help='images per tar file; default: 1000'
+    )
 
 
 def add_doctor(p: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    "doctor takes none."
+    "Arguments of doctor: none."
 
 # %% ../nbs/cli.ipynb #e458065e
 def make_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
-    "The parser of the whole command; a subcommand has its flags where `argv` begins with it."
+    "The parser of the whole command; only the subcommand that `argv` starts with gets its flags."
     parser = _Parser(prog='glsd', description='Global-local self-distillation for vision transformers.')
     sub = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
     for name, text in HELP.items():
@@ -266,8 +285,8 @@ def make_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
 
 # %% ../nbs/cli.ipynb #6a8c9968
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns 0 done, 1 something is missing or went wrong, 2 wrong input (one line on stderr),
-    130 interrupted, 143 asked to end."""
+    """The `glsd` command. Returns its exit code: 0 done, 1 something is missing or went wrong, 2 wrong input
+    (one line on stderr), 130 interrupted, 143 terminated."""
     if _refused() and Path(_refused()).exists():
         return 2
     if '__file__' in globals() and os.environ.get('GLSD_TRACEBACK'):
@@ -285,12 +304,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _refused() -> str:
-    "Where a process of a run writes what is wrong with its input: see glsd.training.launching.agent."
+    "File where a process of a run reports wrong input (else ''): see glsd.training.launching.agent."
     return os.environ.get('GLSD_REFUSED', '') if 'RANK' in os.environ else ''
 
 # %% ../nbs/cli.ipynb #95229212
 def _report(error: BaseException, line: str, code: int) -> None:
-    "One line; of the processes of one run, the agent prints it."
+    "Prints an error in one line; with several processes, hands it to the agent, which prints it once."
     if code == 2 and _refused():
         Path(_refused()).write_text(line)
     elif code == 1 and 'RANK' in os.environ:

@@ -16,8 +16,8 @@ import yaml
 
 # %% ../nbs/commands.ipynb #9ad3de18
 def read_value(text: str) -> Any:
-    """A flag's text as a value: YAML, with `0.4,1` read as a list. `2e-3` is a number here, unlike in YAML
-    1.1."""
+    """Parses the text of a flag as YAML, except that `0.4,1` is a list and `2e-3` a number (in YAML 1.1 both
+    are strings)."""
     if ',' in text and text[0] not in '[{':
         return [read_value(t) for t in text.split(',')]
     try:
@@ -28,8 +28,8 @@ def read_value(text: str) -> Any:
         return text
 
 # %% ../nbs/commands.ipynb #745d05a0
-def recipe_from(args: Namespace, **defaults) -> Any:
-    "The recipe that parsed arguments describe: `--recipe` file first, flags on top. `defaults`: under both."
+def recipe_from(args: Namespace) -> Any:
+    "The recipe that parsed arguments describe: `--recipe` file first, flags on top."
     from glsd.training.recipe import Recipe
 
     given = dict(args.fields)
@@ -37,11 +37,11 @@ def recipe_from(args: Namespace, **defaults) -> Any:
         given['data'] = args.data
     if args.recipe:
         return Recipe.load(args.recipe).replace(**given)
-    return Recipe.from_dict({**defaults, **given})
+    return Recipe.from_dict(given)
 
 # %% ../nbs/commands.ipynb #c78d4aa1
 def monitors_for(args: Namespace, recipe: Any) -> dict:
-    "k-NN where there are labelled images, collapse where it is asked for, and the method's own."
+    "Monitors of a run: the method's own, k-NN if there are labelled images, collapse if requested."
     from glsd.evaluation import collapse_monitor, knn_monitor
     from glsd.evaluation.specs import labelled_pair
     from glsd.objectives import find_method
@@ -57,7 +57,7 @@ def monitors_for(args: Namespace, recipe: Any) -> dict:
 
 # %% ../nbs/commands.ipynb #3d95f64d
 def in_processes(args: Namespace, recipe: Any) -> int | None:
-    "Starts `--nproc` processes and gives their exit code, or None: the work is this process's own."
+    "Starts `--nproc` processes -> their exit code; None if this process itself is to do the work."
     from glsd.training.launching import agent, end_with_stdin
     from glsd.training.world import check_batch
 
@@ -66,12 +66,12 @@ def in_processes(args: Namespace, recipe: Any) -> int | None:
     if (args.nproc, args.nnodes) == (1, 1) or 'RANK' in os.environ:
         return None
     check_batch(recipe, max(1, args.nproc * args.nnodes))
-    return agent(args.argv, args.nproc, args.nnodes, args.rdzv, args.restarts)  # each is this very command
+    return agent(args.argv, args.nproc, args.nnodes, args.rdzv, args.restarts)  # each runs this command
 
 
 def run_pretrain(args: Namespace) -> int | None:
-    """Trains the recipe into `--out`, in `--nproc` processes; a second call goes on where the first one
-    stopped."""
+    """Trains the recipe in the run folder `--out`, in `--nproc` processes; a second call resumes where the
+    first one stopped."""
     from glsd.training.loop import pretrain
     from glsd.training.sharding import join_world
 
@@ -89,7 +89,7 @@ def run_pretrain(args: Namespace) -> int | None:
 
 # %% ../nbs/commands.ipynb #484dc337
 def finetuning_from(args: Namespace) -> Any:
-    "The recipe of a fine-tuning: what is named first is what it starts from, unless `--weights` is."
+    "The recipe of a fine-tuning. The positional argument is its weights; after `--weights`, its data."
     from glsd.training.finetune import finetune_recipe, start_of
 
     given = dict(args.fields)
@@ -110,7 +110,7 @@ def finetuning_from(args: Namespace) -> Any:
 
 # %% ../nbs/commands.ipynb #00281f84
 def run_finetune(args: Namespace) -> int | None:
-    "Fine-tunes, and trains from scratch beside it: runs and finetune.json in `--out`, and one line."
+    "Fine-tunes, and trains from scratch for comparison; writes runs and finetune.json, prints one line."
     from glsd.training.finetune import finetune, finetune_line
     from glsd.training.sharding import join_world
 
@@ -136,7 +136,7 @@ def run_plan(args: Namespace) -> None:
 
 
 def run_replay(args: Namespace) -> None:
-    "Does a step again that a run has kept because a number was not finite, and says where that came from."
+    "Repeats a step that a run saved because a number was not finite, and prints where that arose."
     from glsd.training.replay import replay
 
     found = replay(args.run)
@@ -149,7 +149,7 @@ def run_replay(args: Namespace) -> None:
 
 # %% ../nbs/commands.ipynb #01695e5d
 def run_evaluate(args: Namespace) -> None:
-    "Prints a line for each backbone, and writes JSON and a picture; by default into a run folder, or here."
+    "Prints a line per backbone, writes JSON and a picture; by default in the run folder, or here."
     from glsd.evaluation.evaluations import EVALUATIONS, evaluate
 
     first = Path(args.backbones[0])
@@ -174,8 +174,8 @@ def run_export(args: Namespace) -> None:
 
 # %% ../nbs/commands.ipynb #2616b03f
 def run_reproduce(args: Namespace) -> int:
-    """Executes an experiment notebook with papermill; its files land in `--out`, the executed notebook among
-    them. Or lists what there is, or compares what was made with what is kept."""
+    """Executes an experiment notebook with papermill; its files and the executed notebook go to `--out`. Or
+    lists all experiments (`--list`), or compares results with the kept ones (`--compare`)."""
     from glsd.experiments import executing
 
     if args.list:
@@ -195,7 +195,7 @@ def run_reproduce(args: Namespace) -> int:
 
 # %% ../nbs/commands.ipynb #693b8069
 def run_data(args: Namespace) -> None:
-    "Fetches a data set or lays out archives that the user has; or packs a folder of images into tar shards."
+    "Downloads a data set, or lays out archives already at hand; or packs a folder of images into tar shards."
     if args.action == 'shard':
         from glsd.data.packing import write_shards
 

@@ -40,7 +40,7 @@ def device_rows() -> list[tuple]:
 
 # %% ../nbs/doctor.ipynb #5b0d4b7f
 def diagnose() -> list[tuple]:
-    "(ok, what, advice) for each thing that glsd needs or can use; ok is None for what is only nice to have."
+    "(ok, what, advice) for each thing that glsd needs or can use; ok is None if it is missing but optional."
     inside = f', virtual environment {Path(sys.prefix).name}' if sys.prefix != sys.base_prefix else ''
     free = shutil.disk_usage('.').free / 2**30
     room = '' if free > 2 else 'checkpoints need room: free some, or give --out another disk'

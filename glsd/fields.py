@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 # %% ../nbs/fields.ipynb #c83fe6e1
 class Option(NamedTuple):
-    "An option of a command: its name, its default as source text, and what it means."
+    "An option of a command: its name, its default as source text, and its help text."
 
     name: str
     default: str
@@ -26,7 +26,7 @@ class Option(NamedTuple):
 
 # %% ../nbs/fields.ipynb #32cd6635
 def package_folder(package: str) -> Path:
-    "Where a package lies, without importing it."
+    "The folder of a package, found without importing it."
     spec = importlib.util.find_spec(package)
     return Path(list(spec.submodule_search_locations)[0])
 
@@ -38,13 +38,13 @@ def source_lines(path: Path) -> tuple[str, ...]:
 
 
 def comment_of(path: Path, node: ast.AST) -> str:
-    "The comment behind a statement on one line."
+    "The comment at the end of a statement's last line."
     line = source_lines(path)[node.end_lineno - 1][node.end_col_offset :]
     return line.partition('#')[2].strip()
 
 
 def fields_of(path: Path, node: ast.ClassDef) -> dict[str, Option]:
-    "The annotated fields of a class body that have a default, by name."
+    "The annotated fields with a default in a class body, by name."
     found = [n for n in node.body if isinstance(n, ast.AnnAssign) and n.value is not None]
     options = [Option(n.target.id, ast.unparse(n.value), comment_of(path, n)) for n in found]
     return {o.name: o for o in options}
@@ -59,7 +59,7 @@ class Found(NamedTuple):
 
 @cache
 def classes_of(*packages: str) -> dict[str, Found]:
-    "All classes of the modules of these packages, by name; packages that are not there are left out."
+    "All top-level classes in the modules of these packages, by name; missing packages are skipped."
     found = {}
     for package in packages:
         if importlib.util.find_spec(package):
@@ -80,18 +80,18 @@ PACKAGES = (
     'glsd.masked',
     'glsd.contrastive',
     'glsd.training',
-)  # as in glsd.objectives.method
+)  # the same as in glsd.objectives.method
 
 
 @cache
 def method_names() -> dict[str, str]:
-    "The registered methods: name -> class."
+    "The registered methods: name -> name of the class."
     classes = classes_of(*PACKAGES)
     return {name: cls for cls, found in classes.items() for name in registered_names(found.node)}
 
 
 def find_class(name: str) -> Found | None:
-    "A class as source names it: 'RunOptions', or one within a class or its bases: 'Geometric.Options'."
+    "A class by its name in the source: 'RunOptions', or nested in a class or its bases: 'Geometric.Options'."
     outer, _, inner = name.partition('.')
     found = classes_of(*PACKAGES).get(outer)
     if found is None or not inner:
@@ -106,12 +106,12 @@ def find_class(name: str) -> Found | None:
 
 
 def names_of(node: ast.Assign | ast.AnnAssign) -> list[ast.expr]:
-    "What an assignment assigns to."
+    "The targets of an assignment."
     return node.targets if isinstance(node, ast.Assign) else [node.target]
 
 # %% ../nbs/fields.ipynb #e87e6391
 def options_at(name: str) -> dict[str, Option]:
-    "The fields of the dataclass that `find_class` finds, those of its bases first; none: {}."
+    "The fields of the dataclass that `find_class` finds, those of its bases first; {} if it finds none."
     found = find_class(name)
     if found is None:
         return {}
@@ -121,7 +121,7 @@ def options_at(name: str) -> dict[str, Option]:
 
 # %% ../nbs/fields.ipynb #d0afcd36
 def defaults_of(name: str) -> dict[str, str]:
-    "`defaults` of a method's class, as source text."
+    "The `defaults` of a method's class and its bases, as source text."
     found = classes_of(*PACKAGES).get(name)
     if found is None:
         return {}
@@ -157,7 +157,7 @@ TABLES = 'glsd.evaluation.measurements', 'glsd.evaluation.token_measurements'
 
 
 def keywords_of(node: ast.FunctionDef) -> list[Option]:
-    "The arguments of a function that have a default."
+    "The arguments of a function that have a default, as options."
     args = [*node.args.posonlyargs, *node.args.args]
     with_default = args[len(args) - len(node.args.defaults) :]
     pairs = [*zip(with_default, node.args.defaults), *zip(node.args.kwonlyargs, node.args.kw_defaults)]

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from PIL import Image
 from training_runs import KINDS, QUICK, one_line, small_recipe
 
 from glsd.training import load_method, load_run, pretrain
@@ -60,6 +61,28 @@ def test_a_skipped_first_step_does_not_break_the_picture():
     bar.close()
     assert curves.names() == (['loss', 'view', 'region'], [])
     assert curves.points('loss') == ([2], [3.0]) and draw_panels(curves, '', 3)[:4] == b'\x89PNG'
+
+
+@pytest.mark.parametrize('steps', [10, 799, 50_000])
+def test_a_picture_has_no_more_than_400_points_however_a_log_is_read(steps):
+    "A run that goes on reads its whole log at once."
+    lines = [dict(step=k, loss=1.0, grad_norm=1.0) for k in range(1, steps + 1)]
+    at_once, one_by_one = Curves(steps), Curves(steps)
+    at_once.add(lines)
+    for line in lines:
+        one_by_one.add([line])
+    assert at_once.points('loss') == one_by_one.points('loss')
+    assert at_once.lines[0]['step'] == 1 and min(steps, 200) <= len(at_once.lines) <= 401
+
+
+@pytest.mark.parametrize('beside, used', [('val', 8), ('test', 8), ('else', 12)])
+def test_a_method_without_labels_leaves_the_test_images_alone(tmp_path, beside, used):
+    "Of a folder with train/ and val/ it takes train/; a class may be called train, too."
+    for part, n in (('train', 8), (beside, 4)):
+        (tmp_path / part / 'c').mkdir(parents=True)
+        for k in range(n):
+            Image.new('RGB', (32, 32)).save(tmp_path / part / 'c' / f'{k}.png')
+    assert len(build_dataset(QUICK.replace(data=str(tmp_path)))) == used
 
 
 def test_the_log_is_read_once(tmp_path):

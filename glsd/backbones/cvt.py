@@ -196,7 +196,7 @@ class CvTBackbone(Backbone):
 # %% ../../nbs/3_backbones/6_cvt.ipynb #8b7951de
 @patch
 def n_layers(self: CvTBackbone, blocks: bool = False) -> int:
-    "Number of stages, or with `blocks` of the blocks in all of them."
+    "Number of stages; with `blocks`, of the blocks in all stages."
     return sum(map(len, self.model.stages)) if blocks else len(self.model.stages)
 
 

@@ -26,16 +26,16 @@ from ..views.photometric import MEAN, STD
 class Features:
     """What a backbone returns for N crops of one size (GLSD, Sec. 3.1).
 
-    The paper's global representation is a row of `pooled`, its dense representation is tokens[i] [n, d], and
-    a local representation is one vector of that. Without an `index`, token i * W + j belongs to row i and
-    column j of the grid. tokens and grid are None for a network that returns no map.
+    Of crop k, the paper's global representation is pooled[k], its dense representation tokens[k], a local
+    representation one vector of tokens[k]. Without an `index`, token i * W + j belongs to row i and column j
+    of the grid. tokens and grid are None for a network that returns no map.
     """
 
     pooled: Tensor  # [N, d]     one vector per crop
     tokens: Tensor | None = None  # [N, n, d]  one vector per place, row by row from the top left
     grid: tuple[int, ...] | None = None  # (H, W), or (T, H, W) for a clip
     index: Tensor | None = None  # [N, n]  places of the tokens in the grid; None: all, in order
-    extra: dict[str, Tensor] = field(default_factory=dict)  # by name, what one method alone needs
+    extra: dict[str, Tensor] = field(default_factory=dict)  # further outputs by name, method by method
 
 # %% ../../nbs/3_backbones/1_features.ipynb #fceebb88
 def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
@@ -253,7 +253,7 @@ def create_backbone(name: str, drop_path: float = 0.0, **kwargs) -> Backbone:
 
 # %% ../../nbs/3_backbones/1_features.ipynb #3af59aae
 def weights_file(name: str) -> Path:
-    "Where the trained weights of a small network would lie in this package, with a card (`.md`) beside them."
+    "Path of a small network's weights in this package, which may not exist; a card (`.md`) lies beside it."
     return Path(str(files('glsd.backbones'))) / 'weights' / f'{name}.safetensors'
 
 

@@ -49,7 +49,7 @@ class DINOHead(nn.Module):  # a long cell: half of it is arguments
     """Projection head of DINO: an MLP, L2 normalisation, prototypes. [..., in_dim] -> logits [..., out_dim].
 
     Initialised by a truncated normal of std 0.02 as in DINO, or of std 1/sqrt(fan-in) with batch_norm, where
-    all leading dimensions count as one batch. DINO freezes `last_layer` in its first epochs.
+    all leading dimensions count as one batch. DINO freezes `last_layer` at first.
     Source: DINO (Caron et al. 2021), Sec. 3.1 and appendix C; GLSD, Sec. 3.4."""
 
     def __init__(

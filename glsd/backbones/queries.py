@@ -62,10 +62,10 @@ class QueryBlock(Block):
 
 # %% ../../nbs/3_backbones/9_queries.ipynb #df9e2c48
 class QueryViT(ViTBackbone):
-    """A `ViTBackbone` that takes `queries` [N, Q, 3, p, p], crops of one patch, beside its crops.
+    """A `ViTBackbone` that takes `queries` [N, Q, 3, p, p], single-patch crops, beside its crops.
 
-    They have no position and only read, see `with_queries`; they come out as `extra['queries']` [N, Q, d].
-    `bidirectional`: in one plain sequence with the raw tokens instead, an ablation. ADCLR, Sec. 3.2.
+    Queries have no position and only read, see `with_queries`; the output is `extra['queries']` [N, Q, d].
+    `bidirectional`: queries join the raw tokens in one plain sequence, an ablation. ADCLR, Sec. 3.2.
     """
 
     accepts = (*ViTBackbone.accepts, 'queries', 'bidirectional')

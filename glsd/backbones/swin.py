@@ -40,7 +40,7 @@ def shift_mask(
     """Attention mask for a map rolled by -shift: 0 where tokens may attend to each other, else -inf.
 
     [n windows, 1, window area, window area], cached for each size. Tokens that the roll wrapped around an
-    axis (now its last `shift` rows or columns) and tokens that it did not may not attend to each other
+    axis (now in its last `shift` rows or columns) do not attend to the others, nor the others to them
     (Swin, Sec. 3.2 and Fig. 4).
     """
     wrapped = [(torch.arange(n, device=device) >= n - s).int() for n, s in zip(size, shift)]
@@ -61,7 +61,7 @@ def window_attention(block: nn.Module, x: Tensor) -> Tensor:
     """Attention of a timm Swin block on token maps [N, H, W, c]: pad to whole windows, THEN roll.
 
     Padding is done after `qkv`, with its bias, which is the query, key and value of a zero token: the same
-    result as padding before, without multiplying zeros (Swin, Sec. 3.2; order of the reference).
+    result as padding before, without multiplying zeros (Swin, Sec. 3.2; order of EsViT's code).
     """
     _, H, W, _ = x.shape
     (h, w), attn = block.window_size, block.attn
@@ -92,9 +92,9 @@ class WindowBlock(SwinTransformerBlock):
 
 # %% ../../nbs/3_backbones/3_swin.ipynb #2c5a4a95
 class SwinBackbone(Backbone):
-    """timm's Swin Transformer, made equal to the reference at any crop size (Liu et al. 2021).
+    """timm's Swin Transformer, made equal to EsViT's code at any crop size (Liu et al. 2021).
 
-    pooled: mean of the tokens after the last LayerNorm. eps: of all LayerNorms (1e-6 as in the reference;
+    pooled: mean of the tokens after the last LayerNorm. eps: of all LayerNorms (1e-6 as in EsViT's code;
     timm has 1e-5). Windows and shifts are chosen for timm's `img_size` (224 by default) and stay the same
     for other crops. `mask` is on the grid of the output tokens; it hides all input patches of a token.
     Source: arXiv 2103.14030.
@@ -175,7 +175,7 @@ def norm_last_stage(model: SwinTransformer, x: Tensor, norm: bool) -> Tensor:
 # %% ../../nbs/3_backbones/3_swin.ipynb #f701ceab
 @patch
 def n_layers(self: SwinBackbone, blocks: bool = False) -> int:
-    "Number of stages, or with `blocks` of the blocks in all of them."
+    "Number of stages; with `blocks`, of the blocks in all stages."
     return sum(len(stage.blocks) for stage in self.model.layers) if blocks else len(self.model.layers)
 
 

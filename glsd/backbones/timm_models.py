@@ -179,7 +179,7 @@ def resize_like_dino(model: nn.Module):
         raise ValueError(
             f"antialias=False is for timm's VisionTransformer; a {type(model).__name__} has no such positions"
         )
-    model._pos_embed = functools.partial(_positions_like_dino, model)  # a copy of the model gets its own
+    model._pos_embed = functools.partial(_positions_like_dino, model)  # deepcopy rebinds it to the copy
 
 # %% ../../nbs/3_backbones/8_timm_models.ipynb #d47dfb84
 def _is_swin(model: nn.Module) -> bool:

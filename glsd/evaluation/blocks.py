@@ -20,6 +20,9 @@ __all__ = ['counts_blocks', 'uses_cls', 'block_features', 'AtBlock', 'n_blocks',
 # %% ../../nbs/8_evaluation/6_blocks.ipynb #0ff77ed1
 def counts_blocks(backbone: Any) -> bool:
     "Whether a backbone's layers can be addressed as single blocks (ViT, Swin), not only as stages."
+    if not hasattr(backbone, 'intermediates'):
+        kind = type(backbone).__name__
+        raise ValueError(f'{kind} gives no maps of its inner layers: give a backbone that has intermediates')
     try:
         backbone.n_layers(blocks=True)
     except ValueError:
@@ -81,9 +84,6 @@ class AtBlock(nn.Module):
 # %% ../../nbs/8_evaluation/6_blocks.ipynb #b4a5ecf5
 def n_blocks(backbone: Any) -> int:
     "The number of blocks (or stages) of a backbone. Raises ValueError if it has no `intermediates`."
-    if not hasattr(backbone, 'intermediates'):
-        kind = type(backbone).__name__
-        raise ValueError(f'{kind} gives no maps of its inner layers: give a backbone that has intermediates')
     return backbone.n_layers(blocks=counts_blocks(backbone))
 
 # %% ../../nbs/8_evaluation/6_blocks.ipynb #dd1afd0e

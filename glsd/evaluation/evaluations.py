@@ -125,8 +125,9 @@ def evaluate(  # over 25 lines: one for each option
     test, data: folders of images or shards, lists of images, or 'toyworld'; by default the data of the
     first run. size: image size for the networks, one number or (for dense-nn) height and width. images:
     maximum number from each set (retrieval lists are not cut). block: measure each network as if it ended
-    after this block. mean, std, crop_pct: override each network's own. out: a JSON file, with a picture of
-    the same name beside it. Raises ValueError or OSError, before any long work where possible."""
+    after this block. mean, std, crop_pct: override each network's own. out: a JSON file, with (if
+    `picture`) a picture of the same name beside it, and cached features in features/. Raises ValueError or
+    OSError, before any long work where possible."""
     e = evaluation_of(what)
     if block is not None and 'block' in e.options():
         options, block = {**options, 'block': block}, None

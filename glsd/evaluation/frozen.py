@@ -20,7 +20,7 @@ from ..backbones import TimmBackbone, create_backbone, list_backbones
 from ..backbones.features import as_pair
 from ..data.files import atomic_write
 from ..data.toyworld import Dataset, fingerprint_of
-from .extraction import extract, fingerprint_weights, transform_of
+from .extraction import EvalTransform, extract, fingerprint_weights, transform_of
 from .weights import put_weights, read_weights, timm_network
 
 # %% auto #0
@@ -166,7 +166,8 @@ def cached_extract(
     Computed once for the same weights, size, preprocessing and images, which name the safetensors file.
     Files are written atomically and can be deleted safely. `options` go to `extract`. Raises ValueError for
     a data set without a fingerprint."""
-    path = Path(cache) / f'{features_name(backbone, dataset, size)}.safetensors'
+    name = features_name(backbone, dataset, size, options.get('transform'))
+    path = Path(cache) / f'{name}.safetensors'
     try:
         with safe_open(path, 'pt') as f:
             return f.get_tensor('features'), f.get_tensor('labels')
@@ -180,10 +181,12 @@ def cached_extract(
     return features, labels
 
 # %% ../../nbs/8_evaluation/17_frozen.ipynb #9e3adee0
-def features_name(backbone: nn.Module, dataset: Any, size: int) -> str:
+def features_name(
+    backbone: nn.Module, dataset: Any, size: int, transform: EvalTransform | None = None
+) -> str:
     "A file name from what features depend on: the weights, the size, the preprocessing and the images."
     if not hasattr(dataset, 'fingerprint'):
         kind = type(dataset).__name__
         raise ValueError(f'a {kind} cannot be told from another one: use extract, which keeps nothing')
-    how = fingerprint_of(*transform_of(backbone))[:8]
+    how = fingerprint_of(*(transform or transform_of(backbone)))[:8]
     return f'{fingerprint_weights(backbone)}-{size}px-{how}-{dataset.fingerprint()}'

@@ -120,7 +120,7 @@ def knn_accuracy(
     ValueError on bad input."""
     bank, labels = _check_features('training', train_feats, train_labels)
     queries, truth = _check_features('test', test_feats, test_labels)
-    ks = sorted({k} if isinstance(k, int) else set(k))
+    ks = sorted(set(k) if isinstance(k, Iterable) else {int(k)})
     check_labels(labels, truth, ks)
     _check_widths(bank, queries)
     bank, labels = F.normalize(bank, dim=1), labels.to(bank.device)

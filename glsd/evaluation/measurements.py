@@ -71,7 +71,7 @@ def measure_knn(
 
 
 def values_of_k(k: int | Sequence[int] | None, n: int) -> list[int]:
-    "`k` as a list; if None, those of 10, 20, 100 and 200 up to `n`, the number of anchors."
+    "`k` as a list; if None, those of 10, 20, 100 and 200 up to `n`, the number of anchors, or [n]."
     if k is None:
         return [m for m in (10, 20, 100, 200) if m <= n] or [n]
     return [k] if isinstance(k, int) else list(k)

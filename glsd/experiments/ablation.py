@@ -23,42 +23,42 @@ from ..training.recipe import Recipe
 
 # %% ../../nbs/9_experiments/14_ablation.ipynb #fcd5bc80
 class Row(NamedTuple):
-    "A row of an ablation, called as in the published table, if there is one."
+    "A row of an ablation, named as in the published table if there is one."
 
-    table: str  # where: 'Table 1a', or a title of our own
+    table: str  # 'Table 1a', or a title of our own
     name: str
     method: str
-    changes: dict[str, Any] = {}  # fields of its recipe that differ from what all rows share
+    changes: dict[str, Any] = {}  # recipe fields that override those shared by all rows
 
     @property
     def run(self) -> str:
-        "What its runs are called: the method and the changes."
+        "Name of its runs, without the seed: the method and the changes."
         words = [f'{k}={_short(v)}' for k, v in self.changes.items()]
         return ' '.join([self.method, *words])
 
 
 def _short(value: Any) -> str:
-    "A value as part of a name; of a path its last part."
+    "A value as part of a name; a path as its last part."
     if isinstance(value, float):
         return f'{value:g}'
     return Path(value).name if isinstance(value, str | Path) else str(value)
 
 
 def untrained(table: str, method: str, changes: dict[str, Any] | None = None) -> Row:
-    "A row for the network as it was before training: one step, in which nothing moves to speak of."
+    "A row for the untrained network: one step with a negligible learning rate."
     return Row(table, 'before training', method, {**(changes or {}), 'steps': 1, 'lr': 1e-9, 'warmup': 0.0})
 
 # %% ../../nbs/9_experiments/14_ablation.ipynb #81d6b230
 class Ablation:
-    "Rows of a paper's tables, their recipes, and, once `results` is set, what came out."
+    "Rows of a paper's tables, their recipes, and, once `results` is set, their results."
 
     def __init__(
         self, paper: str, rows: list[Row], values: dict[str, Any], seeds: int, source: str = 'the paper'
     ):
-        """paper: a key of `all_tables().papers`, called `source` in sentences. values: what all recipes
-        share, as far as a method has it.
+        """paper: a key of `all_tables().papers`; sentences call it `source`. values: recipe fields of all
+        rows, each used by the methods that have it.
 
-        ValueError if two rows of a table have one name, or a recipe has a field that no method has."""
+        ValueError if two rows of a table have the same name, or for a field that no method has."""
         names = [(row.table, row.name) for row in rows]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice:
@@ -74,7 +74,7 @@ class Ablation:
 
     @property
     def tables(self) -> list[str]:
-        "The tables, in order."
+        "Names of the tables, in order."
         return list(dict.fromkeys(row.table for row in self.rows))
 
 # %% ../../nbs/9_experiments/14_ablation.ipynb #f1521fc4
@@ -88,7 +88,7 @@ def codes_in_use(run: 'Any') -> dict:  # its text is sent to a worker, which kno
 def train_first(
     name: str, recipe: Recipe, out: str | Path, measure: Callable, nproc: int = 1
 ) -> dict[str, Any]:
-    """Trains one run in out/NAME, once -> its result (see `run_grid`), with the whole path of its folder.
+    """Trains one run in out/NAME, unless done -> its result (see `run_grid`), with an absolute `folder`.
 
     RuntimeError if it failed."""
     results = Results(run_grid({name: recipe}, Path(out) / name, measure, jobs=1, nproc=nproc), 1)
@@ -98,7 +98,7 @@ def train_first(
 # %% ../../nbs/9_experiments/14_ablation.ipynb #5fef9b08
 @patch
 def values(self: Ablation, row: Row, measure: str) -> np.ndarray:
-    "A figure of a row [seeds], nan where a run failed."
+    "A metric of a row, one value per seed [seeds]; nan where a run failed."
     return self.results.values(row.run, measure)
 
 
@@ -110,13 +110,13 @@ def first(self: Ablation, row: Row) -> Row:
 
 @patch
 def difference(self: Ablation, row: Row, measure: str) -> tuple[float, float]:
-    "Mean difference to the first row of the table, within pairs of one seed, and half its 95 % interval."
+    "Mean difference to the first row of the table, paired by seed, and half-width of its 95 % interval."
     return interval(self.values(row, measure) - self.values(self.first(row), measure))
 
 
 @patch
 def published(self: Ablation, row: Row, column: str) -> float:
-    "What the paper has for a row, nan if nothing."
+    "The paper's number for a row; nan if it has none."
     found = all_tables().tables.get((self.paper, row.table))
     return found.rows.get(row.name, {}).get(column, np.nan) if found else np.nan
 
@@ -128,7 +128,7 @@ def published_difference(self: Ablation, row: Row, column: str) -> float:
 
 # %% ../../nbs/9_experiments/14_ablation.ipynb #b1570b87
 class Measure(NamedTuple):
-    "A figure of a run: its name in `metrics`, its heading, the column of the paper that it is held against."
+    "A metric to report: its name in `metrics`, its heading, and the paper's column to compare with."
 
     name: str
     label: str
@@ -137,7 +137,7 @@ class Measure(NamedTuple):
 
 @patch
 def cells_of_row(self: Ablation, row: Row, m: Measure) -> list[str]:
-    "Ours, above the first row, and the paper's with its difference."
+    "Our value, its difference to the first row, and the paper's value with its difference."
     base, theirs = self.first(row) is row, self.published(row, m.column)
     above = '' if base else signed(*self.difference(row, m.name))
     known = '–' if np.isnan(theirs) else f'{theirs:g}'
@@ -151,7 +151,7 @@ def cells_of_row(self: Ablation, row: Row, m: Measure) -> list[str]:
 
 @patch
 def table(self: Ablation, measures: list[Measure]) -> str:
-    "All rows in Markdown: for each measure ours, the difference to the first row [95 %], and the paper's."
+    "All rows in Markdown; per measure our value, its difference to the first row [95 %], the paper's value."
     head = ['table', 'row']
     for m in measures:
         head += [m.label, 'above the first row [95 %]', self.source.removeprefix('the ')]
@@ -164,7 +164,7 @@ def table(self: Ablation, measures: list[Measure]) -> str:
 # %% ../../nbs/9_experiments/14_ablation.ipynb #a81af15d
 @patch
 def figure(self: Ablation, m: Measure) -> Any:
-    "Differences to the first row of each table: ours filled, with the interval, the paper's open."
+    "Plots differences to the first row of each table: ours filled with intervals, the paper's open."
     rows = [row for row in self.rows if row is not self.first(row)]
     mean, half = np.array([self.difference(row, m.name) for row in rows]).T
     theirs, y = [self.published_difference(row, m.column) for row in rows], np.arange(len(rows))
@@ -181,7 +181,7 @@ def figure(self: Ablation, m: Measure) -> Any:
 # %% ../../nbs/9_experiments/14_ablation.ipynb #dff3bd65
 @patch
 def conclusions(self: Ablation, m: Measure) -> list[str]:
-    "How many differences agree with the paper's, and a sentence for each that it has."
+    "How many of our differences agree with the paper's, then a sentence for each that the paper has."
     said, words = [], []
     for row in self.rows:
         theirs = self.published_difference(row, m.column)

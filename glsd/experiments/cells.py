@@ -32,27 +32,27 @@ from ..training.trainer import build_dataset
 # %% ../../nbs/9_experiments/1_cells.ipynb #917d9c80
 @functools.cache
 def data_identity(data: str) -> str:
-    """What the images of a recipe are, wherever they lie: their classes, how many each has, and some sizes.
+    """Identity of a data set, wherever it is stored: a hash of its classes, their sizes and some image sizes.
 
-    The name itself for a toy world, and for a folder that is not here. Looked up once in a process."""
+    For a toy world, or a folder that does not exist, `data` itself. Cached per process."""
     if data in TOY_WORLDS or not Path(data).exists():
         return data
     images = open_images(data)
     counts = np.bincount(images.labels[images.labels >= 0], minlength=len(images.classes))
-    some = evenly_spaced(len(images), 32)  # the same photographs at another size are other images
+    some = evenly_spaced(len(images), 32)  # the same photographs at another size are another data set
     shapes = [list(images[int(i)][0].shape) for i in some]
     return fingerprint_of(len(images), list(images.classes), counts.tolist(), shapes)
 
 
 def short_paths(fields: dict[str, Any]) -> dict[str, Any]:
-    "Fields of a recipe, of files and folders (data, weights, a tokenizer) the last two parts of their paths."
+    "Recipe fields, with absolute paths (data, weights, a tokenizer) cut to their last two parts."
     paths = {k: Path(v) for k, v in fields.items() if isinstance(v, str) and Path(v).is_absolute()}
     return fields | {k: '/'.join(path.parts[-2:]) for k, path in paths.items()}
 
 
 def cell_folder(out: str | Path, name: str, recipe: Recipe) -> Path:
-    "out/NAME-HASH, where the hash stands for every field of `recipe` that changes the result."
-    # differences, not all fields: one that a later version adds must not rename what is done
+    "out/NAME-HASH, where the hash covers every field of `recipe` that changes the result."
+    # only differences: a field that a later version adds must not rename finished cells
     changed = short_paths({k: v for k, v in recipe.differences().items() if k not in FREE})
     text = json.dumps([recipe.method, changed | {'data': data_identity(recipe.data)}], sort_keys=True)
     digits = hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -60,7 +60,7 @@ def cell_folder(out: str | Path, name: str, recipe: Recipe) -> Path:
 
 # %% ../../nbs/9_experiments/1_cells.ipynb #c838f362
 def source_of(f: Callable) -> str:
-    "The text of a function, to be sent to another process. ValueError if it has none of its own."
+    "Source code of a function, to send to another process. ValueError unless it starts with `def`."
     try:
         text = textwrap.dedent(inspect.getsource(f))
     except (OSError, TypeError):
@@ -75,23 +75,23 @@ def source_of(f: Callable) -> str:
 
 @functools.cache
 def from_source(text: str) -> Callable:
-    "The function again; the same object for the same text, so that it can keep things for the next cell."
+    "The function with this source; the same object for the same text, so that it can cache between cells."
     space: dict[str, Any] = {}
     exec(text, space)
     return space[re.match(r'def (\w+)', text)[1]]
 
 # %% ../../nbs/9_experiments/1_cells.ipynb #d2385c8f
 def fingerprint(source: str, options: dict) -> str:
-    "Eight digits that change when the measurement does."
+    "Hash of a measurement: its source and its options, 8 hexadecimal digits."
     return hashlib.sha256(json.dumps([source, options], sort_keys=True).encode()).hexdigest()[:8]
 
 # %% ../../nbs/9_experiments/1_cells.ipynb #fe6c05d6
 def ignore(**message: Any) -> None:
-    "A `report` that nobody reads."
+    "A `report` that does nothing."
 
 
 def train_cell(recipe: Recipe, folder: str | Path, report: Callable = ignore, nproc: int = 1) -> Run:
-    "Trains `recipe` in `folder`, in `nproc` processes. `report(steps=n)` is told the length of the run."
+    "Trains `recipe` in `folder` with `nproc` processes; calls `report(steps=n)` with its total steps."
     dataset = build_dataset(recipe)
     report(steps=recipe.total_steps(len(dataset)))
     if nproc > 1:
@@ -102,10 +102,10 @@ def train_cell(recipe: Recipe, folder: str | Path, report: Callable = ignore, np
 def run_cell(
     folder: str | Path, recipe: dict, source: str, options: dict, report: Callable = ignore, nproc: int = 1
 ) -> None:
-    """Trains and measures one cell, and writes folder/result.json, whole or not at all.
+    """Trains and measures one cell, then writes folder/result.json atomically.
 
-    `recipe`: all fields, of `Recipe.to_dict`. `source`: of the function that measures, called with the run
-    and `options`. `report` and `nproc` as in `train_cell`."""
+    `recipe`: all fields, from `Recipe.to_dict`. `source`: source code of the function that measures, called
+    as f(run, **options). `report` and `nproc` as in `train_cell`."""
     wanted = Recipe.from_dict(recipe)
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter('default')
@@ -113,7 +113,7 @@ def run_cell(
         metrics = from_source(source)(run, **options)
     seconds = round(sum(m['seconds'] for m in run.metrics), 1)
     said = sorted({str(w.message) for w in found if w.category is UserWarning})
-    # two parts of a path name what lies there; all of it would be of this machine only
+    # the last two parts of a path identify the data; the rest is specific to this machine
     named = short_paths(wanted.to_dict())
     known = dict(recipe={'format': FORMAT, **named}, measured_by=fingerprint(source, options))
     result = dict(metrics=metrics, seconds=seconds, warnings=said, **known)
@@ -122,7 +122,7 @@ def run_cell(
 
 # %% ../../nbs/9_experiments/1_cells.ipynb #d9f21525
 def read_result(folder: str | Path, measured_by: str) -> dict | None:
-    "What `run_cell` wrote, or None if there is nothing, or it was measured otherwise."
+    "The result that `run_cell` wrote; None if it is missing, unreadable or was measured differently."
     try:
         result = json.loads((Path(folder) / 'result.json').read_text())
     except (FileNotFoundError, ValueError):
@@ -131,7 +131,7 @@ def read_result(folder: str | Path, measured_by: str) -> dict | None:
 
 # %% ../../nbs/9_experiments/1_cells.ipynb #ba5b7e8b
 def steps_done(folder: str | Path) -> int:
-    "Steps that a run has behind it, from the last whole line of its metrics.jsonl; 0 if there is none."
+    "Steps that a run has completed, from the last complete line of its metrics.jsonl; 0 if there is none."
     try:
         with open(Path(folder) / 'metrics.jsonl', 'rb') as f:
             f.seek(max(0, f.seek(0, 2) - 4096))

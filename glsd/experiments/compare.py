@@ -17,14 +17,14 @@ from ..training.checkpoint import list_checkpoints
 from ..training.recipe import FREE, Recipe
 
 # %% ../../nbs/9_experiments/4_compare.ipynb #a3a1afac
-# Student's t, 97.5 %, for 2 to 10 numbers; beyond that the last is a little wide
+# 97.5 % quantiles of Student's t for 2 to 10 values; for more, the last one is slightly too wide
 T975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 
 def interval(d: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    """Mean of `d` [n] and half the width of Student's 95 % interval, nan where there is none.
+    """Mean of `d` [n] and half-width of Student's 95 % interval; nan with too few values.
 
-    nan in `d` are left out."""
+    nan in `d` are ignored."""
     d = np.asarray(d, float)
     d = d[~np.isnan(d)]
     mean = float(d.mean()) if len(d) else np.nan
@@ -40,7 +40,7 @@ def verdict(
     sign: int = 1,
     words: Sequence[str] = ('supports', 'contradicts', 'not resolved'),
 ) -> str:
-    "What an interval says to the claim that the difference is positive (`sign` 1) or negative (-1)."
+    "What an interval says about the claim that a difference is positive (`sign` 1) or negative (-1)."
     if np.isnan(mean):
         return 'no runs'
     if np.isnan(half):
@@ -51,7 +51,7 @@ def verdict(
 
 # %% ../../nbs/9_experiments/4_compare.ipynb #34e361a3
 def signed(mean: float, half: float, digits: int = 1) -> str:
-    "'+1.2 [+0.4, +2.0]': a difference and its interval."
+    "'+1.2 [+0.4, +2.0]': a difference and its interval, mean - half to mean + half."
     if np.isnan(mean):
         return '–'
     text = f'{mean:+.{digits}f}'
@@ -61,7 +61,7 @@ def signed(mean: float, half: float, digits: int = 1) -> str:
 
 
 def show(values: Sequence[float] | np.ndarray, digits: int = 1) -> str:
-    "'41.3 ± 0.8': mean and standard deviation between seeds; nan are left out."
+    "'41.3 ± 0.8': mean and standard deviation over seeds; nan are ignored."
     v = np.asarray(values, float)
     v = v[~np.isnan(v)]
     if not len(v):
@@ -71,7 +71,7 @@ def show(values: Sequence[float] | np.ndarray, digits: int = 1) -> str:
 
 
 def markdown(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
-    "A table in Markdown."
+    "A Markdown table."
     lines = [head, ['---'] * len(head), *rows]
     return '\n'.join('| ' + ' | '.join(map(str, row)) + ' |' for row in lines)
 
@@ -85,15 +85,15 @@ def _key(folder, r):
 
 
 def _shared(folder, r):
-    "The fields that all runs of one grid share; None for those that a method does not have."
+    "The fields that all runs of one grid share, as far as the run's method has them."
     own = {*FREE, 'method', 'per_class', 'seed'}
-    if _is_random(folder):  # these stop after one step, in which the teacher does not move
+    if _is_random(folder):  # random runs stop after one step, in which the teacher does not move
         own |= {'steps', 'epochs', 'momentum', 'momentum_final'}
     return {k: v for k, v in r.to_dict().items() if k not in own}
 
 
 def _alike(one, other):
-    "Whether two cells (folder, recipe) share all fields that both have, but what differs within a grid."
+    "Whether two cells (folder, recipe) agree in all fields that both have, except those a grid varies."
     a, b = _shared(*one), _shared(*other)
     return all(a[k] == b[k] for k in a.keys() & b.keys())
 
@@ -101,8 +101,8 @@ def _alike(one, other):
 def find_cells(runs: str | Path) -> dict[tuple[str, int, int], tuple[Path, Recipe]]:
     """{(method, images per class, seed): (folder, Recipe)} of the finished cells in `runs`.
 
-    `runs` is an `out` of `low_data`, or its cells/. Only those count that share the recipe of the last one
-    finished. FileNotFoundError if there is none."""
+    `runs`: the `out` folder of `low_data`, or its cells/. Cells whose recipe does not fit that of the last
+    one finished are skipped. FileNotFoundError if no trained cell is finished."""
     folder = Path(runs) / 'cells' if (Path(runs) / 'cells').is_dir() else Path(runs)
     done = [p for p in folder.glob('*/result.json') if list_checkpoints(p.parent)]
     done.sort(key=lambda p: p.stat().st_mtime)

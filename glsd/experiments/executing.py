@@ -16,7 +16,7 @@ from ..objectives.method import nearest
 
 # %% ../../nbs/9_experiments/10_executing.ipynb #d7cd9d65
 def experiments() -> dict[str, Path]:
-    "{name: notebook} of all: from the clone around this package, or below the working directory."
+    "{name: notebook} of all experiments, from the clone around this package or the working directory."
     here = [Path(__file__).resolve().parents[2]] if '__file__' in globals() else []
     places = [p / 'nbs/9_experiments' for p in (*here, Path.cwd(), *Path.cwd().parents)]
     folders = [p for p in places if p.is_dir()]
@@ -28,7 +28,7 @@ def experiments() -> dict[str, Path]:
 
 
 def experiment_path(name: str) -> Path:
-    "The notebook of an experiment. ValueError, with a list of all, for one that is not there."
+    "The notebook of an experiment. ValueError, listing all experiments, for an unknown name."
     found = experiments()
     if name not in found:
         raise ValueError(f'no experiment {name!r}; there are: {", ".join(found)}')
@@ -36,7 +36,7 @@ def experiment_path(name: str) -> Path:
 
 
 def check_parameters(notebook: Path, given: dict) -> None:
-    "A ValueError naming the nearest valid parameter, if `given` has one that the notebook lacks."
+    "Raises ValueError, naming the nearest valid one, for a parameter that the notebook does not have."
     import papermill
 
     known = papermill.inspect_notebook(str(notebook))
@@ -46,14 +46,14 @@ def check_parameters(notebook: Path, given: dict) -> None:
 
 # %% ../../nbs/9_experiments/10_executing.ipynb #e1be10f7
 def execute_experiment(notebook: Path, out: Path, given: dict) -> None:
-    """Executes a notebook with the parameters `given` into the folder `out`. RuntimeError if a cell fails.
+    """Executes a notebook with the parameters `given` and saves it in `out`. RuntimeError if a cell fails.
 
-    Where several processes share a grid, all but the last end early: theirs is no failure."""
+    If several processes share a grid, all but the last stop early; that is not a failure."""
     import papermill
 
     check_parameters(notebook, given)
     out.mkdir(parents=True, exist_ok=True)
-    mine = f'{platform.node()}-{os.getpid()}'  # several may be at work on one experiment
+    mine = f'{platform.node()}-{os.getpid()}'  # several processes may execute the same experiment
     executed, part = out / notebook.name, out / f'.{notebook.stem}.{mine}.part.ipynb'
     quietly = dict(progress_bar=False, request_save_on_cell_execute=False, kernel_name='python3')
     streams = dict(stdout_file=sys.stdout, stderr_file=sys.stderr)
@@ -73,7 +73,7 @@ def execute_experiment(notebook: Path, out: Path, given: dict) -> None:
 
 # %% ../../nbs/9_experiments/10_executing.ipynb #83978d6c
 def show_experiments(out: str | None) -> int:
-    "Prints all experiments, their scales, and where results lie: in results/, runs/, runs/ci/ and `out`."
+    "Prints all experiments, their scales, and their results in results/, runs/, runs/ci/ and `out`."
     found = experiments()
     results = next(iter(found.values())).parents[2] / 'results'
     runs = [Path('runs'), Path('runs/ci'), *([Path(out)] if out else [])]
@@ -82,7 +82,7 @@ def show_experiments(out: str | None) -> int:
 
 
 def compare_experiments(folder: str) -> int:
-    "Prints a line for every figure of `folder` that does not agree with results/; 1 if there is one."
+    "Prints a line per deviation of `folder` from results/ -> exit code, 1 if there is any."
     results = next(iter(experiments().values())).parents[2] / 'results'
     lines, n = compare_results(folder, results)
     for line in lines:

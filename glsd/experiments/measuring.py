@@ -28,11 +28,11 @@ from ..training.recipe import Recipe
 from ..training.trainer import build_dataset
 
 # %% ../../nbs/9_experiments/13_measuring.ipynb #f61fef87
-IMAGES = 'data', 'image_size', 'n_images', 'per_class', 'data_seed'  # what decides the images
+IMAGES = 'data', 'image_size', 'n_images', 'per_class', 'data_seed'  # fields that determine the images
 
 
 def labelled_sets(recipe: Recipe, val: str = '', n_val: int = 1000) -> tuple[Any, Any]:
-    "Training images of a recipe, and those that it is tested on: see `test_images`. The last two are kept."
+    "(training images, test images) of a recipe: see `test_images`. The last two pairs are cached."
     fields = recipe.to_dict()
     return _sets(tuple((k, fields[k]) for k in IMAGES), val, n_val)
 
@@ -46,9 +46,9 @@ def _sets(images, val, n_val):
 def measure_frozen(
     run: Run, val: str = '', n_val: int = 1000, k: int = 20, epochs: int = 50, cached: bool = True
 ) -> dict[str, float]:
-    """{'knn', 'linear'}: top-1 in per cent of a run's frozen backbone.
+    """{'knn', 'linear'}: top-1 accuracy in per cent on features of a run's frozen backbone.
 
-    val, n_val: as in `test_images`. k: neighbours. epochs, cached: of the linear layer."""
+    val, n_val: `folder` and `n` of `test_images`. k: neighbours. epochs, cached: as in `linear_probe`."""
     r, net = run.recipe, run.backbone
     train, test = labelled_sets(r, val, n_val)
     bank, seen = (extract(net, images, r.global_size, workers=r.workers) for images in (train, test))
@@ -59,7 +59,7 @@ def measure_frozen(
 
 # %% ../../nbs/9_experiments/13_measuring.ipynb #d8970c9d
 def pixel_knn(recipe: Recipe, val: str = '', n_val: int = 1000, k: int = 20) -> float:
-    "Top-1 of k-NN in per cent on raw pixels, of at most 32 x 32 an image."
+    "Top-1 accuracy of k-NN in per cent on raw pixels, at most 32 x 32 per image."
     side = min(32, recipe.global_size)
     sets = labelled_sets(recipe, val, n_val)
     bank, seen = (pixels(images, side, workers=recipe.workers) for images in sets)
@@ -68,7 +68,7 @@ def pixel_knn(recipe: Recipe, val: str = '', n_val: int = 1000, k: int = 20) -> 
 
 # %% ../../nbs/9_experiments/13_measuring.ipynb #169dc57e
 def least_squares(x: Tensor, labels: Tensor, seen: Tensor, truth: Tensor, ridge: float = 10.0) -> float:
-    "Top-1 in per cent on features `seen` [m, d] of a linear layer that is fitted to x [n, d] and labels [n]."
+    "Top-1 in per cent on `seen` [m, d], `truth` [m] of ridge regression fitted to x [n, d], labels [n]."
     mean, deviation = x.mean(0), x.std(0) + 1e-5
     a, b = (F.pad((t - mean) / deviation, (0, 1), value=1.0) for t in (x, seen))
     wanted = F.one_hot(labels).float()
@@ -77,13 +77,13 @@ def least_squares(x: Tensor, labels: Tensor, seen: Tensor, truth: Tensor, ridge:
 
 
 def words_of(images: Any, k: int) -> Tensor:
-    "The k-th word of each image's class, as numbers [n] in the order of the alphabet."
+    "The k-th word of each image's class name, as its index [n] among all such words, sorted."
     words = [name.split()[k] for name in images.classes]
     return torch.tensor([*map(sorted(set(words)).index, words)])[torch.from_numpy(images.labels)]
 
 
 class Turned:
-    "Images of a data set, each turned by a quarter turn more than the one before; the label is the turns."
+    "A data set with each image rotated: image i by i % 4 quarter turns, which is also its label."
 
     def __init__(self, images: Any):
         self.images, self.labels = images, np.arange(len(images)) % 4
@@ -99,10 +99,11 @@ class Turned:
 def measure_finetuned(
     run: Run, n_val: int = 1000, lrs: tuple[float, ...] = (), steps: int = 100, **changes: Any
 ) -> dict[str, float]:
-    """{'finetuned'}: top-1 in per cent after a run's backbone has gone on learning with labels.
+    """{'finetuned'}: top-1 accuracy in per cent after fine-tuning a run's backbone with labels.
 
-    lrs: rates to try (none: the recipe's own), the best counts; steps, changes: of the `finetune` recipe. A
-    run of one step is trained from scratch. Tested on the val/ beside the train/, or `n_val` toy scenes."""
+    lrs: learning rates to try, the best counts (none: the recipe's own). steps, changes: `finetune` fields.
+    A run of one step counts as from scratch: no layer decay. Tested on the val/ beside its train/, or on
+    `n_val` toy scenes."""
     r = run.recipe
     fields = {k: getattr(r, k) for k in IMAGES}
     toy = r.data in TOY_WORLDS
@@ -115,9 +116,9 @@ def measure_finetuned(
 # %% ../../nbs/9_experiments/13_measuring.ipynb #6e8d3d72
 @torch.no_grad()
 def measure_painted(run: Run, n: int = 256) -> dict[str, float]:
-    """{'gain'}: per cent of the mean patch's error that a run of mae does without, on crops of n images.
+    """{'gain'}: by how many per cent the error of a run of mae is below that of predicting the mean patch.
 
-    100: all, 0: it says the mean patch; nan where codes are asked for."""
+    On crops of n images. 100: no error, 0: no better than the mean; nan if targets are codes."""
     method, images = load_method(run.path), build_dataset(run.recipe)
     some, o = range(min(n, len(images))), method.options
     x = method.views([images[i][0] for i in some], [sample_rng(1, 0, i) for i in some]).crops[0][0]

@@ -20,7 +20,7 @@ from ..training.recipe import Recipe
 
 # %% ../../nbs/9_experiments/8_plan.ipynb #9878a28c
 def checkpoint_bytes(recipe: Recipe) -> int:
-    "About how large one checkpoint of a run is: all weights, and two float32 moments of the trained ones."
+    "Approximate bytes of a checkpoint: all weights, plus two float32 moments of the trained ones."
     with torch.device('meta'):
         method = recipe.create_method(['a', 'b'] if recipe.needs_labels else [])
     state = {id(t): t.numel() * t.element_size() for t in method.state_dict(keep_vars=True).values()}
@@ -28,15 +28,15 @@ def checkpoint_bytes(recipe: Recipe) -> int:
 
 # %% ../../nbs/9_experiments/8_plan.ipynb #3405c571
 def step_seconds(recipe: Recipe, nproc: int = 1, card: str = 'a100') -> tuple[float, str]:
-    "Seconds of a step shared by `nproc` processes, and how we know: 'tried here', or for which card counted."
+    "(seconds per step shared by `nproc` processes, source: 'tried here' or 'counted for N x CARD')."
     if torch.cuda.is_available() or recipe.global_size < 128:
         return seconds_a_step(recipe.replace(batch_size=max(1, recipe.batch_size // nproc))), 'tried here'
-    counted = plan(recipe, gpu(card, recipe), nproc, images=recipe.batch_size, views=0.0)  # made in time
+    counted = plan(recipe, gpu(card, recipe), nproc, images=recipe.batch_size, views=0.0)  # loading is free
     return counted['seconds'], f'counted for {nproc} x {card}'
 
 # %% ../../nbs/9_experiments/8_plan.ipynb #beb7b778
 def kind_of(r: Recipe) -> str:
-    "What decides the time of a step, as far as the runs of one experiment differ."
+    "Text that groups the runs of one experiment by what determines their step time."
     local, drloc = getattr(r, 'n_local', 0), getattr(r, 'drloc_weight', 0)
     words = [r.method, r.backbone, f'{local} local crops' if local else '', 'with DrLoc' if drloc else '']
     return ', '.join(filter(None, words))
@@ -64,10 +64,10 @@ def plan_runs(
     nproc: int = 1,
     seconds: Callable[[Recipe], float] | None = None,
 ) -> str:
-    """What the cells that have no result in `out` will cost: runs, steps, time and disk, as lines of text.
+    """What the cells without a result in `out` will cost: runs, steps, time and disk space, as lines of text.
 
-    `seconds`: of a step of a recipe, where that is known already; else one of each kind is tried or counted.
-    Measuring the trained networks comes on top."""
+    `seconds`: recipe -> seconds per step, if already known; otherwise `step_seconds` of one run of each kind.
+    The time for measuring the trained networks is not included."""
     left = pending(cells, out)
     lines, hours, on_gpu = [f'{count(len(cells), "run")}, {len(cells) - len(left)} of them done'], 0.0, False
     for kind in dict.fromkeys(map(kind_of, left.values())):
@@ -94,7 +94,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         local_scale=(0.1, 0.4), out_dim=1024, head_hidden=256, head_bottleneck=64, batch_size=64, steps=300,
         lr=8e-3, momentum=0.96, checkpoint_every=100,
     ),
-    'laptop': dict(  # folders of small images; lr, momentum and strength set on Vanilla, seed 101
+    'laptop': dict(  # folders of small images; lr, momentum and strength tuned on Vanilla, seed 101
         _SMALL | dict(strength=1.0), backbone='vit_mini', global_size=32, local_size=16, n_local=2,
         local_scale=(0.1, 0.4), out_dim=1024, head_hidden=256, head_bottleneck=64, batch_size=64,
         steps=6000, lr=4e-3, momentum=0.99, colour_on_device=True, checkpoint_minutes=5,
@@ -114,7 +114,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 _MINI = dict(backbone='vit_mini_p4', warmup=0.1)
 _PLAIN = dict(randaugment='', mixup=0.0, cutmix=0.0, erase=0.0, drop_path=0.0, warmup=0.1)
 MASKED_RECIPES: dict[str, dict[str, Any]] = {
-    'ci': dict(  # set on MAE's loss, seed 101
+    'ci': dict(  # tuned on MAE's loss, seed 101
         _MINI, image_size=64, global_size=24, global_scale=(0.05, 0.3), batch_size=32, lr_batch=32, lr=2e-3,
         steps=100,
     ),
@@ -125,9 +125,9 @@ MASKED_RECIPES: dict[str, dict[str, Any]] = {
         _MINI, global_size=64, batch_size=256, lr_batch=256, lr=1e-3, steps=40_000, amp=True, workers=4,
         checkpoint_minutes=5,
     ),
-    'paper': dict(amp=True, workers=10, checkpoint_minutes=15),  # each method's own
+    'paper': dict(amp=True, workers=10, checkpoint_minutes=15),  # otherwise the defaults of each method
 }  # fmt: skip
-FINETUNE: dict[str, dict[str, Any]] = {  # beside each of them: for `measure_finetuned`
+FINETUNE: dict[str, dict[str, Any]] = {  # at each scale: arguments of `measure_finetuned`
     'ci': dict(_PLAIN, layer_decay=1.0, steps=80, batch_size=32, lr_batch=32, lrs=(2e-3,),
                global_scale=(0.4, 1.0)),
     'laptop': dict(_PLAIN, layer_decay=0.8, per_class=100, steps=600, batch_size=64, lr_batch=64,
@@ -139,7 +139,7 @@ FINETUNE: dict[str, dict[str, Any]] = {  # beside each of them: for `measure_fin
 
 # %% ../../nbs/9_experiments/8_plan.ipynb #8f5c91e6
 _WORDS = dict(backbone='dvae_mini', weight_decay=0.0, weight_decay_final=0.0, warmup=0.1)
-TOKENIZERS: dict[str, dict[str, Any]] = {  # of method dvae
+TOKENIZERS: dict[str, dict[str, Any]] = {  # recipes of method dvae
     'ci': dict(
         _WORDS, image_size=64, global_size=24, global_scale=(0.05, 0.3), n_codes=64, code_dim=32,
         decoder_width=24, batch_size=16, lr_batch=16, lr=5e-3, steps=200,

@@ -17,17 +17,17 @@ from ..objectives.method import nearest
 # %% ../../nbs/9_experiments/7_published.ipynb #71184fd2
 @dataclass(frozen=True)
 class Table:
-    "A table (or a figure, or a section) of a paper: `rows` {name: {column: number}}; nan: `why` says why."
+    "A table, figure or section of a paper. `rows`: {name: {column: number}}; `why`: reason for any nan."
 
     paper: str  # a key of PAPERS
-    where: str
-    what: str
+    where: str  # 'Table 3'
+    what: str  # quantity, unit, data set
     rows: dict[str, dict[str, float]] = field(repr=False)
     why: str = ''
 
     @property
     def source(self) -> str:
-        "'GLSD, Table 3'."
+        "Short name and place: 'GLSD, Table 3'."
         return f'{all_tables().names[self.paper]}, {self.where}'
 
 
@@ -44,7 +44,7 @@ PAPERS = dict(
 
 # %% ../../nbs/9_experiments/7_published.ipynb #12003b6b
 def read_rows(columns: list[str], text: str) -> dict[str, dict[str, float]]:
-    "Lines 'NAME | 1.0 +2.0 NA -' as {name: {column: number}}. ValueError for a line that does not fit."
+    "Lines 'NAME | 1.0 +2.0 NA -' as {name: {column: number}}; NA and - are nan. ValueError if malformed."
     rows: dict[str, dict[str, float]] = {}
     for line in text.strip().splitlines():
         name, numbers = (part.strip() for part in line.split('|'))
@@ -227,7 +227,7 @@ _ALL = [
 
 # %% ../../nbs/9_experiments/7_published.ipynb #017b76dd
 class AllTables(NamedTuple):
-    "Of all papers: short names, titles, and tables {(paper, where): Table}."
+    "All papers: short names {paper: name}, full references, and tables {(paper, where): Table}."
 
     names: dict[str, str]
     papers: dict[str, str]
@@ -236,7 +236,7 @@ class AllTables(NamedTuple):
 
 @cache
 def all_tables() -> AllTables:
-    "The tables of this chapter, and of the two on masked and on contrastive learning."
+    "The tables of this module, of `published_masked` and of `published_contrastive`."
     from glsd.experiments import published_contrastive as contrastive
     from glsd.experiments import published_masked as masked
 
@@ -249,7 +249,7 @@ def all_tables() -> AllTables:
 
 
 def table(paper: str, where: str) -> Table:
-    "What a table (figure, section) of a paper says. ValueError, with the nearest name, for one not here."
+    "The table (figure, section) `where` of a paper. ValueError, with the nearest name, if unknown."
     names, papers, tables = all_tables()
     if paper not in papers:
         raise ValueError(f'no paper {paper!r}{nearest(paper, papers)}')
@@ -260,7 +260,7 @@ def table(paper: str, where: str) -> Table:
 
 
 def published(paper: str, where: str, row: str, column: str) -> float:
-    "One number of a table; nan where the paper has none. ValueError for a name that is not there."
+    "One number of a table; nan where the paper has none. ValueError for an unknown name."
     rows = table(paper, where).rows
     if row not in rows:
         raise ValueError(f'{table(paper, where).source} has no row {row!r}{nearest(row, rows)}')
@@ -270,12 +270,12 @@ def published(paper: str, where: str, row: str, column: str) -> float:
 
 # %% ../../nbs/9_experiments/7_published.ipynb #a1f050aa
 def shown(value: float, digits: int = 1, sign: bool = False) -> str:
-    "A number as it is printed; a dash for nan."
+    "A number as text; a dash for nan."
     return '–' if math.isnan(value) else f'{value:{"+" if sign else ""}.{digits}f}'
 
 # %% ../../nbs/9_experiments/7_published.ipynb #7e903b3b
 class Claim(NamedTuple):
-    "That setting `a` lies above (`sign` 1) or below (-1) setting `b` in some `measures`."
+    "The claim that setting `a` is above (`sign` 1) or below (-1) setting `b` in the given `measures`."
 
     text: str
     where: str
@@ -289,7 +289,7 @@ class Claim(NamedTuple):
 
 
 _CLASSES, _PLACES = ('knn', 'linear'), ('correspondence',)
-CLAIMS = {  # of GLSD
+CLAIMS = {  # of the GLSD paper
     'geometric helps': Claim(
         'Geometric helps at every size', 'Sec. 4.5.1, Table 3', 'geometric', 'vanilla', 1, _CLASSES
     ),
@@ -309,12 +309,12 @@ CLAIMS = {  # of GLSD
 
 # %% ../../nbs/9_experiments/7_published.ipynb #e92adb28
 def k_nn_gains(setting: str) -> str:
-    "How far a setting lies above Vanilla in k-NN, wherever the GLSD paper says so, in one line."
+    "k-NN gains of a setting over Vanilla, wherever the GLSD paper reports them, in one line."
     if setting not in ('geometric', 'similarity'):
         return 'not in the paper'
     rows = table('glsd', 'Table 3').rows
     gains = [r[f'{setting} knn difference'] for name, r in rows.items() if name.endswith('ImageNet-100')]
-    low, high = min(gains[:3]), max(gains[:3])  # the fourth is transferred
+    low, high = min(gains[:3]), max(gains[:3])  # the fourth row is transfer learning
     large = _TABLE2_OWN[f'{setting.capitalize()}, Swin-T/7x7']['knn difference']
     small = dict(
         geometric=f'about +{_GLSD_TEXT["Section 4.5.1"]["Geometric"]["knn above Vanilla"]} at every size',

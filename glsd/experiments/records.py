@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 # %% ../../nbs/9_experiments/9_records.ipynb #b6a74f90
-MACHINE = ('seconds', 'step')  # how long something took
+MACHINE = ('seconds', 'step')  # timings, which depend on the machine
 
 
 def leaves(value: Any, path: str = '') -> Iterator[tuple[str, float]]:
-    "Every number in nested dicts as ('a.b', number); null is nan. Lists, texts and times are left out."
+    "Every number in nested dicts as ('a.b', number); None is nan. Lists, strings and timings are skipped."
     if value is None or isinstance(value, (int, float)) and not isinstance(value, bool):
         yield path, float('nan') if value is None else float(value)
     elif isinstance(value, dict):
@@ -31,7 +31,7 @@ def leaves(value: Any, path: str = '') -> Iterator[tuple[str, float]]:
 
 
 def run_name(run: dict) -> str:
-    "'ROW s0': the name of a run in a record."
+    "Name of a run in a record: 'ROW s0'."
     if 'name' in run:
         return run['name']
     return f'{run["setting"]} n{run["per_class"]} s{run["seed"]}'
@@ -41,7 +41,7 @@ _APART = ('name', 'setting', 'per_class', 'seed', 'recipe', 'warnings', 'error')
 
 
 def figures_of(record: dict) -> dict[str, dict[str, dict[str, float]]]:
-    "{row: {metric: {seed: number}}} of a record; a run that failed has the metric 'error'."
+    "Numbers of a record as {row: {metric: {seed: number}}}; a failed run has only the metric 'error', nan."
     rows: dict[str, dict[str, dict[str, float]]] = {}
     for run in record.get('runs', []):
         row, _, seed = run_name(run).rpartition(' s')
@@ -60,14 +60,14 @@ def _spread(numbers: dict[str, float]) -> float:
 
 
 def pooled_spread(rows: dict, metric: str) -> float:
-    "Standard deviation between seeds of a metric, over all rows that have it; nan without two seeds."
+    "Standard deviation of a metric over seeds, pooled over all rows that have it; nan without two seeds."
     found = [_spread(row[metric]) for row in rows.values() if metric in row]
     found = [s for s in found if np.isfinite(s)]
     return float(np.sqrt(np.mean(np.square(found)))) if found else float('nan')
 
 
 def tolerance(ours: dict[str, float], theirs: dict[str, float], pooled: float) -> float:
-    "How far the means of two rows may lie apart: four standard errors of their difference, with a floor."
+    "Allowed difference between the means of two rows: four of its standard errors, with a floor."
     level = abs(np.mean(list(theirs.values())))
     s = np.nanmax([pooled, _spread(ours), _spread(theirs), -1.0])
     if s < 0:
@@ -102,7 +102,7 @@ def _apart(what: str, ours: dict, theirs: dict, pooled: float) -> Iterator[str]:
 
 # %% ../../nbs/9_experiments/9_records.ipynb #8fdc40e2
 def deviations(new: dict, old: dict) -> list[str]:
-    "A line for each figure of the record `old` that `new` lacks, has as nan, or has too far away."
+    "One line for each number of the record `old` that in `new` is missing, nan or too different."
     ours, theirs = figures_of(new), figures_of(old)
     metrics = {metric for row in theirs.values() for metric in row}
     spread = {metric: pooled_spread(theirs, metric) for metric in metrics}
@@ -128,7 +128,7 @@ def _read(path: Path) -> tuple[dict, str]:
 
 
 def compare_results(folder: str | Path, results: str | Path, scale: str = 'ci') -> tuple[list[str], int]:
-    "One line for every deviation of folder/EXPERIMENT from results/EXPERIMENT/scale; how many were compared."
+    "(a line per deviation of folder/EXPERIMENT from results/EXPERIMENT/scale, number of experiments)."
     kept = sorted(Path(results).glob(f'*/{scale}/results.json'))
     if not kept:
         raise FileNotFoundError(f'no record at scale {scale} in {Path(results).resolve()}')
@@ -148,14 +148,14 @@ def _sources(notebook: Path, kind: str) -> list[str]:
 
 
 def title_of(notebook: Path) -> str:
-    "The first heading of a notebook."
+    "The first top-level heading of a notebook."
     text = '\n'.join(_sources(notebook, 'markdown'))
     heading = re.search(r'^# (.+)$', text, re.M)
     return heading[1] if heading else notebook.stem
 
 
 def scales_of(notebook: Path) -> list[str]:
-    "The scales that a notebook offers `choose_scale`: the keys of a dict, written there or under a name."
+    "The scales of a notebook: keys of the dict that it passes to `choose_scale`, inline or as a variable."
     tree = ast.parse('\n'.join(_sources(notebook, 'code')))
     assigned = [n for n in ast.walk(tree) if isinstance(n, ast.Assign)]
     named = {n.targets[0].id: n.value for n in assigned if isinstance(n.targets[0], ast.Name)}
@@ -182,7 +182,7 @@ def done_in(places: list[Path]) -> list[str]:
 
 
 def list_experiments(notebooks: list[Path], results: Path, runs: list[Path]) -> str:
-    "A line for each experiment: its title, its scales, and where results of it lie."
+    "Text about each experiment: its title, its scales, and where its results are."
     lines = []
     for notebook in notebooks:
         name = notebook.stem

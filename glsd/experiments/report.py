@@ -26,7 +26,7 @@ from ..views.photometric import denormalize
 
 # %% ../../nbs/9_experiments/6_report.ipynb #caceb159
 class Results:
-    "What `run_grid` returned, by name and seed: cells are called 'NAME s0', 'NAME s1', ..."
+    "Results of `run_grid` by row name and seed; cells are named 'NAME s0', 'NAME s1', ..."
 
     def __init__(self, results: list[dict], seeds: int):
         self.all, self.seeds = results, seeds
@@ -34,17 +34,17 @@ class Results:
         self.failed = [r for r in results if 'error' in r]
 
     def values(self, name: str, what: str) -> np.ndarray:
-        "The figure `what` of a row [seeds], nan where there is none."
+        "The metric `what` of the row `name`, one value per seed [seeds]; nan where it is missing."
         found = [self.metrics.get(f'{name} s{seed}', {}).get(what, np.nan) for seed in range(self.seeds)]
         return np.array(found, float)
 
     def paired(self, name: str, base: str, what: str) -> tuple[float, float]:
-        "Mean difference between two rows, within pairs of one seed, and half its 95 % interval."
+        "Mean of row `name` minus row `base`, paired by seed, and half-width of its 95 % interval."
         return interval(self.values(name, what) - self.values(base, what))
 
     @property
     def seconds(self) -> float:
-        "Of training, all runs together."
+        "Training time of all runs together."
         return sum(r.get('seconds', 0) for r in self.all)
 
 # %% ../../nbs/9_experiments/6_report.ipynb #5bb6d266
@@ -54,7 +54,7 @@ def row_of(name: str) -> str:
 
 
 def summarize(results: Results, started: float, now: float) -> None:
-    "Prints how many runs are done, how long it took, and what their logs warn of."
+    "Prints how many runs are done, how long they took, and their warnings."
     done = len(results.all) - len(results.failed)
     print(
         f'{done} of {len(results.all)} runs done, {now - started:.0f} s now, '
@@ -66,7 +66,7 @@ def summarize(results: Results, started: float, now: float) -> None:
 
 # %% ../../nbs/9_experiments/6_report.ipynb #aa72e685
 def raise_failed(results: Results) -> None:
-    "RuntimeError that names the first cell that failed. The last cell of a notebook, after all is written."
+    "Raises RuntimeError naming the first run that failed, if any. Call it last, after saving the report."
     if results.failed:
         first = results.failed[0]
         raise RuntimeError(
@@ -76,7 +76,7 @@ def raise_failed(results: Results) -> None:
 
 # %% ../../nbs/9_experiments/6_report.ipynb #37084fdf
 def band(ax: Any, xs: Sequence, values: np.ndarray, label: str, **style: Any) -> None:
-    "A line of the means of `values` [len(xs), seeds], a band of their standard deviation; nothing for nan."
+    "Plots means over seeds of `values` [len(xs), seeds] and a ± 1 std band; nothing if all are nan."
     if np.isnan(values).all():
         return
     mean = np.nanmean(values, 1)
@@ -100,7 +100,7 @@ _LINES = ('#E69F00', '#56B4E9', '#009E73', '#F0E442', '#0072B2', '#D55E00', '#CC
 
 
 def _middles(k: Tensor, grid: tuple[int, int], side: int) -> np.ndarray:
-    "Middles (x, y) [n, 2] in pixels of the tokens number `k` [n] of a crop."
+    "Centres (x, y) [n, 2] in pixels of the tokens with indices `k` [n] in a crop of `side` pixels."
     at = torch.stack([k % grid[1], k // grid[1]], -1) + 0.5
     return (at * torch.tensor([side / grid[1], side / grid[0]])).numpy()
 
@@ -108,12 +108,14 @@ def _middles(k: Tensor, grid: tuple[int, int], side: int) -> np.ndarray:
 def draw_pairs(
     ax: Any, left: Tensor, right: Tensor, found: Tensor, grid: tuple[int, int], truth: Tensor | None = None
 ) -> None:
-    """Two normalised crops [3, s, s] side by side, a line from each token of `right` to its match in `left`.
+    """Draws two normalised crops [3, s, s] and a line from each token of `right` to its match in `left`.
 
-    `found` [S]: index of the match, negative for none. `truth` [S] likewise: wrong matches are thin and pale;
-    where it is negative nothing is drawn."""
-    side, known = right.shape[-1], found >= 0 if truth is None else truth >= 0
-    offset, drop = side * 1.15, side / grid[0] / 2  # half a token lower: lines of one row do not coincide
+    `found` [S]: index of the match, negative for none. `truth` [S]: index of the correct match; lines of
+    wrong matches are thin and pale, and no line is drawn where `truth` is negative."""
+    side, known = right.shape[-1], found >= 0
+    if truth is not None:
+        known &= truth >= 0
+    offset, drop = side * 1.15, side / grid[0] / 2  # left half a token lower: lines in a row stay apart
     for crop, x, y in ((left, 0, drop), (right, offset, 0)):
         pale = 110 + denormalize(crop.cpu()).permute(1, 2, 0).float() * 0.57
         ax.imshow(pale.byte().numpy(), extent=(x, x + side, y + side, y), interpolation='nearest')
@@ -128,7 +130,7 @@ def draw_pairs(
 
 # %% ../../nbs/9_experiments/6_report.ipynb #798ee3bd
 def small_png(figure: Any, dpi: int = 90, colours: int = 128) -> bytes:
-    "A matplotlib figure as PNG with a palette."
+    "A matplotlib figure as a PNG with a palette of `colours` colours."
     from PIL import Image
 
     plain, small = io.BytesIO(), io.BytesIO()
@@ -138,33 +140,33 @@ def small_png(figure: Any, dpi: int = 90, colours: int = 128) -> bytes:
 
 # %% ../../nbs/9_experiments/6_report.ipynb #91e758db
 def rounded(pair: Sequence[float], digits: int = 3) -> list[float | None]:
-    "Numbers for a record: rounded, None for nan."
+    "Numbers rounded for a JSON record; nan becomes None."
     return [None if np.isnan(x) else round(float(x), digits) for x in pair]
 
 
 def recipe_record(recipe: Recipe, leave_out: Sequence[str] = ('data',)) -> dict:
-    "What of a recipe differs from its method's defaults, without some fields."
+    "Recipe fields that differ from the method's defaults, without those in `leave_out`."
     return short_paths({k: v for k, v in recipe.differences().items() if k not in leave_out})
 
 
 def run_records(results: Results) -> list[dict]:
-    "What is kept of every run: its name and its figures, or its error; no paths."
+    "What a record keeps of each run: name, metrics, seconds, warnings or error; no paths."
     kept = ('name', 'metrics', 'seconds', 'warnings', 'error')
     return [{k: r[k] for k in kept if k in r} for r in results.all]
 
 
 def bullets(sentences: Sequence[str]) -> str:
-    "A list in Markdown."
+    "A Markdown bullet list."
     return '\n'.join(f'- {s}' for s in sentences)
 
 # %% ../../nbs/9_experiments/6_report.ipynb #3715a77a
 def save_report(
     out: str | Path, title: str, parts: Sequence[str], record: dict, figures: dict[str, Any] | None = None
 ) -> str:
-    """Writes out/table.md (the title and the parts), out/results.json and the figures -> the text.
+    """Writes out/table.md (title and parts), out/results.json (`record`) and the figures -> text of table.md.
 
-    `figures`: file name -> a matplotlib figure, or the bytes of a file. `record` gets the title and torch's
-    version."""
+    `figures`: file name -> a matplotlib figure, or the bytes of a file. The title and torch's version are
+    added to the record."""
     text = '\n\n'.join([f'# {title}', *parts]) + '\n'
     record = {'title': title, 'torch': torch.__version__, **record}
     files = {'table.md': text.encode(), 'results.json': json.dumps(record, indent=1).encode()}

@@ -25,7 +25,7 @@ from ..training.recipe import Recipe
 
 # %% ../../nbs/9_experiments/3_runner.ipynb #63e01147
 class Grid:
-    "Cells on their way through the workers; `results` fills up. See `run_grid`."
+    "State of a `run_grid` call: cells that wait, are claimed or run; `results` fills up."
 
     def __init__(
         self, cells: dict, out: str | Path, evaluate: Callable, options: dict, jobs: int, nproc: int
@@ -42,16 +42,16 @@ class Grid:
         for name in cells:
             self.read(name)
         self.waiting = deque(name for name in cells if name not in self.results)
-        self.elsewhere: list[str] = []  # other processes have them
-        self.claims: dict[str, ExitStack] = {}  # ours
+        self.elsewhere: list[str] = []  # claimed by other processes
+        self.claims: dict[str, ExitStack] = {}  # locks on the cells claimed here
         self.workers: list[Worker] = []
         self.inbox: queue.Queue = queue.Queue()
-        self.steps = {name: r.steps for name, r in cells.items()}  # 0: not known before images are counted
+        self.steps = {name: r.steps for name, r in cells.items()}  # 0: unknown until the images are counted
 
 # %% ../../nbs/9_experiments/3_runner.ipynb #78fe9753
 @patch
 def read(self: Grid, name: str) -> None:
-    "Enters the result of a cell, if there is one that was measured in this way."
+    "Reads the result of a cell into `results`, if there is one that was measured in the same way."
     found = read_result(self.folders[name], self.measured_by)
     if found:
         self.results[name] = dict(name=name, folder=str(self.folders[name]), **found)
@@ -59,14 +59,14 @@ def read(self: Grid, name: str) -> None:
 
 @patch
 def fail(self: Grid, name: str, error: str) -> None:
-    "Enters an error, of one line, as the result of a cell."
+    "Records a one-line error as the result of a cell."
     folder = self.folders[name]
     self.results[name] = dict(name=name, folder=str(folder), error=error, log=str(folder / 'log.txt'))
 
 # %% ../../nbs/9_experiments/3_runner.ipynb #8aa2e4b6
 @patch
 def claim(self: Grid) -> str | None:
-    "The next cell that is not finished and that nobody else has; now we have it. None if there is none."
+    "Claims the next cell that is neither finished nor claimed by another process -> its name, or None."
     while self.waiting:
         name, lock = self.waiting.popleft(), ExitStack()
         try:
@@ -74,7 +74,7 @@ def claim(self: Grid) -> str | None:
         except InUseError:
             self.elsewhere.append(name)
             continue
-        self.read(name)  # another process may have finished it since
+        self.read(name)  # another process may have finished it in the meantime
         if name not in self.results:
             self.claims[name] = lock
             return name
@@ -84,7 +84,7 @@ def claim(self: Grid) -> str | None:
 
 @patch
 def release(self: Grid, worker: Worker) -> None:
-    "Gives up the claim to the cell that a worker has had."
+    "Releases the claim on the cell that the worker had."
     name, worker.name = worker.name, None
     if name in self.claims:
         self.claims.pop(name).close()
@@ -92,7 +92,7 @@ def release(self: Grid, worker: Worker) -> None:
 # %% ../../nbs/9_experiments/3_runner.ipynb #8738fb2f
 @patch
 def take_over(self: Grid) -> bool:
-    "Whether there is a cell that we could claim: one that is waiting, or whose process elsewhere has gone."
+    "Puts cells claimed elsewhere back in the queue -> whether any cell in it can be claimed now."
     self.waiting.extend(self.elsewhere)
     self.elsewhere = []
     name = self.claim()
@@ -108,7 +108,7 @@ class OthersAtWork(RuntimeError):
 
 @patch
 def check_complete(self: Grid) -> None:
-    "OthersAtWork unless every cell has a result or an error."
+    "Raises OthersAtWork unless every cell has a result or an error."
     left = [name for name in self.cells if name not in self.results]
     if left:
         raise OthersAtWork(
@@ -119,14 +119,14 @@ def check_complete(self: Grid) -> None:
 # %% ../../nbs/9_experiments/3_runner.ipynb #8823f53f
 @patch
 def order(self: Grid, name: str) -> dict:
-    "What a worker has to know of a cell: the arguments of `run_cell`."
+    "The arguments of `run_cell` for a cell."
     how = dict(source=self.source, options=self.options, nproc=self.nproc)
     return dict(folder=str(self.folders[name]), recipe=self.cells[name].to_dict(), **how)
 
 # %% ../../nbs/9_experiments/3_runner.ipynb #a4d5521f
 @patch
 def handle(self: Grid, worker: Worker, message: dict | None) -> None:
-    "Acts on what a worker has reported; None: it has exited. One that was ended in an earlier round is late."
+    "Acts on a report of a worker; None: it has exited. Late reports of workers already ended are ignored."
     if worker not in self.workers:
         return
     if message is None:
@@ -155,7 +155,7 @@ def start_worker(self: Grid, slot: int) -> None:
 # %% ../../nbs/9_experiments/3_runner.ipynb #ce70a22d
 @patch
 def worker_exited(self: Grid, worker: Worker) -> None:
-    "Reports the cell that a worker had, and starts another one. RuntimeError if it never was ready."
+    "Fails a dead worker's cell; starts a new worker if cells wait. RuntimeError if it was never ready."
     how = worker.end()
     self.workers.remove(worker)
     if not worker.started:
@@ -176,7 +176,7 @@ def _last_line(path):
 # %% ../../nbs/9_experiments/3_runner.ipynb #fbe25855
 @patch
 def run(self: Grid, callback: Callable) -> None:
-    "Until no cell is waiting or at work here; `callback(self)` about once a second. No worker is left."
+    "Runs cells until none waits or runs here, then ends the workers; `callback(self)` about every second."
     try:
         for slot in range(min(self.jobs, len(self.waiting))):
             self.start_worker(slot)
@@ -195,9 +195,9 @@ def run(self: Grid, callback: Callable) -> None:
 # %% ../../nbs/9_experiments/3_runner.ipynb #31deda6d
 @patch
 def progress(self: Grid) -> tuple[int, int]:
-    """Steps done, and steps in all.
+    """Steps done, and steps in total.
 
-    A cell of unknown length counts as the mean of the others, a failed one as done."""
+    A cell of unknown length counts as the mean of the known ones, a failed cell as done."""
     known = [n for n in self.steps.values() if n] or [1]
     mean = round(sum(known) / len(known))
     length = {name: n or mean for name, n in self.steps.items()}
@@ -207,7 +207,7 @@ def progress(self: Grid) -> tuple[int, int]:
     return done, sum(length.values())
 
 # %% ../../nbs/9_experiments/3_runner.ipynb #eb9bd787
-def run_grid(  # over 25 lines: half of them say what goes in and comes back
+def run_grid(  # over 25 lines: half of them are signature and docstring
     cells: dict[str, Recipe],
     out: str | Path,
     evaluate: Callable,
@@ -216,13 +216,13 @@ def run_grid(  # over 25 lines: half of them say what goes in and comes back
     progress: bool = True,
     nproc: int = 1,
 ) -> list[dict[str, Any]]:
-    """Runs every cell (name -> Recipe) in one of `jobs` processes and measures it: a dict a cell, in order.
+    """Trains and measures every cell (name -> Recipe), `jobs` at a time -> one dict per cell, in order.
 
-    A finished one has name, folder, recipe, metrics (what `evaluate(run, **options)` returned), seconds and
-    warnings; a failed one has error (one line) and log. Finished cells are read, interrupted ones go on,
-    failed ones are tried again. nproc: processes that share each run, for several GPUs; a grid of `jobs` runs
-    has jobs x nproc processes. Other processes, on other machines too, may be given the same grid: they share
-    its cells. OthersAtWork, at the end, if some of theirs are not finished."""
+    Finished cells have name, folder, recipe, metrics (what `evaluate(run, **options)` returned), seconds and
+    warnings; failed ones have error (one line) and log. Cells already finished are only read, interrupted
+    ones resume, failed ones are retried. nproc: processes that share each run, for several GPUs; jobs x nproc
+    in total. The same call may be made in several processes, also on other machines: they divide the cells
+    among themselves. OthersAtWork, at the end, if cells of other processes are unfinished."""
     if jobs < 1 or nproc < 1:
         raise ValueError(f'jobs and nproc must be 1 or more, not {jobs} and {nproc}')
     grid = Grid(cells, out, evaluate, options or {}, jobs, nproc)

@@ -31,77 +31,77 @@ from ..training.trainer import Trainer
 
 # %% ../../nbs/9_experiments/5_setup.ipynb #1a67e174
 def check(condition: Any, message: str) -> None:
-    "ValueError with this message unless the condition holds."
+    "Raises ValueError with this message unless the condition holds."
     if not condition:
         raise ValueError(message)
 
 
 def choose_scale(scale: str, scales: dict[str, Any]) -> Any:
-    "The entry of that scale. ValueError for one that is not there."
+    "The entry `scale` of `scales`. ValueError for an unknown scale."
     check(scale in scales, f'no scale {scale!r}; there are: {", ".join(scales)}')
     return scales[scale]
 
 
 def check_folders(folder: str, name: str = 'data') -> None:
-    "ValueError unless a folder of images has train/ and val/; the toy world needs none."
+    "Raises ValueError unless `folder` is a toy world or has train/ and val/; `name`: its parameter."
     for part in [] if folder in TOY_WORLDS else ['train', 'val']:
         check((Path(folder) / part).is_dir(), f'{name}={folder} has no folder {part}/')
 
 
 def check_data(data: str | None, scale: str) -> None:
-    "ValueError if a scale names no images and none are given, or if they are not laid out as they should be."
+    "Raises ValueError if `data` is missing at a scale that needs it, or has no train/ and val/."
     check(data, f'scale={scale} needs images: data=FOLDER with train/ and val/ in it')
     check_folders(data)
 
 # %% ../../nbs/9_experiments/5_setup.ipynb #42a2a000
 def data_name(data: str) -> str:
-    "What to call a data set: 'toy world', or the name of its folder."
+    "Display name of a data set: 'toy world', or the name of its folder."
     named = dict(zip(TOY_WORLDS, ('toy world', 'toy world with shared nuisances')))
     return named.get(data) or Path(data).name
 
 
 def count(n: int, what: str) -> str:
-    "'1 seed', '3 seeds'."
+    "A number with its noun: '1 seed', '3 seeds'."
     return f'{n} {what}' + 's' * (n != 1)
 
 
 def length_of(recipe: Recipe) -> str:
-    "'240 steps' or '300 epochs'."
+    "Length of a run: '240 steps' or '300 epochs'."
     return f'{recipe.steps} steps' if recipe.steps else f'{recipe.epochs:g} epochs'
 
 # %% ../../nbs/9_experiments/5_setup.ipynb #70e923d2
 def machine_name() -> str:
-    "The GPUs of this machine, or its cores."
+    "Description of this machine: its GPUs, or its CPU cores."
     if torch.cuda.is_available():
         return f'{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}'
     return f'{cores()} CPU cores ({platform.machine()})'
 
 
 def announce(scale: str, what: str) -> None:
-    "Shows at which scale the outputs of a notebook were made, and of what."
+    "Displays at which scale, from what and on which machine a notebook's outputs were made."
     from IPython.display import Markdown, display
 
     display(Markdown(f'**The outputs below were made at scale {scale}**: {what}, on {machine_name()}.'))
 
 # %% ../../nbs/9_experiments/5_setup.ipynb #6246dade
 def recipe_for(method: str, values: dict, methods: Iterable[str] = ()) -> Recipe:
-    """A recipe of `method` from those `values` that it has fields for.
+    """A recipe of `method` from `values`, without the fields that only other `methods` have.
 
-    ValueError for a name that neither it nor one of `methods` has."""
+    ValueError for a name that is a field of none of them."""
     known = field_names(find_method(method))
     others = {name for m in methods for name in field_names(find_method(m))}
     return Recipe(method, **{k: v for k, v in values.items() if k in known or k not in others})
 
 # %% ../../nbs/9_experiments/5_setup.ipynb #d3758ba5
 def training_data(data: str, n_images: int = 0) -> dict[str, Any]:
-    "The fields of a recipe that learns from the toy world (`n_images` of it) or from a folder's train/."
+    "Recipe fields for training on a toy world (on `n_images` scenes) or on a folder's train/."
     if data in TOY_WORLDS:
         return {'data': data} | ({'n_images': n_images} if n_images else {})
     return {'data': str(Path(data).resolve() / 'train')}
 
 # %% ../../nbs/9_experiments/5_setup.ipynb #37b19368
 def val_folder(data: str) -> str:
-    "Where the test images of a folder lie, seen from its train/; '' for the toy world."
+    "Path of a folder's test images, relative to its train/; '' for a toy world."
     return '' if data in TOY_WORLDS else '../val'
 
 
@@ -111,16 +111,16 @@ def _more_scenes(recipe: Recipe, split: str, n: int) -> ToyWorld:
 
 
 def test_images(recipe: Recipe, folder: str = '', n: int = 1000) -> Any:
-    """Labelled images to test on: those of `folder`, or `n` scenes of the toy world's validation part.
+    """Labelled test images: those in `folder`, or else `n` scenes of the toy world's validation split.
 
-    `folder`: seen from the recipe's own, or absolute."""
+    `folder`: absolute, or relative to the recipe's `data`."""
     if folder:
         return open_images(Path(recipe.data, folder))
     return _more_scenes(recipe, 'val', n)
 
 
 def masked_images(recipe: Recipe, folder: str, split: str, n: int) -> Any:
-    "Images with masks: a split of `folder`, or `n` scenes of the toy world."
+    "Images with masks: a split of `folder`, or else `n` scenes of that split of the toy world."
     from glsd.evaluation import MaskFolder, ToySegmentation
 
     if folder:
@@ -128,11 +128,11 @@ def masked_images(recipe: Recipe, folder: str, split: str, n: int) -> Any:
     return ToySegmentation(_more_scenes(recipe, split, n))
 
 # %% ../../nbs/9_experiments/5_setup.ipynb #d2755734
-INPUTS = dict(ibot='mask', adclr='queries', adclr_ibot='queries')  # what a method gives a backbone
+INPUTS = dict(ibot='mask', adclr='queries', adclr_ibot='queries')  # extra inputs to the backbone
 
 
 def why_not(recipe: Recipe) -> str:
-    "Why the method of a recipe does not run on its backbone, in one line; '' if it does."
+    "Why the method of a recipe cannot run on its backbone, in one line; '' if it can."
     try:
         with torch.device('meta'):
             method = recipe.create_method(['a', 'b'] if recipe.needs_labels else [])
@@ -146,7 +146,7 @@ def why_not(recipe: Recipe) -> str:
 # %% ../../nbs/9_experiments/5_setup.ipynb #196067cd
 @contextmanager
 def worker_threads(jobs: int) -> Iterator[None]:
-    "In the block torch has as many threads as each of so many workers."
+    "Within the block, torch uses as many threads as each of `jobs` workers would."
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, cores() // jobs))
     try:
@@ -156,7 +156,7 @@ def worker_threads(jobs: int) -> Iterator[None]:
 
 
 def seconds_a_step(recipe: Recipe, dataset: Any = None) -> float:
-    "The shorter of two steps, after one that warms up."
+    "Seconds per step: the shorter of two steps, after one to warm up."
     with tempfile.TemporaryDirectory() as folder:
         few = recipe.replace(steps=3, workers=0)
         run = pretrain(few, folder, monitors={}, dataset=dataset, progress=False)
@@ -164,14 +164,14 @@ def seconds_a_step(recipe: Recipe, dataset: Any = None) -> float:
 
 
 def pending(cells: dict[str, Recipe], out: str | Path) -> dict[str, Recipe]:
-    "The cells that have no result in `out` yet. (What was measured otherwise will be measured again.)"
+    "Cells without a result in `out`. (Those measured differently are left out: only measuring is repeated.)"
     return {n: r for n, r in cells.items() if not (cell_folder(out, n, r) / 'result.json').exists()}
 
 # %% ../../nbs/9_experiments/5_setup.ipynb #e2c079f2
 def kept_bytes(forward: Callable[[], Any], leave_out: Iterable[Tensor] = ()) -> tuple[int, Any]:
-    """Bytes that `forward()` keeps for its backward pass, without those of some tensors (weights, say).
+    """(bytes that `forward()` saves for its backward pass, what it returned).
 
-    Beside them, what it returned."""
+    `leave_out`: tensors (weights, for example) whose storage is not counted."""
     own = {t.untyped_storage().data_ptr() for t in leave_out}
     kept: dict[int, int] = {}
 
@@ -187,11 +187,11 @@ def kept_bytes(forward: Callable[[], Any], leave_out: Iterable[Tensor] = ()) -> 
 
 # %% ../../nbs/9_experiments/5_setup.ipynb #3d781b3d
 def step_memory(trainer: Trainer, views: Any, weights: bool = False) -> int:
-    "Bytes that one step keeps for its backward pass; with or without those `weights` that it reads."
+    "Bytes that one step saves for its backward pass; `weights`: count the method's parameters too."
     leave_out = [] if weights else list(trainer.method.parameters())
     views = views.to(trainer.device)
     kept, terms = kept_bytes(lambda: trainer.loss_terms(views, trainer.values()), leave_out)
-    sum(terms.values()).backward()  # what is kept is let go
+    sum(terms.values()).backward()  # frees what was saved
     trainer.optimizer.zero_grad()
     return kept
 
@@ -203,7 +203,7 @@ def first_views(trainer: Trainer, dataset: Any) -> Any:
 
 
 def timed_step(trainer: Trainer, views: Any) -> float:
-    "Seconds of one step. (It ends by reading numbers back, and so waits for the device.)"
+    "Seconds for one step. (It ends by copying numbers to the CPU, and so waits for the device.)"
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     started = time.perf_counter()

@@ -23,12 +23,12 @@ from .cells import run_cell
 
 # %% ../../nbs/9_experiments/2_workers.ipynb #4c902ead
 def work() -> None:
-    """The body of a worker process: cells come in as JSON lines on stdin, reports go out on stdout.
+    """Main loop of a worker process: reads cells as JSON lines from stdin, writes reports to stdout.
 
-    All ends when stdin closes."""
+    When stdin closes, the worker and its child processes are killed."""
     cells: queue.Queue = queue.Queue()
     reports = os.fdopen(os.dup(1), 'w', buffering=1)
-    os.dup2(2, 1)  # what libraries print belongs in the log
+    os.dup2(2, 1)  # what libraries print goes to the log, not among the reports
 
     def report(**message):
         print(json.dumps(message), file=reports)
@@ -42,7 +42,7 @@ def work() -> None:
 def _receive(cells):
     for line in sys.stdin:
         cells.put(json.loads(line))
-    os.killpg(0, signal.SIGKILL)  # the parent is gone: this group is the worker and its children
+    os.killpg(0, signal.SIGKILL)  # the parent is gone: kill this process group, the worker and its children
 
 # %% ../../nbs/9_experiments/2_workers.ipynb #64c0ffda
 def _run_and_report(cell, report):
@@ -62,12 +62,12 @@ def _run_and_report(cell, report):
 
 # %% ../../nbs/9_experiments/2_workers.ipynb #34da18c8
 def cores() -> int:
-    "How many cores this process may use."
+    "Number of CPU cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 def worker_environment(slot: int, jobs: int, nproc: int = 1) -> dict[str, str]:
-    "Environment variables of worker number `slot` of `jobs`, whose runs have `nproc` processes each."
+    "Environment of worker `slot` of `jobs`: its threads and GPUs, for runs of `nproc` processes each."
     env = dict(os.environ, OMP_NUM_THREADS=str(max(1, cores() // (jobs * nproc))))
     env['PYTHONPATH'] = os.pathsep.join(p for p in sys.path if p)
     every = os.environ.get('CUDA_VISIBLE_DEVICES') or ','.join(map(str, range(torch.cuda.device_count())))
@@ -79,9 +79,9 @@ def worker_environment(slot: int, jobs: int, nproc: int = 1) -> dict[str, str]:
 
 # %% ../../nbs/9_experiments/2_workers.ipynb #c3c8cb1c
 class Worker:
-    """A worker process as its parent sees it: `send` it a cell.
+    """The parent's handle on a worker process, which `send` gives a cell to run.
 
-    What it reports arrives in `inbox` as (worker, message), and (worker, None) when it has exited."""
+    Its reports arrive in `inbox` as (worker, message), then (worker, None) once it has exited."""
 
     def __init__(self, slot: int, jobs: int, inbox: queue.Queue, log: str | Path, nproc: int = 1):
         self.slot, self.name, self.started, self.log = slot, None, False, Path(log)
@@ -100,17 +100,17 @@ class Worker:
 # %% ../../nbs/9_experiments/2_workers.ipynb #c85a9286
 @patch
 def send(self: Worker, name: str, cell: dict) -> None:
-    "Gives it the cell of that name to run."
+    "Gives the worker the cell `name` to run; `cell`: the arguments of `run_cell`."
     self.name = name
     try:
         print(json.dumps(cell), file=self.process.stdin, flush=True)
     except BrokenPipeError:
-        pass  # it exited in between: `inbox` will tell
+        pass  # it has exited meanwhile: (worker, None) arrives in `inbox`
 
 
 @patch
 def end(self: Worker) -> str:
-    "Ends the process with its children -> how it ended."
+    "Kills the process and its children -> how it ended, for example 'exit code 1'."
     try:
         os.killpg(self.process.pid, signal.SIGKILL)
     except ProcessLookupError:

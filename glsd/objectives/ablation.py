@@ -35,9 +35,8 @@ def distillation_targets(
 ) -> Tensor:
     """The teacher's target distributions [B, T, K] for the logits [B, T, K] of a whole batch.
 
-    'center': softmax after subtracting the centre, as in DINO; 'sinkhorn': three rounds over all rows, as in
-    DINOv2; 'sinkhorn_each': on each view separately, as in SwAV; 'plain': softmax. float32 (float64 if
-    given)."""
+    'center': softmax of logits - center, as in DINO; 'sinkhorn': 3 rounds over all rows, as in DINOv2;
+    'sinkhorn_each': over each view separately, as in SwAV; 'plain': softmax. float32 (float64 if given)."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if targets == 'sinkhorn':
         return sinkhorn(logits.flatten(0, 1), temperature).view_as(logits)

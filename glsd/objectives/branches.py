@@ -116,7 +116,7 @@ def check_names(terms: Sequence[Term]) -> None:
     for name, term in zip(names, terms):
         if names.count(name) > 1:
             kind = type(term).__name__
-            raise ValueError(f'two terms are called {name!r}: give one another name, {kind}(..., name=...)')
+            raise ValueError(f'two terms are called {name!r}: give one {kind} another `name`')
 
 # %% ../../nbs/4_distillation/5_branches.ipynb #299f6cc8
 class Objective(nn.Module):

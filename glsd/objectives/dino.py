@@ -36,9 +36,8 @@ def sinkhorn(scores: Tensor, temperature: float = 0.05, iterations: int = 3) -> 
     """Targets [n, K] for scores [n, K]: each row sums to 1, and all columns have nearly the same sum over the
     rows of all processes.
 
-    `temperature`: DINO's teacher temperature, SwAV's epsilon. Computes in float32 (float64 if given), also
-    under autocast. No gradient. ValueError for bad arguments. SwAV (Caron et al. 2020), Sec. 3.1; Sinkhorn
-    and Knopp 1967."""
+    `temperature`: that of DINO's teacher, SwAV's epsilon. In float32 (float64 if given), also under autocast.
+    No gradient. ValueError for bad arguments. SwAV (Caron et al. 2020), Sec. 3.1; Sinkhorn and Knopp 1967."""
     if scores.ndim != 2 or not len(scores):
         raise ValueError(f'sinkhorn takes scores [n, K] of at least one row, not {tuple(scores.shape)}')
     if not temperature > 0 or iterations < 1:
@@ -70,7 +69,6 @@ class Term(nn.Module):  # in one cell: all that a loss may ask of its method, to
 
     name = ''  # name of the term, and of the logits that it reads
     teacher_sees_all = False  # True: the teacher gets the local crops, too
-    reads_queries = False  # True: the term needs views with query crops
 
     def __init__(self, name: str | None = None):
         super().__init__()

@@ -114,6 +114,7 @@ def regression_error(
 
     d (predictions), offset [B, m, 2]. divisor: 'k'; 'none' (the released code's runs): offsets 0 to k-1 as
     they are; 'k-1': |offset| / (k-1), or if `signed` (offset + k-1) / 2(k-1). ValueError for others."""
+    check_variant('l1', divisor)
     t, k = (offset if signed else offset.abs()), torch.tensor(grid, device=d.device)
     if divisor == 'none':
         return (t - d).abs()
@@ -130,9 +131,8 @@ def class_error(logits: Tensor, offset: Tensor) -> Tensor:
 
 # %% ../../nbs/4_distillation/15_drloc.ipynb #27bddae7
 def cycle_error(logits: Tensor, offset: Tensor, alpha: float = 0.001) -> Tensor:
-    """(c - mu)^2 / sigma^2 + alpha log sigma on each axis, [B, m, 2], for the true offset c. DrLoc Eq. 6.
-
-    mu and sigma^2 (at least 1e-6): mean and variance of p = softmax(logits) over the classes -k...k."""
+    """(c - mu)^2 / sigma^2 + alpha log sigma on each axis; c: true offset; mu, sigma^2 (at least 1e-6):
+    the mean and variance of p over the classes -k...k. DrLoc Eq. 6."""
     k, p = logits.shape[-1] // 2, logits.softmax(-1)
     c = torch.arange(-k, k + 1, device=p.device, dtype=p.dtype)
     mu = p @ c
@@ -179,8 +179,7 @@ def dense_localization_loss(
     ignoring m), 'ce' (Eq. 5), 'cycle' (Eq. 6); the last two need an mlp with 2(2k+1) outputs. `reduction`:
     'mean' over images, pairs and both axes (pseudocode in A, the reference), or 'sum' over images and axes
     of the mean over pairs (Eq. 2). `divisor`: see `regression_error`. Gradient to tokens and mlp. ValueError
-    for an unknown variant, reduction or divisor, a grid of one token, too large an m, or an mlp that does not
-    fit."""
+    for an unknown variant, reduction or divisor, a grid of one token, too large an m or a wrong mlp."""
     check_variant(variant, divisor)
     if reduction not in ('mean', 'sum'):
         raise ValueError(f"reduction is {reduction!r}: 'mean' (the reference) or 'sum' (the paper)")
@@ -212,8 +211,8 @@ def n_pairs(grid: tuple[int, int], size: int = 7) -> int:
 class DRLocLoss(Term):  # in one cell: half of it is arguments
     """DrLoc as a local term of self-distillation, on the student's tokens in each view; ignores the teacher.
 
-    The mean over views and images; a view with fewer than m pairs of tokens takes as many as it has. The MLP
-    belongs to the loss and is trained with the student. m, variant, divisor: see
+    The mean over views and images; a local view with fewer than m pairs of tokens takes as many as it has.
+    The MLP belongs to the loss and is trained with the student. m, variant, divisor: see
     `dense_localization_loss`; hidden, n_layers: of the MLP. ValueError as there."""
 
     name = 'drloc'

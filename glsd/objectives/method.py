@@ -58,7 +58,7 @@ def decay_groups(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> list[d
 class Method(nn.Module):  # one long cell: this is the contract, to be read as a whole
     """A learning method: its networks, and all that a trainer has to know about it.
 
-    A subclass builds its networks in `__init__`, names the one that outlives training `backbone`, and
+    A subclass builds its networks in `__init__`, names the one to keep `backbone`, and
     defines `training_step`. `Options`: the method's own recipe fields; `Views`: the recipe fields of its
     crops; `defaults`: values of either, or of the run, that replace the usual defaults. `classes`: the
     names of the data's classes, if there are any.
@@ -96,8 +96,7 @@ class Method(nn.Module):  # one long cell: this is the contract, to be read as a
     def training_step(self, views: Batch, values: dict) -> dict[str, Tensor]:
         """Loss terms of a batch of views: name -> weighted scalar. The trainer minimises their sum.
 
-        `values`: the scheduled values at this step. In eval mode, queues, centres and averages do not
-        change."""
+        `values`: the scheduled values at this step. In eval mode no queue, centre or average changes."""
         raise TypeError(f'{type(self).__name__} has no training_step(views, values): a method needs one')
 
     def after_step(self, values: dict) -> None:

@@ -35,7 +35,7 @@ class DistillationOptions(Method.Options):
     backbone: str = 'swin_tiny_w7'  # name of the backbone
     out_dim: int = 65536  # number of prototypes of a head (the support I of Eq. 3)
     head_hidden: int = 2048  # width of the hidden layers of a head
-    head_bottleneck: int = 256  # output width of a head's MLP, which is compared with the prototypes
+    head_bottleneck: int = 256  # width of what a head compares with its prototypes
     head_batchnorm: bool = False  # BatchNorm in the hidden layers of a head
     norm_last_layer: bool = True  # fix the lengths of the prototypes at 1; the published commands pass False
     fused: bool = False  # save memory: never store all logits, the loss computes a few rows at a time
@@ -131,7 +131,7 @@ class SelfDistillation(StudentTeacher):  # in one cell: a step, in the order in 
     A subclass defines `terms`, and `Options` with their options. GLSD Sec. 3; DINO (Caron et al. 2021)."""
 
     def outputs(self, views: Views, values: dict | None = None) -> tuple[Outputs, Outputs]:
-        "`Outputs` of student and teacher; the teacher's without gradient."
+        "`Outputs` of student and teacher; the teacher's without gradient. `values` is not used."
         terms = self.objective.terms.values()
         with torch.no_grad():
             inputs = backbone_inputs(terms, views, self.teacher, teacher=True)

@@ -10,7 +10,7 @@ __all__ = ['Recipe', 'Run', 'Supervised', 'Trainer', 'World', 'accuracy_monitor'
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # what editors and type checkers see; the names themselves come when they are asked for
+if TYPE_CHECKING:  # for editors and type checkers; at run time `__getattr__` imports names at first use
     from glsd.training.finetune import finetune_recipe
     from glsd.training.launching import launch
     from glsd.training.loop import Run, load_method, load_run, pretrain
@@ -45,7 +45,7 @@ _all_ = [
 
 
 def __getattr__(name: str):
-    "A name of this floor, imported from its chapter at its first use."
+    "Import a name of this package from its module at first use."
     for module, names in _PLACES.items():
         if name in names.split():
             return getattr(import_module(f'glsd.training.{module}'), name)

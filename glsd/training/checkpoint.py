@@ -29,7 +29,7 @@ def list_checkpoints(run_dir: str | os.PathLike) -> list[Path]:
 
 
 def save_checkpoint(run_dir: str | os.PathLike, state: dict, keep: int = 2) -> Path:
-    "Writes `state` to run_dir/checkpoints/step_NNNNNNNN.pt, whole or not at all, and keeps the last `keep`."
+    "Writes `state` atomically to run_dir/checkpoints/step_NNNNNNNN.pt, and keeps only the last `keep`."
     path = Path(run_dir) / 'checkpoints' / f'step_{state["step"]:08d}.pt'
     try:
         with atomic_write(path) as f:
@@ -40,7 +40,7 @@ def save_checkpoint(run_dir: str | os.PathLike, state: dict, keep: int = 2) -> P
         raise
     done = list_checkpoints(run_dir)
     now = done.index(path)
-    # later ones could not be read, or the run would have gone on from there
+    # files of later steps must be unreadable, or the run would have resumed from them: remove them, too
     for old in [*done[: max(0, now + 1 - keep)], *done[now + 1 :], *path.parent.glob('*.part')]:
         old.unlink()
     return path
@@ -65,7 +65,7 @@ def _bytes(state: Any) -> int:
 class CheckpointWriter:  # in one cell: three short functions around one thread
     """`save_checkpoint` in a thread: the caller waits for a copy in memory, not for the disk.
 
-    One is written at a time; `close` waits for the last. An error is raised by the next call."""
+    Writes one checkpoint at a time; `close` waits for the last. The next call raises the thread's error."""
 
     def __init__(self, run_dir: str | os.PathLike, keep: int = 2):
         self.run_dir, self.keep = run_dir, keep
@@ -73,7 +73,7 @@ class CheckpointWriter:  # in one cell: three short functions around one thread
         self.error: BaseException | None = None
 
     def save(self, state: dict) -> None:
-        "Copies the state, and has the copy written."
+        "Waits for the previous checkpoint, copies the state, and starts to write the copy."
         self.close()
         self.thread = threading.Thread(target=self._write, args=[_copied(state)])
         self.thread.start()
@@ -85,7 +85,7 @@ class CheckpointWriter:  # in one cell: three short functions around one thread
             self.error = e
 
     def close(self) -> None:
-        "Waits until all is written. Raises what went wrong."
+        "Waits until the last checkpoint is written; raises the error if that failed."
         if self.thread:
             self.thread.join()
         error, self.thread, self.error = self.error, None, None
@@ -94,7 +94,7 @@ class CheckpointWriter:  # in one cell: three short functions around one thread
 
 # %% ../../nbs/7_training/3_checkpoint.ipynb #23a9bb0c
 def _copied(x: Any, seen: dict | None = None) -> Any:
-    "A copy on the CPU. What has two names in a state, as shared weights do, is copied once."
+    "A copy on the CPU. A tensor that occurs under two names (shared weights) is copied once."
     seen = {} if seen is None else seen
     if isinstance(x, torch.Tensor):
         if id(x) not in seen:
@@ -109,9 +109,9 @@ PARTS = 'step', 'recipe', 'backbone', 'method', 'optimizer'
 
 
 def load_checkpoint(path: str | os.PathLike) -> dict:
-    """Reads one checkpoint, of this format or an earlier one. ValueError if it is none.
+    """Reads a checkpoint of this or an earlier format. weights_only=True: an untrusted file cannot run code.
 
-    With weights_only=True: a file from a stranger cannot run code."""
+    Raises FileNotFoundError, or ValueError if the file is damaged or not a checkpoint."""
     if not Path(path).is_file():
         raise FileNotFoundError(f'no checkpoint at {path}')
     try:
@@ -132,8 +132,9 @@ _FORMAT_1 = 'step', 'recipe', 'backbone', 'student', 'teacher', 'objective', 'op
 
 # %% ../../nbs/7_training/3_checkpoint.ipynb #d3c79c5b
 def upgrade_checkpoint(state: Any, where: Any = 'checkpoint') -> Any:
-    """A checkpoint of this format from one of an earlier one; any other state as it is. ValueError for a
-    later one."""
+    """A checkpoint of an earlier format, converted to the current one; any other state is returned as it is.
+
+    Raises ValueError for a newer format."""
     written = state.get('format', 1) if isinstance(state, dict) else FORMAT
     if written > FORMAT:
         raise ValueError(f'{where} was written by a newer glsd (format {written}, this one knows {FORMAT})')
@@ -161,16 +162,16 @@ def upgrade_checkpoint(state: Any, where: Any = 'checkpoint') -> Any:
 
 # %% ../../nbs/7_training/3_checkpoint.ipynb #29d3c826
 def saved_recipe(state: dict, where: Any) -> Recipe:
-    """The recipe of a checkpoint, or of the metadata of an exported file, of any format.
+    """The recipe in a checkpoint, or in the metadata of an exported file, of any format.
 
-    ValueError for fields that are not known here."""
+    Raises ValueError for unknown fields."""
     values = state['recipe']
     values = json.loads(values) if isinstance(values, str) else dict(values)
     if state.get('kind') == 'SupervisedRecipe':  # the first format had two kinds of recipe
         values = _old_supervised_values(values)
     elif 'method' not in values:
         values = {'objective': 'geometric', **values}
-    written = state.get('format', 1)  # 'pt' in the metadata of a file of weights
+    written = state.get('format', 1)  # 'pt' in the metadata of exported weights
     values.setdefault('format', written if isinstance(written, int) else 1)
     return Recipe.from_dict(values, where=str(where))
 
@@ -178,13 +179,13 @@ def saved_recipe(state: dict, where: Any) -> Recipe:
 def _old_supervised_values(values: dict) -> dict:
     renamed = dict(size='global_size', scale='global_scale', drloc='drloc_weight', drloc_pairs='drloc_m')
     kept = {renamed.get(k, k): v for k, v in values.items() if k != 'test_every'}
-    if 'weight_decay' in kept:  # it was constant
+    if 'weight_decay' in kept:  # it was constant in format 1
         kept['weight_decay_final'] = kept['weight_decay']
     return {'method': 'supervised', 'format': 1, **kept}
 
 # %% ../../nbs/7_training/3_checkpoint.ipynb #f3a643e3
 def last_checkpoint(run_dir: str | os.PathLike) -> dict | None:
-    "The newest checkpoint that can be read, or None. One that cannot be read is warned about."
+    "The newest readable checkpoint, or None. Warns of unreadable ones; raises ValueError if all are."
     paths = list_checkpoints(run_dir)
     for path in reversed(paths):
         try:
@@ -203,8 +204,8 @@ def first_few(names: list, n: int = 2) -> str:
 
 # %% ../../nbs/7_training/3_checkpoint.ipynb #26762ea0
 def check_same_recipe(recipe: Recipe, saved: Recipe, where: Any, free: tuple = FREE) -> None:
-    """A run goes on with the recipe it began with: ValueError with the first fields that differ; `free` ones
-    may."""
+    """Raises ValueError, with the first fields that differ, unless a run saved with one recipe may be resumed
+    with the other: only fields in `free` may differ."""
     there = {k: v for k, v in saved.differences(recipe).items() if k not in free}
     if there:
         here = recipe.to_dict()

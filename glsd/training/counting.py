@@ -27,18 +27,18 @@ from ..views.multicrop import MultiCrop, Views
 
 # %% ../../nbs/7_training/17_counting.ipynb #d484b54b
 class MetaWorld(World):
-    "The world of a trainer whose tensors have shapes and no numbers."
+    "A world on the meta device: tensors have shapes but no data."
 
     def device(self, name: str) -> torch.device:
-        "`meta`, whatever the recipe names."
+        "The meta device, whatever the recipe names."
         return torch.device('meta')
 
 
 def empty_views(multicrop: MultiCrop, batch: int) -> Views:
-    "Views of a method's sizes without pixels."
+    "Uninitialised Views with the sizes that a method uses."
     m = multicrop
     groups = [(m.n_global, m.global_size)] + [(m.n_local, m.local_size)] * bool(m.n_local)
-    time = [m.frames] if hasattr(m, 'frames') else []  # clips
+    time = [m.frames] if hasattr(m, 'frames') else []  # video clips
     crops = [torch.empty(v, batch, 3, *time, s, s) for v, s in groups]
     w_geo = [torch.empty(v, batch, 7) for v, _ in groups]
     views = Views(crops, w_geo, torch.empty(batch), torch.zeros(batch, dtype=torch.long))
@@ -49,7 +49,7 @@ def empty_views(multicrop: MultiCrop, batch: int) -> Views:
 
 # %% ../../nbs/7_training/17_counting.ipynb #52453dde
 class SavedTensors:
-    "Context: `bytes` of all tensors that autograd keeps for a backward pass, parameters not counted."
+    "Context manager: `bytes` of all tensors that autograd saves for the backward pass, without parameters."
 
     def __init__(self, module: nn.Module):
         self.parameters = {p.untyped_storage()._cdata for p in module.parameters()}
@@ -57,7 +57,7 @@ class SavedTensors:
 
     @property
     def bytes(self) -> int:
-        "Of all storages, each counted once."
+        "The total of all storages, each counted once."
         return sum(s.nbytes() for k, s in self.saved.items() if k not in self.parameters)
 
     def __enter__(self) -> 'SavedTensors':
@@ -69,21 +69,21 @@ class SavedTensors:
         self.hooks.__exit__(*error)
 
     def save(self, x: torch.Tensor) -> torch.Tensor:
-        "What autograd calls for each tensor that it keeps."
+        "The hook that autograd calls for each tensor that it saves."
         s = x.untyped_storage()
         self.saved[s._cdata] = s
         return x
 
 # %% ../../nbs/7_training/17_counting.ipynb #c23821d6
 def logit_elements(method: nn.Module, views: Views) -> list[int]:
-    "How many logits student and teacher have; none for other methods."
+    "The numbers of logits of student and teacher; [] for other methods."
     if not isinstance(method, SelfDistillation):
         return []
     return [sum(int(np.prod(x.shape)) for x in out.logits.values()) for out in method.outputs(views)]
 
 
 def logit_bytes(recipe: Recipe, logits: list[int], half: float) -> dict[str, float]:
-    "Bytes of the logits: all of them, or the blocks of a fused loss."
+    "Bytes of the logits: of all of them or, for a fused loss, of the blocks that exist at one time."
     if not logits:
         return {}
     if not recipe.fused:
@@ -94,24 +94,24 @@ def logit_bytes(recipe: Recipe, logits: list[int], half: float) -> dict[str, flo
 # %% ../../nbs/7_training/17_counting.ipynb #2abc8c1e
 @dataclass(frozen=True)
 class Count:
-    "What a step of `batch` images on one device takes: matrix operations, and bytes by name."
+    "The cost of a step on `batch` images on one device: FLOPs of matrix operations, and bytes by purpose."
 
     batch: int
-    parameters: int  # that are trained
+    parameters: int  # trainable ones
     flops: float
     bytes: dict = field(hash=False)
 
     @property
     def peak(self) -> float:
-        "Bytes in all."
+        "The sum of all bytes."
         return sum(self.bytes.values())
 
 # %% ../../nbs/7_training/17_counting.ipynb #a3e2c253
-# longer than other cells: what is counted stands together
+# longer than other cells: everything that is counted is in one place
 def count_step(recipe: Recipe, batch: int | None = None, processes: int = 1) -> Count:
-    """Counts one step on `batch` images (the recipe's, if not given) in one of so many processes.
+    """Counts one step on `batch` images (default: the recipe's) in one of `processes` processes.
 
-    ValueError for a method that needs numbers to choose what it computes."""
+    Raises ValueError for a method whose computation depends on the values in its tensors."""
     batch = batch or recipe.batch_size
     with torch.device('meta'):
         trainer = Trainer(recipe, 10, MetaWorld(), classes=['a class'] * 1000 if recipe.needs_labels else ())
@@ -139,7 +139,7 @@ def count_step(recipe: Recipe, batch: int | None = None, processes: int = 1) -> 
 
 # %% ../../nbs/7_training/17_counting.ipynb #c1a2c27b
 def random_views(multicrop: MultiCrop, batch: int) -> Views:
-    "Views of images of noise."
+    "Views of noise images."
     rng, size = np.random.default_rng(0), multicrop.global_size
     images = [torch.from_numpy(rng.integers(0, 256, (3, size, size), np.uint8)) for _ in range(batch)]
     samples = [multicrop.sample(x, sample_rng(0, 0, i)) for i, x in enumerate(images)]
@@ -147,14 +147,14 @@ def random_views(multicrop: MultiCrop, batch: int) -> Views:
 
 
 def measure_step(recipe: Recipe, steps: int = 3, memory: bool = True) -> tuple[float, float]:
-    """Median processor seconds of a step (without making views), and its peak bytes (0: not asked for).
+    """Median CPU seconds of a step, without making views, and its peak memory in bytes (0 if not `memory`).
 
-    On the CPU, in this process."""
+    Runs on the CPU, in this process."""
     recipe = recipe.replace(device='cpu')
     classes = ['a class'] * 1000 if recipe.needs_labels else ()
     trainer = Trainer(recipe, max(10, recipe.steps), classes=classes)
     views = random_views(trainer.method.views, recipe.batch_size)
-    trainer.step(views)  # makes AdamW's moments, and warms up
+    trainer.step(views)  # creates AdamW's moments, and warms up
     peak, times = _peak(trainer, views) if memory else 0.0, []
     for _ in range(steps):
         began = time.process_time()
@@ -165,7 +165,7 @@ def measure_step(recipe: Recipe, steps: int = 3, memory: bool = True) -> tuple[f
 # %% ../../nbs/7_training/17_counting.ipynb #2abb84e2
 @contextmanager
 def _quiet():
-    "The profiler's library writes its own log to the process's output, where Python cannot catch it."
+    "Silences stderr at the file descriptor: the profiler's C++ library logs there, not through sys.stderr."
     kept = os.dup(2)
     with open(os.devnull, 'w') as nowhere:
         os.dup2(nowhere.fileno(), 2)

@@ -29,14 +29,14 @@ from ..views.multicrop import Views
 def soft_distillation(student: Tensor, teacher: Tensor, tau: float = 1.0, per_image: bool = False) -> Tensor:
     """tau^2 KL(teacher || student) of logits [N, C] at temperature tau (DeiT, Eq. 2), divided by N * C.
 
-    That is the released code's; per_image: divided by N, as the paper has it."""
+    N * C is the released code's divisor; with per_image it is N, as in the paper."""
     log_q, log_p = ((logits / tau).log_softmax(1) for logits in (student, teacher))
     total = F.kl_div(log_q, log_p, reduction='sum', log_target=True) * tau**2
     return total / (len(student) if per_image else student.numel())
 
 
 def hard_distillation(student: Tensor, teacher: Tensor) -> Tensor:
-    "Cross-entropy of logits [N, C] with the teacher's decisions (DeiT, Eq. 3, second term)."
+    "Cross-entropy of logits [N, C] with the teacher's predicted classes (DeiT, Eq. 3, second term)."
     return F.cross_entropy(student, teacher.argmax(1))
 
 # %% ../../nbs/7_training/22_deit.ipynb #c22511fc
@@ -55,8 +55,8 @@ def distillation_terms(
 ) -> dict[str, Tensor]:
     """DeiT's loss as weighted terms: `ce`, and `distillation` unless `kind` is none (Eq. 2 and 3, its code).
 
-    outputs, outputs_kd: logits [N, C] of the class and of the distillation head (the same, where there is
-    one). targets: shares [N, C]. tau is of soft distillation alone."""
+    outputs, outputs_kd, teacher: logits [N, C] of the class head, the distillation head (the class head's
+    again, if there is none) and the teacher. targets: probabilities [N, C]. tau: for soft distillation."""
     ce = SoftTargetCrossEntropy()(outputs, targets)
     if kind == 'none' or teacher is None:
         return {'ce': ce}
@@ -69,27 +69,27 @@ def distillation_terms(
 # %% ../../nbs/7_training/22_deit.ipynb #c32a6f43
 @dataclass(frozen=True)
 class DeiTOptions(FinetuneOptions):
-    "Options of DeiT; the defaults are the paper's (Table 9) with hard distillation."
+    "Options of DeiT; defaults: the paper's (Table 9), with hard distillation."
 
     backbone: str = 'deit_small_p16'
     layer_decay: float = 1.0
-    teacher: str = ''  # the folder of a supervised run, of any backbone
-    distillation: str = 'hard'  # none, soft or hard
-    alpha: float = 0.5  # weight of the distillation term; that of the labels is 1 - alpha
+    teacher: str = ''  # the teacher: folder of a supervised run, with any backbone
+    distillation: str = 'hard'  # kind of distillation: none, soft or hard
+    alpha: float = 0.5  # weight of the distillation term; the term of the labels has 1 - alpha
     tau: float = 1.0  # temperature of soft distillation; the paper: 3, with alpha 0.1
-    per_image: bool = False  # soft: divided by images, as in the paper, and not by images x classes
-    token: bool = True  # a distillation token with a head of its own; the backbone must have one
+    per_image: bool = False  # soft distillation: divide by images, as in the paper, not by images x classes
+    token: bool = True  # use a distillation token, with a head of its own; the backbone must have the token
 
 # %% ../../nbs/7_training/22_deit.ipynb #dd430001
 @register_method('deit')
 class DeiT(Finetune):
-    """Supervised training with a teacher's word for each view (Touvron et al. 2021).
+    """Supervised training that also learns from a teacher's prediction for each view (Touvron et al. 2021).
 
-    `n_global` views of each image are in a batch: its repeated augmentation. ValueError for a token that the
-    backbone does not have."""
+    A batch has `n_global` views of each image: DeiT's repeated augmentation. Raises ValueError if `token` is
+    set and the backbone has none."""
 
     Options = DeiTOptions
-    both: Callable[[Tensor], tuple[Tensor, Tensor]]  # grows below, as does `teacher_logits`
+    both: Callable[[Tensor], tuple[Tensor, Tensor]]  # defined below, as is `teacher_logits`
     teacher_logits: Callable[[Tensor], Tensor | None]
     defaults = dict(
         n_global=3, n_local=0, global_scale=(0.08, 1.0), batch_size=342, epochs=100.0, lr=5e-4, lr_batch=171,
@@ -97,8 +97,8 @@ class DeiT(Finetune):
     )  # fmt: skip
 
     def add_parts(self) -> None:
-        "The head of the distillation token."
-        self.found_teacher: list[nn.Module] = []  # in a list: it is no part of what is trained or saved
+        "Adds the head of the distillation token."
+        self.found_teacher: list[nn.Module] = []  # a list, so that it is no submodule: not trained, not saved
         if not self.options.token:
             return
         if getattr(self.backbone.model, 'num_reg_tokens', 0) != 1:
@@ -114,7 +114,7 @@ class DeiT(Finetune):
 # %% ../../nbs/7_training/22_deit.ipynb #a8b885f4
 @patch
 def both(self: DeiT, x: Tensor) -> tuple[Tensor, Tensor]:
-    "Crops [N, 3, h, w] -> logits [N, C] of the class head and of the distillation head; or twice the same."
+    "Crops [N, 3, h, w] -> logits [N, C] of the class and the distillation head (class head twice if none)."
     backbone, head, *more = self.networks()
     features = backbone(x)
     outputs = head(features.pooled)
@@ -129,9 +129,9 @@ def logits(self: DeiT, x: Tensor) -> Tensor:
 
 # %% ../../nbs/7_training/22_deit.ipynb #c64dd8f8
 def open_teacher(folder: str, classes: Sequence[str]) -> Supervised:
-    """The classifier of a supervised run, in eval mode, frozen. Draws no random numbers.
+    """The classifier of a supervised run, in eval mode, frozen. Leaves torch's random state as it was.
 
-    ValueError or FileNotFoundError, in one line: no such run, one without labels, other classes."""
+    Raises ValueError or FileNotFoundError: no such run, one without labels, or other classes."""
     if not folder:
         raise ValueError('deit needs a teacher: name the folder of a supervised run, or distillation=none')
     with torch.random.fork_rng(devices=[]):
@@ -147,7 +147,7 @@ def open_teacher(folder: str, classes: Sequence[str]) -> Supervised:
 @patch
 @torch.no_grad()
 def teacher_logits(self: DeiT, x: Tensor) -> Tensor | None:
-    "What the teacher says of crops [N, 3, h, w]: [N, C]; None without distillation."
+    "The teacher's logits [N, C] for crops [N, 3, h, w]; None without distillation."
     if self.options.distillation == 'none':
         return None
     if not self.found_teacher:
@@ -157,7 +157,7 @@ def teacher_logits(self: DeiT, x: Tensor) -> Tensor | None:
 # %% ../../nbs/7_training/22_deit.ipynb #15ec704c
 @patch
 def training_step(self: DeiT, views: Views, values: dict) -> dict[str, Tensor]:
-    "`ce` and `distillation`, over all views of all images."
+    "The loss terms `ce` and `distillation`, over all views of all images."
     o, crops = self.options, views.crops[0]
     x, label = crops.flatten(0, 1), views.label.repeat(len(crops))  # type: ignore[union-attr]
     x, target = self.mixed(x, label)
@@ -170,13 +170,13 @@ def training_step(self: DeiT, views: Views, values: dict) -> dict[str, Tensor]:
 
 @patch
 def dry_step(self: DeiT, views: Views, values: dict) -> Tensor:
-    "What `glsd plan` counts: the student's part. The teacher's forward pass comes on top."
+    "What `glsd plan` counts: the student's part, without the teacher's forward pass."
     return sum(part.mean() for part in self.both(views.crops[0].flatten(0, 1)))  # type: ignore[return-value]
 
 # %% ../../nbs/7_training/22_deit.ipynb #6d1eac6a
 @patch(cls_method=True)
 def check(cls: DeiT, recipe: Any) -> None:
-    "ValueError, in one line, for options that are out of range or do not go together."
+    "Raises ValueError for options that are out of range or contradict each other."
     r = recipe
     check_ranges(
         vars(r.options), dict(n_test=1, mixup=0, cutmix=0), ('jitter', 'erase', 'smoothing', 'alpha')
@@ -198,7 +198,7 @@ def check(cls: DeiT, recipe: Any) -> None:
 
 @patch(cls_method=True)
 def monitors(cls: DeiT, recipe: Any) -> dict[str, Callable]:
-    "The accuracy of both heads together. A teacher that is not there is missed now."
+    "The accuracy of both heads together. Opens the teacher, so that a missing one fails before training."
     test = test_images(recipe)
     if recipe.distillation != 'none':
         open_teacher(recipe.teacher, list(test.classes))
@@ -210,9 +210,9 @@ def repeated_indices(
 ) -> list[int]:
     """The indices that process `rank` of `ranks` sees in an epoch of DeiT's repeated augmentation.
 
-    permutation: the shuffled indices. Each is repeated, the list is filled up from its front until it can be
-    shared, each process takes every ranks-th entry, and the epoch ends after one data length, rounded down
-    to a multiple. DeiT's code, with multiple=256; data sets under a multiple give nothing."""
+    permutation: the shuffled indices. Each is repeated; the list is padded from its start to a multiple of
+    `ranks`; each process takes every ranks-th entry; all processes together see as many views as there are
+    images, rounded down to a multiple of `multiple`. DeiT's code (256); smaller data sets give nothing."""
     row = [int(i) for i in permutation for _ in range(repeats)]
     row += row[: -len(row) % ranks]
     return row[rank::ranks][: len(permutation) // multiple * multiple // ranks]
@@ -221,7 +221,7 @@ def repeated_indices(
 class RepeatedAugmentation(Sampler):
     """DeiT's sampler for a DataLoader: see `repeated_indices`. Call `set_epoch` before each epoch.
 
-    ValueError for a data set that would give an empty epoch."""
+    Raises ValueError for a data set too small for one epoch."""
 
     def __init__(self, n: int, rank: int = 0, ranks: int = 1, repeats: int = 3, multiple: int = 256):
         self.n, self.rank, self.ranks, self.repeats, self.multiple = n, rank, ranks, repeats, multiple
@@ -233,7 +233,7 @@ class RepeatedAugmentation(Sampler):
             )
 
     def set_epoch(self, epoch: int) -> None:
-        "The shuffle depends on the epoch alone."
+        "Sets the epoch, which alone determines the shuffle."
         self.epoch = epoch
 
     def __len__(self) -> int:

@@ -44,23 +44,23 @@ from ..views.multicrop import MultiCrop, one_view_colours
 # %% ../../nbs/7_training/21_finetune.ipynb #e2bc4fe4
 @dataclass(frozen=True)
 class FinetuneOptions(SupervisedOptions):
-    """Options of fine-tuning; the defaults are MAE's for ViT-B (Table 9), DrLoc's terms are there and off."""
+    """Options of fine-tuning; defaults: MAE's for ViT-B (Table 9). DrLoc's loss is available, but off."""
 
     backbone: str = 'vit_base_p16'
     drop_path: float = 0.1
-    jitter: float = 0.0  # RandAugment takes its place
-    randaugment: str = 'rand-m9-mstd0.5-inc1'  # timm's word for it; '' for none
-    layer_decay: float = 0.65  # learning rate of a layer, as a share of that of the layer above; 1: all alike
-    last_blocks: int = -1  # train only so many blocks, and the head; 0: the head alone; -1: everything
-    ema: float = 0.0  # decay of averaged weights, which are then what is tested and kept; 0: none
-    test_data: str = ''  # labelled images to test on; '': val/ beside train/, or more of the toy world
+    jitter: float = 0.0  # largest change of brightness, contrast and saturation; RandAugment is used instead
+    randaugment: str = 'rand-m9-mstd0.5-inc1'  # timm's string for RandAugment; '' for none
+    layer_decay: float = 0.65  # learning rate of each layer relative to the next one up; 1: equal rates
+    last_blocks: int = -1  # train only this many last blocks and the head; 0: the head alone; -1: everything
+    ema: float = 0.0  # decay of the moving average of the weights, which is tested and kept; 0: none
+    test_data: str = ''  # labelled images to test on; '': val/ beside train/, or further toy-world scenes
 
 # %% ../../nbs/7_training/21_finetune.ipynb #0af029cd
 @register_method('finetune')
 class Finetune(Supervised):
-    """A backbone and a linear layer, trained with labels as MAE fine-tunes (He et al. 2022, Table 9).
+    """A backbone and a linear layer, fine-tuned with labels as in MAE (He et al. 2022, Table 9).
 
-    With `ema`, `backbone` and `head` are averages over the steps of what is trained."""
+    With `ema`, `backbone` and `head` are moving averages; `trained` has the modules being trained."""
 
     Options = FinetuneOptions
     defaults = dict(
@@ -80,22 +80,22 @@ class Finetune(Supervised):
             for name in self.parts:
                 setattr(self, name, copy.deepcopy(self.trained[name]).requires_grad_(False))
             self.register_buffer('updates', torch.tensor(0))
-        self.train()  # what is frozen rests from the start
+        self.train()  # frozen parts are in eval mode from the start
 
     def add_parts(self) -> None:
-        "Where a method of its own adds what it trains and keeps beside backbone and head: see `parts`."
+        "Hook for subclasses: creates further modules to train and keep, and names them in `parts`."
 
 # %% ../../nbs/7_training/21_finetune.ipynb #0664cc72
 @patch
 def networks(self: Finetune) -> tuple:
-    "The parts; in training mode those that are trained, else what is kept: the same, or their averages."
+    "The modules in `parts`: in training mode those being trained, else those kept (with `ema`, averages)."
     source = self._modules if self.trained is None or not self.training else self.trained
     return tuple(source[name] for name in self.parts)
 
 
 @patch
 def train(self: Finetune, mode: bool = True) -> Finetune:
-    "As always, but what is frozen stays in eval mode."
+    "As in nn.Module, but frozen parts stay in eval mode."
     nn.Module.train(self, mode)
     rest_frozen_parts(self)
     return self
@@ -103,7 +103,7 @@ def train(self: Finetune, mode: bool = True) -> Finetune:
 
 @patch
 def parameter_groups(self: Finetune) -> list[dict]:
-    "Groups by layer, with `lr_scale`."
+    "Parameter groups by layer, with `lr_scale`: see `layer_decay_groups`."
     source = self._modules if self.trained is None else self.trained
     backbone, *rest = (source[name] for name in self.parts)
     rest = nn.ModuleList(part for part in (*rest, self.localize) if part is not None)
@@ -112,21 +112,21 @@ def parameter_groups(self: Finetune) -> list[dict]:
 
 @patch
 def load_backbone(self: Finetune, load: Callable[[nn.Module], None]) -> None:
-    "The weights go into what is trained, and into its average."
+    "Loads the weights into the trained backbone, and into its average."
     load(self.backbone)
     if self.trained is not None:
         load(self.trained['backbone'])
 
 # %% ../../nbs/7_training/21_finetune.ipynb #ab924a87
 def ema_decay(step: int, most: float) -> float:
-    "Decay of averaged weights after `step` steps: (1 + step) / (10 + step), and `most` in the end."
+    "Decay of the average of the weights after `step` steps: (1 + step) / (10 + step), but at most `most`."
     return min(most, (1 + step) / (10 + step))
 
 
 @patch
 @torch.no_grad()
 def after_step(self: Finetune, values: dict) -> None:
-    "The averages follow; BatchNorm's statistics are copied."
+    "Updates the averages; BatchNorm's statistics are copied."
     if self.trained is None:
         return
     decay = ema_decay(int(self.updates), self.options.ema)
@@ -140,7 +140,7 @@ def after_step(self: Finetune, values: dict) -> None:
 # %% ../../nbs/7_training/21_finetune.ipynb #197161d1
 @patch(as_prop=True)
 def views(self: Finetune) -> MultiCrop:
-    "Random crops of an image, changed by RandAugment."
+    "Random crops of an image, followed by RandAugment."
     o = self.options
     colours = [one_view_colours(o.jitter)] * self.view_options.n_global
     return AugmentedCrop(**asdict(self.view_options), photometric=colours, randaugment=o.randaugment)
@@ -148,13 +148,13 @@ def views(self: Finetune) -> MultiCrop:
 # %% ../../nbs/7_training/21_finetune.ipynb #ff08c3a2
 @patch(cls_method=True)
 def check(cls: Finetune, recipe: Any) -> None:
-    "ValueError, in one line, for options that are out of range or do not go together."
+    "Raises ValueError for options that are out of range or contradict each other."
     Supervised.check.__func__(cls, recipe)  # type: ignore[attr-defined]
     check_parts(recipe)
 
 
 def check_parts(recipe: Any) -> None:
-    "The part of that which is about fine-tuning's own options."
+    "Raises ValueError for bad values of the options that fine-tuning adds."
     check_ranges(vars(recipe.options), dict(last_blocks=-1), ('layer_decay', 'ema'))
     if recipe.layer_decay == 0:
         raise ValueError('recipe: layer_decay=0 trains the head alone: say that with last_blocks=0')
@@ -165,9 +165,9 @@ def check_parts(recipe: Any) -> None:
 
 # %% ../../nbs/7_training/21_finetune.ipynb #3a8db88f
 def test_images(recipe: Recipe) -> Any:
-    """The images that a run is tested on: `test_data`, or what supervised training takes.
+    """The images that a run is tested on: `test_data`, or those of supervised training.
 
-    One-line errors: a folder or labels are missing, or the classes are others than in training."""
+    Raises one-line errors for a missing folder, missing labels, or other classes than in training."""
     named = getattr(recipe.options, 'test_data', '')
     if not named or named in TOY_WORLDS:
         return usual_test_set(recipe)
@@ -183,9 +183,9 @@ def monitors(cls: Finetune, recipe: Any) -> dict[str, Callable]:
 
 # %% ../../nbs/7_training/21_finetune.ipynb #3a8e6e9d
 def start_of(weights: str | Path) -> dict[str, Any]:
-    """What a recipe takes over from weights: backbone and crop size, of a run's folder or an exported file.
+    """Recipe fields to take over from weights (a run's folder or an exported file): backbone and crop size.
 
-    Empty for a file that does not say, such as timm's. FileNotFoundError if nothing is there."""
+    Empty for a file without a recipe, such as timm's. Raises FileNotFoundError if nothing is there."""
     path = Path(weights)
     if path.is_dir():
         state: Any = last_checkpoint(path)
@@ -205,20 +205,20 @@ def start_of(weights: str | Path) -> dict[str, Any]:
 
 # %% ../../nbs/7_training/21_finetune.ipynb #b59fb89f
 def finetune_recipe(weights: str | Path, method: str = 'finetune', **changes) -> Recipe:
-    "A recipe that starts from `weights` and takes over what they say of themselves; `changes` on top."
+    "A recipe that starts from `weights` and takes over the fields of `start_of`; `changes` override both."
     return Recipe(method, **{**start_of(weights), 'weights': str(weights), **changes})
 
 # %% ../../nbs/7_training/21_finetune.ipynb #26f6c751
 def scratch_recipe(recipe: Recipe) -> Recipe:
-    """The control of a fine-tuning: random weights, the same budget.
+    """The baseline for a fine-tuning: random weights, the same budget.
 
-    All layers learn, at one rate: a frozen or slow layer of random weights would be no fair control."""
+    All layers learn, at one rate: frozen or slowly trained random layers would be an unfair baseline."""
     own = dict(layer_decay=1.0, last_blocks=-1) if 'layer_decay' in vars(recipe.options) else {}
     return recipe.replace(weights='', **own)
 
 # %% ../../nbs/7_training/21_finetune.ipynb #f7b98cfa
 def check_start(recipe: Recipe, lrs: Sequence[float]) -> None:
-    "ValueError or FileNotFoundError, in one line, for a recipe that starts from nothing, or bad rates."
+    "Raises ValueError or FileNotFoundError for a recipe without usable weights, or for bad learning rates."
     if not issubclass(find_method(recipe.method), Supervised):
         raise ValueError(
             f'{recipe.method} learns without labels: fine-tune with finetune, supervised or deit'
@@ -233,7 +233,7 @@ def check_start(recipe: Recipe, lrs: Sequence[float]) -> None:
 
 
 def _one_run(recipe: Recipe, out: Path, progress: bool, world: World | None) -> dict[str, Any]:
-    "A row of the grid; without an accuracy if the loss was not finite."
+    "Trains, or resumes, one run of the grid: its row, without an accuracy if the loss was not finite."
     row: dict[str, Any] = dict(lr=recipe.lr, run=out.name)
     try:
         last = pretrain(recipe, out, progress=progress, world=world).metrics[-1]
@@ -260,12 +260,12 @@ def finetune(
     progress: bool = True,
     world: World | None = None,
 ) -> dict[str, Any]:
-    """Accuracy in per cent after fine-tuning from `recipe.weights`, beside training from scratch.
+    """Accuracy in percent after fine-tuning from `recipe.weights`, and after training from scratch.
 
-    lrs: a grid, for both (empty: the recipe's lr); the best on the test images is reported. A run for each
-    start and rate lies in `out`, and the same call goes on where it was cut. Returns, and writes into
+    lrs: learning rates to try for both (empty: the recipe's); the best on the test images is reported. `out`
+    has one run per start and rate; the same call resumes after an interruption. Returns, and writes into
     finetune.json, {'tuned': {'top1', 'lr', 'run', 'steps', 'grid'}, 'scratch': the same, or None, 'n_test',
-    'chance'}; of several processes, the first does. ValueError on bad input, before long work."""
+    'chance'}; of several processes, only the first. Raises ValueError for bad input, before any training."""
     out, rates = Path(out), [float(lr) for lr in lrs or (recipe.lr,)]
     check_start(recipe, rates)
     test, grids = test_images(recipe), {}
@@ -282,7 +282,7 @@ def finetune(
 
 # %% ../../nbs/7_training/21_finetune.ipynb #b1c4f441
 def finetune_line(found: dict[str, Any]) -> str:
-    "What `finetune` found, in a line, with the standard error of an accuracy."
+    "The result of `finetune` in one line, with the standard error of the accuracy."
     tuned, scratch = found['tuned'], found['scratch']
     share = tuned['top1'] / 100
     error = 100 * (share * (1 - share) / found['n_test']) ** 0.5

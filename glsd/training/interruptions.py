@@ -26,8 +26,8 @@ from .trainer import Trainer
 from ..views.multicrop import Views
 
 # %% ../../nbs/7_training/9_interruptions.ipynb #69a035ee
-class RunLog:  # in one cell: when to write what
-    "Log, checkpoints and progress of a run in the folder `out`."
+class RunLog:  # in one cell: what is written when
+    "Writes the log and checkpoints of a run to the folder `out`, and displays its progress."
 
     def __init__(self, out: Path, trainer: Trainer, every: int, progress: bool = True):
         self.trainer, self.every, self.minutes = trainer, every, trainer.recipe.run.checkpoint_minutes
@@ -39,13 +39,13 @@ class RunLog:  # in one cell: when to write what
         self.started = self.loaded = self.saved = time.perf_counter()
 
     def due(self) -> bool:
-        "Is it time for a checkpoint? Every `every` steps, and every so many minutes."
+        "Whether to save a checkpoint now: every `every` steps, every `minutes` minutes, and at the end."
         done = self.trainer.done
         by_the_clock = 0 < 60 * self.minutes <= time.perf_counter() - self.saved
         return done == self.trainer.steps or done % self.every == 0 or by_the_clock
 
     def write(self, line: dict, state: dict | None = None) -> None:
-        "A line of numbers for the step that has just been done, and a `state` to be kept as a checkpoint."
+        "Writes a line of numbers for the step just done; saves `state`, if given, as a checkpoint."
         now = time.perf_counter()
         times = dict(
             seconds=round(now - self.started, 4), seconds_waiting=round(self.loaded - self.started, 4)
@@ -70,7 +70,7 @@ class RunLog:  # in one cell: when to write what
 
 # %% ../../nbs/7_training/9_interruptions.ipynb #60890603
 class Stopped(RuntimeError):
-    "A run was asked to end, and wrote a checkpoint first."
+    "Raised when a run has been asked to end (SIGTERM), after it has written a checkpoint."
 
     exit_code = 128 + signal.SIGTERM
 
@@ -81,7 +81,7 @@ class Stopped(RuntimeError):
 # %% ../../nbs/7_training/9_interruptions.ipynb #cf827e7e
 @contextmanager
 def sigterm() -> Iterator[Callable[[], bool]]:
-    "Gives a function that says whether SIGTERM has come since; False in threads, which get no signals."
+    "Yields a function that tells whether SIGTERM has arrived; always False in threads, which get no signals."
     came: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
@@ -94,16 +94,16 @@ def sigterm() -> Iterator[Callable[[], bool]]:
 
 # %% ../../nbs/7_training/9_interruptions.ipynb #4109137d
 def batch_of(recipe: Recipe, dataset: Any, step: int) -> tuple:
-    "Epoch and indices of the images of step `step` (the first is 1), over all processes."
+    "Epoch and image indices of step `step` (the first is 1), for all processes together."
     batch = recipe.run.batch_size
     epoch, k = divmod(step - 1, len(dataset) // batch)
     return epoch, order_of(dataset, recipe.run.seed, epoch)[k * batch :][:batch]
 
 # %% ../../nbs/7_training/9_interruptions.ipynb #a37c6f83
 def keep_for_replay(trainer: Trainer, out: Path, dataset: Any, error: NotFinite) -> None:
-    """Writes the state from before a step that failed, its images and its numbers, for `glsd replay`.
+    """Saves the state before a failed step, with its image indices and its numbers, for `glsd replay`.
 
-    To out/not_finite/step_NNNNNNNN.pt; the last three are kept."""
+    The file is out/not_finite/step_NNNNNNNN.pt; only the last three are kept."""
     path = Path(out) / 'not_finite' / f'step_{error.step:08d}.pt'
     epoch, index = batch_of(trainer.recipe, dataset, error.step)
     state = trainer.state_dict()
@@ -120,13 +120,13 @@ MOST_SKIPPED = 10  # in a row: a run that only skips is broken
 
 
 class Skipper:
-    "One step after the other; one that is not finite is kept for a replay, and ends the run or is left out."
+    "Runs training steps. One that is not finite is saved for a replay; then it ends the run or is skipped."
 
     def __init__(self, trainer: Trainer, out: Path, dataset: Any):
         self.trainer, self.out, self.dataset, self.skipped = trainer, out, dataset, 0
 
     def step(self, views: Views) -> dict:
-        "`Trainer.step`, or the line of a step that was left out. ValueError for the one that ends the run."
+        "`Trainer.step`, or the log line of a skipped step. Raises ValueError if the step ends the run."
         try:
             line = self.trainer.step(views)
         except NotFinite as e:

@@ -28,7 +28,7 @@ from ..views.photometric import MEAN
 # %% ../../nbs/7_training/11_labelled.ipynb #913dcdaa
 @contextmanager
 def drawing_from(rng: np.random.Generator) -> Iterator[None]:
-    "In this block `random` and `numpy.random` depend on `rng`; afterwards they go on as if nothing had been."
+    "In this block `random` and `numpy.random` are seeded from `rng`; their states are restored afterwards."
     seed, states = int(rng.integers(2**32)), (random.getstate(), np.random.get_state())
     random.seed(seed)
     np.random.seed(seed)
@@ -40,16 +40,16 @@ def drawing_from(rng: np.random.Generator) -> Iterator[None]:
 
 # %% ../../nbs/7_training/11_labelled.ipynb #049ab617
 def rand_augment(word: str, size: int) -> Any:
-    """timm's RandAugment for crops of `size` pixels: a PIL image -> a PIL image (Cubuk et al. 2020).
+    """timm's RandAugment for crops of `size` pixels: PIL image -> PIL image (Cubuk et al. 2020).
 
-    word: 'rand-m9-mstd0.5-inc1' is strength 9 with a deviation of 0.5, where more is stronger. ValueError for
-    other words."""
+    word: timm's configuration string; 'rand-m9-mstd0.5-inc1' is magnitude 9 with standard deviation 0.5, on
+    a scale where higher is stronger (inc1). Raises ValueError for malformed strings."""
     if not re.fullmatch(r'rand(-(m|n|p|mstd|mmax|inc)[\d.]+)*', word):
         raise ValueError(f'randaugment must be a word like rand-m9-mstd0.5-inc1, not {word!r}')
     grey = tuple(round(255 * m) for m in MEAN)
     change = rand_augment_transform(word, dict(translate_const=round(0.45 * size), img_mean=grey))
     for op in change.ops:
-        if op.name.startswith('Posterize'):  # at full strength timm keeps no bit at all, which Pillow refuses
+        if op.name.startswith('Posterize'):  # at full strength timm keeps 0 bits, which Pillow refuses
             op.level_fn = partial(_at_least_one, op.level_fn)
     return change
 
@@ -60,12 +60,12 @@ def _at_least_one(level_fn: Any, level: Any, hparams: Any) -> tuple:
 
 @dataclass
 class AugmentedCrop(MultiCrop):
-    "`MultiCrop`, and each crop goes through RandAugment: `randaugment` is its word, '' for none."
+    "`MultiCrop`, followed by RandAugment of each crop; `randaugment`: see `rand_augment`, '' for none."
 
     randaugment: str = ''
 
     def sample(self, image: Tensor, rng: np.random.Generator) -> Sample:
-        "Views of one image; the changes come from `rng`, after the boxes and the colours."
+        "Views of one image; RandAugment draws from `rng` after the boxes and the colours."
         found = super().sample(image, rng)
         if not self.randaugment:
             return found
@@ -82,8 +82,8 @@ def mix(x: Tensor, label: Tensor, options: Any, n_classes: int) -> tuple[Tensor,
     """Crops float [B, 3, h, w], labels [B] -> (crops, targets [B, n_classes]): erased, mixed and smoothed by
     timm.
 
-    `options` has erase, mixup, cutmix and smoothing. Random by `random`, `numpy` and torch. mixup (Zhang et
-    al. 2018) and CutMix (Yun et al. 2019) take turns by the batch; image b is mixed with image B-1-b."""
+    `options` has erase, mixup, cutmix and smoothing. Draws from `random`, `numpy` and torch. Each batch gets
+    mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019), at random; image b is mixed with image B-1-b."""
     o, x = options, x.clone()
     if o.erase:
         x = RandomErasing(o.erase, mode='pixel', device=x.device)(x)

@@ -28,7 +28,7 @@ from .world import check_batch
 
 # %% ../../nbs/7_training/14_launching.ipynb #2ef6d8d2
 def torchrun_flags(nproc: int, nnodes: int, rdzv: str, restarts: int) -> list[str]:
-    "What torchrun is called with. ValueError, in one line, for numbers that make no sense."
+    "The command-line arguments for torchrun. Raises ValueError for numbers that make no sense."
     if nproc < 1 or nnodes < 1 or restarts < 0:
         given = f'{nproc}, {nnodes}, {restarts}'
         raise ValueError(f'--nproc and --nnodes must be 1 or more, --restarts 0 or more, not {given}')
@@ -52,11 +52,11 @@ def torchrun_flags(nproc: int, nnodes: int, rdzv: str, restarts: int) -> list[st
 # %% ../../nbs/7_training/14_launching.ipynb #dddc1f80
 @contextmanager
 def _agent_environment(argv: list, nproc: int, tmp: Path) -> Iterator[None]:
-    "What the processes find in their environment; this one's is as before afterwards."
-    logging.disable(logging.ERROR)  # the one line at the end says it all
+    "Sets the environment variables that the processes inherit; restores this process's own afterwards."
+    logging.disable(logging.ERROR)  # `report_failure` prints one line instead
     before = dict(os.environ)
     os.environ |= {
-        # those who are started again get a store of their own: in the agent's they would find old addresses
+        # restarted processes get a store of their own: the agent's still has the old addresses
         'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1',
         'TORCH_ELASTIC_SHUTDOWN_TIMEOUT': '90',
         'GLSD_ARGV': json.dumps(argv),
@@ -72,12 +72,12 @@ def _agent_environment(argv: list, nproc: int, tmp: Path) -> Iterator[None]:
 
 # %% ../../nbs/7_training/14_launching.ipynb #6dcbdc74
 def report_failure(rank: int, failure: Any, processes: int, refused: Path) -> int:
-    "Says in one line why a run of several processes ended; its exit code. `failure`: torchrun's."
+    "Prints in one line why a run of several processes failed; returns its exit code. `failure`: torchrun's."
     if refused.exists():
         print(refused.read_text(), file=sys.stderr)
         return 2
     if failure.exitcode == 143:
-        return 143  # it was asked to end, and has said so
+        return 143  # it was asked to end, and has printed that itself
     advice = 'the same command goes on from the last checkpoint'
     print(f'glsd: process {rank} of {processes} {_what_happened(failure)}; {advice}', file=sys.stderr)
     return 1
@@ -90,8 +90,8 @@ def _what_happened(failure: Any) -> str:
     return f'failed: {message.splitlines()[0] if message else f"exit code {failure.exitcode}"}'
 
 # %% ../../nbs/7_training/14_launching.ipynb #4678eac8
-# not as arguments: torchrun would take --nproc for one of its own
-# os._exit: when the interpreter is taken down, torch's communication threads now and then abort
+# GLSD_ARGV, not arguments: torchrun would take --nproc for its own option
+# os._exit: at a normal exit of the interpreter, torch's communication threads sometimes abort
 _PROCESS = """
 import json, os, sys
 from glsd.cli import main
@@ -103,11 +103,11 @@ os._exit(code)
 
 # %% ../../nbs/7_training/14_launching.ipynb #b5b5ca15
 def agent(argv: list, nproc: int, nnodes: int = 1, rdzv: str = '', restarts: int = 3) -> int:
-    """Runs `glsd ARGV` in `nproc` processes here, of those on `nnodes` machines that meet at `rdzv`
-    (host:port). Returns an exit code.
+    """Runs `glsd ARGV` in `nproc` processes on this machine, one of `nnodes` that meet at `rdzv` (host:port).
+    Returns an exit code.
 
-    torchrun's agent, in this process: when a process fails all are started again, at most `restarts` times.
-    SIGTERM goes on to all of them. ValueError for numbers that make no sense."""
+    Runs torchrun's agent in this process: if a process fails, all are restarted, at most `restarts` times.
+    SIGTERM is passed on to all of them. Raises ValueError for numbers that make no sense."""
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -124,21 +124,21 @@ def agent(argv: list, nproc: int, nnodes: int = 1, rdzv: str = '', restarts: int
 
 # %% ../../nbs/7_training/14_launching.ipynb #e357804b
 def end_with_stdin() -> None:
-    "SIGTERM for this process when its standard input closes: whoever started it is gone."
+    "Sends SIGTERM to this process when its standard input closes: the process that started it is gone."
 
     def listen() -> None:
         while os.read(0, 4096):
-            pass  # not sys.stdin: Python would wait for its lock when it ends
+            pass  # not sys.stdin: at exit, Python would wait for that object's lock
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=listen, daemon=True).start()
 
 # %% ../../nbs/7_training/14_launching.ipynb #70bbe45e
 def launch(recipe: Any, out: str | Path, nproc: int = 2, progress: bool = True, **flags) -> Run:
-    """`pretrain(recipe, out)` in `nproc` processes here, from a notebook: its progress in the cell.
+    """Runs `pretrain(recipe, out)` in `nproc` processes from a notebook, and shows the progress in its cell.
 
-    No process is left behind. `flags`: of `glsd pretrain`, such as anchors='...', restarts=0. Its output goes
-    to out/log.txt. RuntimeError with the last line of that, if it fails."""
+    No process is left behind. `flags`: options of `glsd pretrain`, such as anchors='...', restarts=0. Output
+    goes to out/log.txt. If the run fails, raises RuntimeError with the last line of that file."""
     check_batch(recipe, nproc)
     out = Path(out).resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -147,7 +147,7 @@ def launch(recipe: Any, out: str | Path, nproc: int = 2, progress: bool = True, 
     try:
         _follow(process, out, recipe, progress)
     finally:
-        process.stdin.close()  # asks it to end, if it has not
+        process.stdin.close()  # tells the process to end, if it still runs
         code = process.wait()
     (out / 'launch.yaml').unlink(missing_ok=True)
     if code:
@@ -157,7 +157,7 @@ def launch(recipe: Any, out: str | Path, nproc: int = 2, progress: bool = True, 
 
 # %% ../../nbs/7_training/14_launching.ipynb #0650564b
 def _start(out: Path, flags: dict) -> subprocess.Popen:
-    "`glsd pretrain` with these flags, which ends when this process does."
+    "Starts `glsd pretrain` with these flags; it ends when this process does."
     words = [word for k, v in flags.items() for word in (f'--{k.replace("_", "-")}', str(v))]
     main = 'import sys; from glsd.cli import main; sys.exit(main())'
     env = dict(os.environ, GLSD_END_WITH_STDIN='1', PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
@@ -168,7 +168,7 @@ def _start(out: Path, flags: dict) -> subprocess.Popen:
 
 # %% ../../nbs/7_training/14_launching.ipynb #aa0a6642
 def _follow(process: subprocess.Popen, out: Path, recipe: Any, progress: bool) -> None:
-    "Shows the lines of a run's log as they come, until the process ends."
+    "Displays new lines of a run's log until the process ends."
     reader, shown = MetricsReader(out), None
     before = reader.read()
     while process.poll() is None:

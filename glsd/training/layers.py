@@ -13,10 +13,10 @@ from torch import nn
 
 # %% ../../nbs/7_training/20_layers.ipynb #57d4038f
 def layer_numbers(backbone: Any) -> tuple[dict[str, int], int]:
-    """Each parameter's layer: 0 the embedding, 1 to `depth` the blocks, depth + 1 the last norm; and `depth`.
+    """Each parameter's layer (0: embedding, 1 to `depth`: blocks, depth + 1: last norm), and `depth`.
 
-    Names are those of `backbone.model`; timm knows which block they belong to. ValueError for a network that
-    does not say."""
+    Names are those in `backbone.model`; timm's `group_matcher` maps them to blocks. Raises ValueError for a
+    network without one."""
     model = backbone.model
     if not hasattr(model, 'group_matcher'):
         raise ValueError(
@@ -30,9 +30,9 @@ def layer_numbers(backbone: Any) -> tuple[dict[str, int], int]:
 
 # %% ../../nbs/7_training/20_layers.ipynb #a7d73feb
 def layer_decay_groups(backbone: Any, rest: nn.Module, decay: float) -> list[dict]:
-    """AdamW's groups with `lr_scale` = decay ** (depth + 1 - layer), as in BEiT and MAE; `rest`: scale 1.
+    """AdamW's groups with `lr_scale` = decay ** (depth + 1 - layer), as in BEiT and MAE; `rest` has scale 1.
 
-    Of each layer two groups: biases and norms do not decay in weight. Frozen parameters are left out."""
+    Two groups per layer: biases and norms get no weight decay. Frozen parameters are left out."""
     numbers, depth = layer_numbers(backbone) if decay != 1 else ({}, -1)
     named = [(numbers.get(name, depth + 1), p) for name, p in backbone.model.named_parameters()]
     named += [(depth + 1, p) for p in rest.parameters()]
@@ -49,7 +49,7 @@ def layer_decay_groups(backbone: Any, rest: nn.Module, decay: float) -> list[dic
 def train_last_blocks(backbone: Any, n: int) -> None:
     """Freezes all but the last `n` blocks and the norm after them; 0: the whole backbone; -1: nothing.
 
-    MAE's partial fine-tuning (Sec. 4.3). ValueError for more blocks than there are."""
+    MAE's partial fine-tuning (Sec. 4.3). Raises ValueError for more blocks than there are."""
     if n < 0:
         return
     numbers, depth = layer_numbers(backbone)
@@ -60,7 +60,7 @@ def train_last_blocks(backbone: Any, n: int) -> None:
 
 
 def rest_frozen_parts(network: nn.Module) -> None:
-    "Puts parts without a trained parameter into eval mode: no drop path there, and BatchNorm stays."
+    "Puts modules whose parameters are all frozen into eval mode: no drop path, fixed BatchNorm statistics."
     for part in network.modules():
         own = list(part.parameters())
         if own and not any(p.requires_grad for p in own):

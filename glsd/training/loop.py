@@ -36,10 +36,9 @@ from ..views.multicrop import Views
 def batches(
     recipe: Recipe, dataset: Any, start: int, steps: int, multicrop: Any, world: World | None = None
 ) -> Iterator[Views]:
-    """The Views of steps `start` to `steps`, epoch after epoch; the same ones whether a run was cut or not.
+    """Yields the Views of steps `start` to `steps`, the same whether or not a run was interrupted.
 
-    `multicrop`: a method's `views`. Of each batch, the part of this process; pinned where a GPU will take it.
-    """
+    `multicrop`: a method's `views`. Each process gets its part of every batch, in pinned memory for a GPU."""
     world, r = world or World(), recipe.run
     pin = torch.cuda.is_available() and world.device(r.device).type == 'cuda'
     yield from step_loader(
@@ -48,7 +47,7 @@ def batches(
 
 # %% ../../nbs/7_training/10_loop.ipynb #081791c1
 def run_monitors(trainer: Trainer, monitors: dict[str, Callable], views: Views) -> dict[str, float]:
-    """The monitors' numbers, named 'monitor/number': each is called with the method, the step and the batch.
+    """Calls each monitor with the method, the step and the batch; returns their numbers as 'monitor/number'.
 
     The method is in eval mode, without gradients."""
     views = views.to(trainer.device)
@@ -62,8 +61,7 @@ def run_monitors(trainer: Trainer, monitors: dict[str, Callable], views: Views) 
 # %% ../../nbs/7_training/10_loop.ipynb #bc57ccbe
 @dataclass
 class Run:
-    """What a run gives: the backbone in eval mode on its device, the metrics (a dict a step), its folder and
-    recipe."""
+    "The result of a run: folder, recipe, backbone (in eval mode, on its device), metrics (a dict per step)."
 
     path: Path
     recipe: Recipe
@@ -72,7 +70,7 @@ class Run:
 
 
 def checkpoint_of(path: str | Path) -> dict:
-    "The last checkpoint of a run's folder. FileNotFoundError if there is none."
+    "The last checkpoint in a run's folder. Raises FileNotFoundError if there is none."
     state = last_checkpoint(path)
     if state is None:
         raise FileNotFoundError(f'no checkpoint in {path}: is it the folder of a run?')
@@ -80,7 +78,7 @@ def checkpoint_of(path: str | Path) -> dict:
 
 # %% ../../nbs/7_training/10_loop.ipynb #a1f703c5
 def load_run(path: str | Path, device: str = 'cpu') -> Run:
-    "A run from its folder, with the backbone of its last checkpoint on that device."
+    "A run from its folder, with the backbone of its last checkpoint on `device`."
     state = checkpoint_of(path)
     backbone = create_backbone(state['backbone']['name'])
     load_weights(backbone, backbone_weights(state), f'{path}: backbone')
@@ -90,7 +88,7 @@ def load_run(path: str | Path, device: str = 'cpu') -> Run:
 
 
 def load_method(path: str | Path, device: str = 'cpu') -> nn.Module:
-    "The whole method of a run, heads and all, in eval mode, from the last checkpoint of its folder."
+    "The whole method of a run, heads included, in eval mode, from the last checkpoint in its folder."
     state = checkpoint_of(path)
     method = saved_recipe(state, path).create_method(state['classes'])
     load_weights(method, state['method'], path)
@@ -105,15 +103,15 @@ def pretrain(
     dataset: Any = None,
     progress: bool = True,
     world: World | None = None,
-) -> Run:  # longer than other cells: half of it says what it takes and what it refuses
-    """Trains `recipe` in the folder `out`, or goes on where it was cut; a finished run is only read.
+) -> Run:  # longer than other cells: half of it is signature and docstring
+    """Trains `recipe` in the folder `out`, or resumes an interrupted run; a finished run is only loaded.
 
-    monitors: name -> callable(method, step, views) -> dict of numbers, every `monitor_every` steps and at the
-    end (None: the method's own). dataset: instead of the one the recipe names. resume=False removes a former
-    run from the folder first. world: the processes that share this run; each of them makes this call.
-    SIGTERM: a checkpoint, then `Stopped`. Errors are of one line: fewer images than a batch, images without
-    labels where the method needs them, another recipe or architecture in the folder, a folder in use, a term
-    that is not finite."""
+    monitors: name -> callable(method, step, views) -> dict of numbers, called every `monitor_every` steps and
+    at the end (None: the method's own). dataset: used instead of the recipe's. resume=False first removes an
+    earlier run from the folder. world: the processes that share this run; each of them makes this call.
+    SIGTERM: writes a checkpoint, then raises `Stopped`. Raises one-line errors for fewer images than a batch,
+    missing labels that the method needs, another recipe or architecture in the folder, a folder in use, or a
+    loss term that is not finite."""
     out, world = Path(out), world or World()
     with folder_lock(out) if world.rank == 0 else nullcontext():
         if not resume and world.rank == 0:
@@ -123,7 +121,7 @@ def pretrain(
         if monitors is None:
             monitors = find_method(recipe.method).monitors(recipe)
         trainer = Trainer(recipe, recipe.total_steps(len(dataset)), world, class_names(recipe, dataset))
-        world.any(False)  # no process reads the folder before all are here
+        world.any(False)  # a barrier: no process reads the folder before all are here
         restore(trainer, out)
         if trainer.done < trainer.steps:
             train(trainer, out, dataset, monitors, progress)
@@ -131,14 +129,14 @@ def pretrain(
 
 # %% ../../nbs/7_training/10_loop.ipynb #307e80f9
 def class_names(recipe: Recipe, dataset: Any) -> list[str]:
-    "Those that the method gets: of a data set whose labels it needs."
+    "The class names to give to the method: none unless it needs labels."
     return [str(c) for c in dataset.classes] if recipe.needs_labels else []
 
 
 def check_dataset(recipe: Recipe, dataset: Any) -> None:
-    """ValueError for fewer images than a batch, and for images without labels where the method needs them.
+    """Raises ValueError for fewer images than a batch, or images without the labels that the method needs.
 
-    The method has its say, too: a queue larger than the data is a warning."""
+    Also calls the method's `check_data`: a queue larger than the data, for example, is a warning."""
     n, batch = len(dataset), recipe.run.batch_size
     if n < batch:
         advice = 'choose a smaller batch_size, or more images'
@@ -159,9 +157,9 @@ def _check_labels(method: str, dataset: Any) -> None:
 
 # %% ../../nbs/7_training/10_loop.ipynb #2249537d
 def restore(trainer: Trainer, out: Path) -> None:
-    """Brings a trainer to the folder's last checkpoint, or to the weights that its recipe starts from.
+    """Loads the folder's last checkpoint into a trainer or, if there is none, the recipe's initial weights.
 
-    Writes the recipe beside it. ValueError if the folder is of another recipe."""
+    Writes the recipe into the folder. Raises ValueError if a run with another recipe is there."""
     state = last_checkpoint(out)
     if state:
         check_same_recipe(trainer.recipe, saved_recipe(state, out), out)
@@ -173,7 +171,7 @@ def restore(trainer: Trainer, out: Path) -> None:
 
 # %% ../../nbs/7_training/10_loop.ipynb #6983978d
 def look(trainer: Trainer, monitors: dict[str, Callable], stuck: StuckCheck, views: Views) -> dict:
-    "What is to be looked at after this step: monitors, where they are due, and whether a term is stuck."
+    "Runs the monitors, if they are due, and the check for stuck terms; returns the monitors' numbers."
     done, every = trainer.done, trainer.recipe.run.monitor_every
     found = {}
     if monitors and (done == trainer.steps or (every and done % every == 0)):
@@ -188,7 +186,7 @@ def look(trainer: Trainer, monitors: dict[str, Callable], stuck: StuckCheck, vie
 
 # %% ../../nbs/7_training/10_loop.ipynb #348df1b1
 def train(trainer: Trainer, out: Path, dataset: Any, monitors: dict[str, Callable], progress: bool) -> None:
-    "The loop: a batch, a step, a look, a line of the log, and now and then a checkpoint."
+    "The training loop: a batch, a step, monitors if due, a line of the log, and at times a checkpoint."
     recipe, world = trainer.recipe, trainer.world
     every = recipe.run.checkpoint_every or len(dataset) // recipe.run.batch_size
     log = RunLog(out, trainer, every, progress) if world.rank == 0 else None
@@ -210,7 +208,7 @@ def train(trainer: Trainer, out: Path, dataset: Any, monitors: dict[str, Callabl
 
 # %% ../../nbs/7_training/10_loop.ipynb #4a25ccb4
 def remove_run(out: Path) -> None:
-    "Removes what a run wrote into its folder, and nothing else."
+    "Removes what a training run wrote into its folder, and nothing else."
     for name in 'checkpoints', 'tensorboard', 'not_finite':
         shutil.rmtree(out / name, ignore_errors=True)
     for name in 'metrics.jsonl', 'recipe.yaml':

@@ -14,9 +14,9 @@ from typing import Any
 
 # %% ../../nbs/7_training/5_metrics.ipynb #9cdb25e5
 class MetricsLog:  # in one cell: short functions around one file
-    """run_dir/metrics.jsonl, one line a step, and the same for TensorBoard where it is installed.
+    """Writes run_dir/metrics.jsonl, one line per step, and the same for TensorBoard if that is installed.
 
-    Opened at a step, it drops what was written after that step: those lines will be written again."""
+    Opened at `step`, it drops the lines of later steps: the resumed run will write them again."""
 
     def __init__(self, run_dir: str | os.PathLike, step: int = 0):
         self.path = Path(run_dir) / 'metrics.jsonl'
@@ -26,7 +26,7 @@ class MetricsLog:  # in one cell: short functions around one file
         self.board = _tensorboard(Path(run_dir) / 'tensorboard', step)
 
     def write(self, line: dict) -> None:
-        "`line` has 'step' and numbers. OSError of one line if the disk is full."
+        "Writes `line`, a dict of 'step' and numbers. Raises OSError if the disk is full."
         text = (json.dumps(line) + '\n').encode()
         if self.file.write(text) < len(text):
             raise OSError(errno.ENOSPC, f'no space left to write {self.path}; free some and start again')
@@ -36,11 +36,11 @@ class MetricsLog:  # in one cell: short functions around one file
                     self.board.add_scalar(name, value, line['step'])
 
     def sync(self) -> None:
-        "Sees to it that the lines are on the disk: a checkpoint must not be ahead of its log."
+        "Forces the lines to disk (fsync): a checkpoint must not be ahead of its log."
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        "Closes the file and TensorBoard's."
+        "Closes the log, and TensorBoard's."
         self.file.close()
         if self.board:
             self.board.close()
@@ -55,13 +55,13 @@ def _tensorboard(path: Path, step: int) -> Any:
 
 # %% ../../nbs/7_training/5_metrics.ipynb #6191814f
 class MetricsReader:
-    "Reads run_dir/metrics.jsonl while it grows: each call of `read` gives the whole lines that are new."
+    "Reads run_dir/metrics.jsonl while it grows: each call of `read` returns the new complete lines."
 
     def __init__(self, run_dir: str | os.PathLike):
         self.path, self.position = Path(run_dir) / 'metrics.jsonl', 0
 
     def read(self) -> list[dict]:
-        "The lines since the last call, as dicts; one that is not yet whole waits for the next call."
+        "The lines since the last call, as dicts; an incomplete last line is left for the next call."
         if not self.path.exists():
             return []
         with open(self.path, 'rb') as f:
@@ -73,12 +73,12 @@ class MetricsReader:
 
 
 def read_metrics(run_dir: str | os.PathLike) -> list[dict]:
-    "The lines of a run's metrics.jsonl as dicts. A line cut by a kill ends them."
+    "The lines of a run's metrics.jsonl as dicts, up to one that was cut off when the run was killed."
     return MetricsReader(run_dir).read()
 
 # %% ../../nbs/7_training/5_metrics.ipynb #30e7169a
 def _parsed(text: bytes) -> list[dict]:
-    "Lines of JSON, up to the first that is none."
+    "Lines of JSON, parsed up to the first that is invalid."
     lines = []
     for line in text.splitlines():
         try:
@@ -89,7 +89,7 @@ def _parsed(text: bytes) -> list[dict]:
 
 
 def _length_until(path: Path, step: int) -> int:
-    "Bytes of the whole lines up to this step."
+    "Length in bytes of the complete lines up to this step."
     length = 0
     with open(path, 'rb') as f:
         for line in f:

@@ -15,7 +15,7 @@ from typing import Any
 
 # %% ../../nbs/7_training/6_monitoring.ipynb #a8524773
 class NotFinite(ValueError):
-    "A number of a step is not finite: `step`, `name`, and `named`, all numbers of that step."
+    "Raised if the number `name` of step `step` is not finite; `named`: all numbers of that step."
 
     def __init__(self, step: int, name: str, named: dict):
         super().__init__(
@@ -26,16 +26,16 @@ class NotFinite(ValueError):
 
 
 def check_finite(step: int, named: dict) -> None:
-    "Raises `NotFinite` for the first of the named numbers that is not finite."
+    "Raises `NotFinite` for the first number in `named` that is not finite."
     for name, value in named.items():
         if not math.isfinite(value):
             raise NotFinite(step, name, named)
 
 # %% ../../nbs/7_training/6_monitoring.ipynb #6163d033
 class StuckCheck:
-    """Warns, once, of a term that a method calls stuck at two looks in a row.
+    """Warns, once per run, if a method reports the same loss term as stuck in two checks in a row.
 
-    Looks 20 times in a run of `steps`, but not before step `after`, when the warm-up is over."""
+    Checks 20 times in a run of `steps`, but not before step `after`, when the warm-up is over."""
 
     def __init__(self, steps: int, after: int):
         self.every, self.after = max(1, steps // 20), after
@@ -43,11 +43,11 @@ class StuckCheck:
         self.warned = False
 
     def due(self, step: int) -> bool:
-        "Is it time to look?"
+        "Whether to check after this step."
         return not self.warned and step > self.after and step % self.every == 0
 
     def __call__(self, step: int, stuck: dict[str, str]) -> None:
-        "`stuck`: what `Method.stuck` found, name -> one line."
+        "Compares with the previous check. `stuck`: what `Method.stuck` returned, term -> one line."
         again = [line for name, line in stuck.items() if name in self.before]
         self.before = stuck
         if again:
@@ -56,33 +56,33 @@ class StuckCheck:
 
 # %% ../../nbs/7_training/6_monitoring.ipynb #07f478cd
 class Curves:
-    """The numbers of a run, thinned to at most `most` lines: what a picture needs, whatever the length of the
-    run."""
+    "The numbers of a run for a plot, thinned to at most `most` lines however long the run is."
 
     def __init__(self, steps: int, most: int = 400):
-        self.every = max(1, steps // most)
-        self.lines: list[dict] = []  # of the loss, thinned
-        self.monitored: list[dict] = []  # those with a monitor's numbers, all
+        self.every = max(1, -(-steps // most))  # rounded up
+        self.lines: list[dict] = []  # with the loss terms, thinned
+        self.monitored: list[dict] = []  # all lines with a monitor's numbers
 
     def add(self, lines: list[dict]) -> None:
-        "New lines of a log. Of the loss every n-th is kept, of the monitors all."
-        self.lines += [line for line in lines if line['step'] % self.every == 0 or not self.lines]
+        "Adds lines of a log: every n-th for the loss terms, and all with a monitor's numbers."
+        first = not self.lines  # its line is kept, whatever its step: it has the names of the terms
+        self.lines += [x for i, x in enumerate(lines) if x['step'] % self.every == 0 or (first and i == 0)]
         self.monitored += [line for line in lines if any('/' in k for k in line)]
 
     def names(self) -> tuple[list[str], list[str]]:
-        "Names of the terms, with their sum first, and of the monitors."
+        "Names of the loss terms, their sum ('loss') first, and of the monitors' numbers."
         first = next((list(line) for line in self.lines if 'loss' in line), ['step', 'grad_norm'])
         terms = first[first.index('step') + 1 : first.index('grad_norm')]
         return terms, list(dict.fromkeys(k for line in self.monitored for k in line if '/' in k))
 
     def points(self, name: str) -> tuple[list, list]:
-        "Steps and values of one name."
+        "Steps and values of the number `name`."
         found = [line for line in (self.monitored if '/' in name else self.lines) if name in line]
         return [line['step'] for line in found], [line[name] for line in found]
 
 # %% ../../nbs/7_training/6_monitoring.ipynb #aa587ba4
 def in_notebook() -> bool:
-    "True in a Jupyter kernel, where pictures can be shown."
+    "True in a Jupyter kernel, which can display pictures."
     try:
         return type(get_ipython()).__name__ == 'ZMQInteractiveShell'
     except NameError:
@@ -90,7 +90,7 @@ def in_notebook() -> bool:
 
 # %% ../../nbs/7_training/6_monitoring.ipynb #bf4073c4
 def draw_panels(curves: Curves, title: str, steps: int) -> bytes:
-    "A PNG: the terms in one panel, and each monitor in one of its own."
+    "A plot as PNG: the loss terms in one panel, and each monitor in a panel of its own."
     from matplotlib.figure import Figure
 
     terms, looks = curves.names()
@@ -112,15 +112,15 @@ def draw_panels(curves: Curves, title: str, steps: int) -> bytes:
     return buffer.getvalue()
 
 # %% ../../nbs/7_training/6_monitoring.ipynb #21b8a9e9
-class LivePlot:  # in one cell: short functions around one picture
-    "The terms of a run, and beside them each of its monitors, in one picture that changes in place."
+class LivePlot:  # in one cell: short methods around one plot
+    "A plot of a run's loss terms, and of each monitor beside them, updated in place."
 
     def __init__(self, steps: int, done: int = 0):
         self.steps, self.first, self.done, self.started = steps, done, done, time.perf_counter()
         self.curves, self.handle, self.next = Curves(steps), None, 0.0
 
     def add(self, lines: list[dict]) -> None:
-        "New lines of the log. Silent outside a notebook; drawing takes a twentieth of the time at most."
+        "Adds lines of the log and, in a notebook, redraws the plot, using at most 1/20 of the time."
         self.curves.add(lines)
         self.done, now = lines[-1]['step'], time.perf_counter()
         if not in_notebook() or (now < self.next and self.done < self.steps):
@@ -129,7 +129,7 @@ class LivePlot:  # in one cell: short functions around one picture
         self.next = time.perf_counter() + max(2.0, 20 * (time.perf_counter() - now))
 
     def show(self) -> None:
-        "Draws the picture, in place of the last one."
+        "Draws the plot, in place of the previous one."
         from IPython.display import Image, display
 
         png = Image(draw_panels(self.curves, self.title(), self.steps))
@@ -139,18 +139,18 @@ class LivePlot:  # in one cell: short functions around one picture
             self.handle = display(png, display_id=True)
 
     def title(self) -> str:
-        "How far the run is, and how long it will take."
+        "Steps done so far, and the time left; after the last step, the time taken."
         seconds = time.perf_counter() - self.started
         left = seconds / max(1, self.done - self.first) * (self.steps - self.done)
         rest = f'{left:.0f} s left' if self.done < self.steps else f'{seconds:.0f} s'
         return f'step {self.done} of {self.steps}, {rest}'
 
     def close(self) -> None:
-        "A picture stays as it is."
+        "Nothing to do: the plot stays as it is."
 
 # %% ../../nbs/7_training/6_monitoring.ipynb #a54971b1
 class Bar:
-    "The same as a line of text with the time left, for a terminal."
+    "The counterpart of `LivePlot` for a terminal: a progress bar with the time left."
 
     def __init__(self, steps: int, done: int = 0):
         from tqdm import tqdm
@@ -158,13 +158,13 @@ class Bar:
         self.bar = tqdm(total=steps, initial=done, unit='step', dynamic_ncols=True, mininterval=1)
 
     def add(self, lines: list[dict]) -> None:
-        "New lines of the log."
+        "Adds lines of the log."
         if 'loss' in lines[-1]:  # a skipped step has none
             self.bar.set_postfix_str(f'loss {lines[-1]["loss"]:.3f}', refresh=False)
         self.bar.update(lines[-1]['step'] - self.bar.n)
 
     def close(self) -> None:
-        "Leaves the line as it is."
+        "Closes the bar, which stays visible."
         self.bar.close()
 
 

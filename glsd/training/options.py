@@ -15,7 +15,7 @@ from ..objectives.method import Method
 
 # %% ../../nbs/7_training/1_options.ipynb #be445ceb
 def _number(value, kind):
-    # texts come from YAML 1.1, which reads 2e-3 as one (it wants 2.0e-3), and from a command line
+    # strings come from a command line, and from YAML 1.1, which reads 2e-3 as a string (it wants 2.0e-3)
     number = kind(value) if isinstance(value, str) and kind is int else float(value)
     if kind is int and number != int(number):
         raise ValueError
@@ -44,7 +44,7 @@ _WANTED = {
 
 # %% ../../nbs/7_training/1_options.ipynb #140d526f
 def _convert(name, kind, value):
-    "The value of the field `name` in the type `kind`, or a ValueError with one line."
+    "The value of the field `name`, converted to the type `kind`. Raises ValueError if it does not fit."
     is_bool = isinstance(value, bool)
     try:
         if kind not in _WANTED:  # a method may have options of other types
@@ -82,8 +82,7 @@ def _need(values: dict, name: str, ok: bool, what: str) -> None:
 
 
 def check_ranges(values: dict, at_least: dict = _AT_LEAST, shares: tuple = _SHARES) -> None:
-    """ValueError, in one line, for a value of the named fields that is out of its range; others may be
-    anything."""
+    "Raises ValueError for a value out of its range; fields for which no range is given are not checked."
     for name, value in values.items():
         if name in at_least:
             _need(values, name, at_least[name] <= value < float('inf'), f'at least {at_least[name]}')
@@ -98,43 +97,42 @@ def check_ranges(values: dict, at_least: dict = _AT_LEAST, shares: tuple = _SHAR
 
 # %% ../../nbs/7_training/1_options.ipynb #92c0e770
 @dataclass(frozen=True)
-class RunOptions:  # in one cell: one decision a line
-    """The part of a recipe that is the same for every method; the defaults are GLSD's (Sec. 4.2; the rest as
-    DINO's).
+class RunOptions:  # in one cell: one field per line
+    """Recipe fields that every method has; defaults as in GLSD (Sec. 4.2), or DINO where GLSD gives none.
 
-    Durations are shares of the run: 10 warm-up epochs of 300 are 10/300."""
+    Durations are fractions of the run: 10 warm-up epochs of 300 are 10/300."""
 
-    # what is learned from
-    data: str = 'toyworld'  # the generated toy world, a folder of images, or one of tar shards
-    n_images: int = 2000  # toy world: how many scenes
-    image_size: int = 64  # toy world: their side in pixels
-    per_class: int = 0  # a balanced subset with this many images a class (Sec. 4.5.1); 0: all of them
-    data_seed: int = 0  # of the toy world and of the subset
-    weights: str = ''  # to start the backbone from: a run's folder, or a .safetensors file
+    # data and initial weights
+    data: str = 'toyworld'  # toyworld (generated scenes), a folder of images, or a folder of tar shards
+    n_images: int = 2000  # toy world only: number of scenes
+    image_size: int = 64  # toy world only: side of a scene in pixels
+    per_class: int = 0  # images per class in a balanced subset (GLSD Sec. 4.5.1); 0: use all images
+    data_seed: int = 0  # seed of the toy world and of the balanced subset
+    weights: str = ''  # initial backbone weights: a run's folder or a .safetensors file; '': random
     # optimisation
-    batch_size: int = 64  # of the whole run; the paper's 512 are 8 devices with 64 each
-    epochs: float = 300.0
-    steps: int = 0  # if not 0: the length of the run, instead of `epochs`
-    lr: float = 5e-4  # for a batch of `lr_batch`; multiplied by batch_size / lr_batch
-    lr_batch: int = 256
-    lr_final: float = 1e-6  # not multiplied
-    warmup: float = 10 / 300
-    weight_decay: float = 0.04
-    weight_decay_final: float = 0.4
-    beta2: float = 0.999  # of AdamW
-    clip: float = 3.0  # largest gradient norm; 0: no clipping
-    clip_all: bool = False  # the norm of all gradients together, instead of that of each parameter tensor
+    batch_size: int = 64  # images per step, over all processes; the paper: 512, 64 on each of 8 devices
+    epochs: float = 300.0  # length of the run in epochs, unless `steps` is given
+    steps: int = 0  # length of the run in steps; 0: take it from `epochs`
+    lr: float = 5e-4  # peak learning rate for a batch of `lr_batch`; multiplied by batch_size / lr_batch
+    lr_batch: int = 256  # the batch size that `lr` is meant for
+    lr_final: float = 1e-6  # learning rate at the end; not multiplied by batch_size / lr_batch
+    warmup: float = 10 / 300  # fraction of the run in which the learning rate rises from 0
+    weight_decay: float = 0.04  # weight decay at the start
+    weight_decay_final: float = 0.4  # weight decay at the end; in between, half a cosine
+    beta2: float = 0.999  # AdamW's beta2
+    clip: float = 3.0  # largest gradient norm, for each parameter tensor by itself; 0: no clipping
+    clip_all: bool = False  # clip the norm of all gradients together, not of each parameter tensor
     # the run
-    seed: int = 0
-    workers: int = 0  # processes that make views, beside this one
+    seed: int = 0  # seed of the initial weights, image order, views and stochastic depth
+    workers: int = 0  # data-loading processes per training process; 0: it makes its views itself
     amp: bool = False  # bfloat16 autocast
-    compile: bool = False  # torch.compile of the backbones; needs a C++ compiler, pays off after minutes
-    fsdp: bool = False  # each of several processes keeps a part of the weights: for large backbones
-    device: str = 'auto'  # CUDA where there is one, or the CPU
-    monitor_every: int = 0  # steps between monitors (k-NN, ...); 0: at the end only
-    checkpoint_every: int = 0  # steps between checkpoints; 0: once an epoch
-    checkpoint_minutes: float = 0.0  # and at least every so many minutes; 0: not by the clock
-    on_nan: str = 'stop'  # a term or gradient that is not finite: 'stop' the run, or 'skip' that step
+    compile: bool = False  # torch.compile the backbones; needs a C++ compiler, pays off after some minutes
+    fsdp: bool = False  # shard weights and optimiser state over the processes (FSDP2), for large backbones
+    device: str = 'auto'  # auto (CUDA if available, else the CPU), or a torch device such as cuda or cpu
+    monitor_every: int = 0  # steps between evaluations by monitors (k-NN, ...); 0: only at the end
+    checkpoint_every: int = 0  # steps between checkpoints; 0: once per epoch
+    checkpoint_minutes: float = 0.0  # also save one if the last is this many minutes old; 0: by steps only
+    on_nan: str = 'stop'  # if a loss term or the gradient norm is not finite: stop the run, or skip the step
 
 # %% ../../nbs/7_training/1_options.ipynb #109f3f83
 _ELSEWHERE = dict(
@@ -150,9 +148,9 @@ def _nearest(name: str, names: list[str]) -> str:
 
 # %% ../../nbs/7_training/1_options.ipynb #248e9b2a
 def split_values(method: type[Method], values: dict, where: str = 'recipe') -> dict:
-    """The three parts of a recipe from flat values: {'run', 'views', 'options'}.
+    """Flat values, and defaults for the rest, as the three parts of a recipe: {'run', 'views', 'options'}.
 
-    An unknown name is a ValueError."""
+    Raises ValueError for an unknown name."""
     kinds = dict(run=RunOptions, views=method.Views, options=method.Options)
     known = field_names(method)
     for name in values:
@@ -170,12 +168,12 @@ def split_values(method: type[Method], values: dict, where: str = 'recipe') -> d
 
 
 def field_names(method: type[Method]) -> list[str]:
-    "All fields of a recipe of this method, but `method` itself."
+    "Names of all recipe fields of this method, except `method` itself."
     return [f.name for kind in (RunOptions, method.Views, method.Options) for f in fields(kind)]
 
 # %% ../../nbs/7_training/1_options.ipynb #193057bc
 def check_run(run: RunOptions) -> None:
-    "ValueError, in one line, for options of a run that do not go together."
+    "Raises ValueError for run options that are unknown or contradict each other."
     if run.on_nan not in ('stop', 'skip'):
         raise ValueError(f"recipe: on_nan must be 'stop' or 'skip', not {run.on_nan!r}")
     if run.fsdp and run.compile:

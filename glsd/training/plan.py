@@ -27,23 +27,24 @@ from ..views.multicrop import MultiCrop
 # %% ../../nbs/7_training/18_plan.ipynb #e737f72e
 @dataclass(frozen=True)
 class Machine:
-    """Seconds of a step: `fixed` + operations / `rate` + bytes / `bandwidth`. `assumed`: what of it nobody
-    measured."""
+    """A model of the seconds per step: `fixed` + operations / `rate` + bytes / `bandwidth`.
+
+    `assumed`: which of these figures were not measured, in words."""
 
     rate: float
     bandwidth: float = float('inf')
     fixed: float = 0.0
-    memory: float = 0.0  # bytes of a device; 0: unknown
+    memory: float = 0.0  # bytes per device; 0: unknown
     assumed: str = ''
 
     def seconds(self, count: Count) -> float:
-        "Of a step with that count."
+        "Predicted seconds of a step with that count."
         return self.fixed + count.flops / self.rate + count.peak / self.bandwidth
 
 # %% ../../nbs/7_training/18_plan.ipynb #dec2ea8a
 def calibrate(measured: list) -> Machine:
-    """A Machine from (Count, seconds) pairs, two or more: least squares of relative errors, no constant below
-    zero."""
+    """A Machine fitted to two or more (Count, seconds) pairs: least squares of the relative errors, with no
+    negative constant."""
     if len(measured) < 2:
         raise ValueError(f'{len(measured)} measured sizes: give at least 2 that differ')
     t = np.array([s for _, s in measured])
@@ -61,7 +62,7 @@ def calibrate(measured: list) -> Machine:
 
 # %% ../../nbs/7_training/18_plan.ipynb #083490e5
 def seconds_of_views(multicrop: MultiCrop, images: int = 4) -> float:
-    "Processor seconds, here and now, of decoding an image of 500 x 375 pixels and of making its views."
+    "CPU seconds per image, measured now, to decode a JPEG of 500 x 375 pixels and to make its views."
     rng, jpeg = np.random.default_rng(0), io.BytesIO()
     noise = Image.fromarray(rng.integers(0, 256, (15, 20, 3), np.uint8))
     noise.resize((500, 375), Image.BICUBIC).save(jpeg, 'JPEG')
@@ -76,7 +77,7 @@ def seconds_of_views(multicrop: MultiCrop, images: int = 4) -> float:
     return (time.process_time() - began) / images
 
 # %% ../../nbs/7_training/18_plan.ipynb #01110630
-# name: bf16 and float32 rate (TFLOP/s, dense, as published), memory (GB)
+# name: published bf16 and float32 rates (dense TFLOP/s), memory (GB)
 GPUS = dict(
     a100=(312, 19.5, 80),
     h100=(989, 67, 80),
@@ -89,11 +90,10 @@ GPUS = dict(
 def gpu(
     name: str, recipe: Recipe, tflops: float = 0.0, efficiency: float = 0.0, memory: float = 0.0
 ) -> Machine:
-    """A Machine of published figures: the card's peak, times a share that a step is assumed to reach; each
-    can be given.
+    """A Machine from published figures: the card's peak rate times an assumed efficiency, a fraction.
 
-    Without: 40 %, for Swin 30 %, which are aims and not measurements. ValueError for a card that is not in
-    `GPUS`."""
+    tflops, efficiency, memory (GB): override these figures, unless 0. Default efficiency: 40 %, for Swin
+    30 %; these are targets, not measurements. Raises ValueError for a card that is not in `GPUS`."""
     if name not in GPUS and not (tflops and memory):
         raise ValueError(f'no card {name!r} in the list: {", ".join(GPUS)}; or give --tflops and --memory')
     peak = tflops or GPUS[name][not recipe.amp]
@@ -108,27 +108,27 @@ def gpu(
 
 # %% ../../nbs/7_training/18_plan.ipynb #48051fc7
 def views_of(recipe: Recipe) -> MultiCrop:
-    "What a recipe's method is shown, without its networks' numbers."
+    "The `views` of a recipe's method; its networks are only built on the meta device."
     with torch.device('meta'):
         return recipe.create_method().views
 
 # %% ../../nbs/7_training/18_plan.ipynb #beba0490
 def times_sent(recipe: Recipe) -> int:
-    """How often the weights' bytes cross a process's link in a step: gradients there and back.
+    """Traffic on a process's link per step, in multiples of the weights' bytes: gradients there and back.
 
-    With fsdp also weights, for each pass of a size group, and for the teacher."""
+    With fsdp also the weights, for each pass of a size group, and for the teacher."""
     return 3 * (1 + bool(recipe.n_local)) + 1 if recipe.fsdp else 2
 
 
 def check_gpus(recipe: Recipe, gpus: int) -> None:
-    "ValueError unless so many devices can share a batch equally."
+    "Raises ValueError unless `gpus` devices can share a batch equally."
     if gpus < 1 or recipe.batch_size % gpus:
         advice = f'choose a multiple of {gpus}'
         raise ValueError(f'batch_size={recipe.batch_size} cannot be shared equally by {gpus} GPUs: {advice}')
 
 
 def count_images(recipe: Recipe) -> int:
-    "How many images the recipe's data have."
+    "The number of images in the recipe's data."
     toyworld = recipe.data in TOY_WORLDS and not recipe.per_class
     return recipe.n_images if toyworld else len(build_dataset(recipe))
 
@@ -141,12 +141,11 @@ def plan(  # longer than other cells: it puts all parts together
     link: float = 50.0,
     views: float | None = None,
 ) -> dict:
-    """What a run of the recipe on `gpus` devices needs: seconds of a step and its parts, bytes a device,
-    days.
+    """What a run of the recipe on `gpus` devices needs: seconds per step (and parts), bytes per device, days.
 
-    `images` in the data set (0: those of the recipe's); `link` GB/s between devices; `views`: seconds of an
-    image's views on one core (None: measured here), made by `recipe.workers` processes a device. ValueError
-    if devices cannot share a batch equally."""
+    `images`: size of the data set (0: the recipe's); `link`: GB/s between devices; `views`: seconds to make
+    one image's views on one core (None: measured here), with `recipe.workers` processes per device. Raises
+    ValueError if the devices cannot share a batch equally."""
     check_gpus(recipe, gpus)
     count = count_step(recipe, recipe.batch_size // gpus, gpus)
     views = seconds_of_views(views_of(recipe)) if views is None else views
@@ -159,7 +158,7 @@ def plan(  # longer than other cells: it puts all parts together
     )
     seconds = max(parts['compute'], parts['views']) + parts['communication']
     if not recipe.workers:
-        seconds += min(parts['compute'], parts['views'])  # nobody makes views meanwhile
+        seconds += min(parts['compute'], parts['views'])  # views and compute do not overlap
     counted = dict(batch=count.batch, parameters=count.parameters, flops=count.flops, bytes=count.bytes)
     counted |= dict(peak=count.peak, fits=not machine.memory or count.peak <= machine.memory)
     given = dict(gpus=gpus, link=link, workers=recipe.workers, memory=machine.memory, assumed=machine.assumed)
@@ -167,7 +166,7 @@ def plan(  # longer than other cells: it puts all parts together
 
 # %% ../../nbs/7_training/18_plan.ipynb #4a70092c
 def plan_lines(p: dict) -> list[str]:
-    "A plan as lines for people."
+    "A plan as lines of text to read."
     size = f'{p["parameters"] / 1e6:.1f} M parameters, {p["flops"] / 1e12:.3g} TFLOP a GPU and step'
     assumed = p['assumed'] or 'nothing about compute'
     links = f'; {p["link"]:g} GB/s between GPUs' if p['gpus'] > 1 else ''

@@ -26,7 +26,7 @@ from .world import World, pick_device
 
 # %% ../../nbs/7_training/13_processes.ipynb #f34ff015
 class _SumOverAll(torch.autograd.Function):
-    "A sum over all processes whose gradient is the sum over all processes."
+    "An all-reduce (sum) that also sums the gradients over all processes in its backward pass."
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -48,13 +48,13 @@ def _mean_over_all(x: Tensor, dims: list) -> Tensor:
 
 # %% ../../nbs/7_training/13_processes.ipynb #81806cf0
 class SyncedBatchNorm(nn.BatchNorm1d):
-    "BatchNorm over the batches of all processes, of equal size. torch's own needs a GPU."
+    "BatchNorm over the batches of all processes, which must be of equal size. torch's own needs a GPU."
 
     def _check_input_dim(self, x: Tensor) -> None:
         pass
 
     def forward(self, x: Tensor) -> Tensor:
-        "x [N, C] or [N, C, ...] -> the same shape and type."
+        "x [N, C] or [N, C, ...] -> the same shape and dtype."
         if not self.training:
             return super().forward(x)
         others, per_channel = [0, *range(2, x.ndim)], [1, -1] + [1] * (x.ndim - 2)
@@ -62,7 +62,7 @@ class SyncedBatchNorm(nn.BatchNorm1d):
         var = _mean_over_all((x - mean.view(per_channel)).square(), others)
         self.follow(mean.detach(), var.detach(), x.numel() // x.shape[1] * dist.get_world_size())
         scale = (var + self.eps).rsqrt()
-        if self.affine:  # MoCo v3's last layer is not
+        if self.affine:  # MoCo v3's last BatchNorm is not
             scale = scale * self.weight
         y = (x - mean.view(per_channel)) * scale.view(per_channel)
         if self.affine:
@@ -71,14 +71,14 @@ class SyncedBatchNorm(nn.BatchNorm1d):
 
     @torch.no_grad()
     def follow(self, mean: Tensor, var: Tensor, n: int) -> None:
-        "Moves the running statistics towards those of n numbers a channel."
+        "Updates the running statistics with the mean and variance of n numbers per channel."
         self.num_batches_tracked += 1
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
         self.running_var.lerp_((var * n / max(1, n - 1)).to(self.running_var.dtype), self.momentum)
 
 # %% ../../nbs/7_training/13_processes.ipynb #ed51f2bb
 class DistributedWorld(World):
-    "Several processes share a run, each with a copy of the networks: `torch.distributed` must be up."
+    "Several processes that share a run, each with a copy of the networks; needs `torch.distributed` set up."
 
     def __init__(self):
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
@@ -91,13 +91,13 @@ class DistributedWorld(World):
         return self.at if device.type == 'cuda' and self.at.type == 'cuda' else device
 
     def mean(self, numbers: Tensor) -> Tensor:
-        "Over all processes, by an all-reduce."
+        "The mean over all processes, by an all-reduce."
         numbers = numbers.clone()
         dist.all_reduce(numbers)
         return numbers / self.size
 
     def any(self, *flags: bool) -> list:
-        "For each: is it so in one of them?"
+        "For each flag, whether it is true in any process."
         counts = torch.tensor(flags, dtype=torch.float, device=self.at)
         dist.all_reduce(counts)
         return (counts > 0).tolist()
@@ -114,21 +114,20 @@ def sync_batchnorm(self: DistributedWorld, module: nn.Module) -> nn.Module:
 
 @patch
 def wrap(self: DistributedWorld, method: nn.Module) -> nn.Module:
-    "The method in `DistributedDataParallel`: its gradients become means over all processes."
+    "The method in `DistributedDataParallel`: gradients are averaged over all processes."
     DDP = nn.parallel.DistributedDataParallel
     names = inspect.signature(DDP).parameters
-    # buffers are the same everywhere; torch calls the switch by an older name, or by a newer one
+    # buffers are the same everywhere: no need to send them; the switch's name depends on torch's version
     quiet = 'forward_sync_buffers' if 'forward_sync_buffers' in names else 'broadcast_buffers'
-    # the graph is the same in every step: in each, the same parameters (a mask token, say) may have no
-    # gradient
+    # static_graph: a parameter may go without a gradient (a mask token, say) if it does so in every step
     return DDP(method, static_graph=True, gradient_as_bucket_view=True, **{quiet: False})
 
 # %% ../../nbs/7_training/13_processes.ipynb #9a4e5219
 @contextmanager
 def process_group(device: str = 'auto') -> Iterator[bool]:
-    """torch.distributed, as torchrun has started this process; False without torchrun.
+    """Sets up torch.distributed in a process started by torchrun, and yields True; without torchrun, False.
 
-    Over NCCL if each process has a GPU and the run's device is not the CPU, else over gloo."""
+    Uses NCCL if each process has a GPU and the run's device is not the CPU, else gloo."""
     if 'RANK' not in os.environ:
         yield False
         return
@@ -147,21 +146,21 @@ def process_group(device: str = 'auto') -> Iterator[bool]:
 
 # %% ../../nbs/7_training/13_processes.ipynb #5033dcb5
 def die_with_parent() -> None:
-    "On Linux: the kernel ends this process when the one that started it is gone, however that ended."
+    "On Linux: has the kernel kill this process when its parent ends, however that happens."
     if sys.platform == 'linux':
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 # %% ../../nbs/7_training/13_processes.ipynb #06818c75
 def world_size() -> int:
-    "How many processes share this run."
+    "The number of processes that share this run."
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank_indices(n: int) -> list[int]:
-    """Which of n things this process takes care of: every `size`-th.
+    """Which of n items this process handles: every `world_size()`-th, beginning at its rank.
 
-    All processes get equally many, since sharded networks need as many calls in each: the last ones may be
-    repeats."""
+    All processes get equally many, as sharded networks must be called equally often in each: the last item
+    may be repeated."""
     if world_size() == 1:
         return list(range(n))
     each = -(-n // world_size())
@@ -169,7 +168,7 @@ def rank_indices(n: int) -> list[int]:
 
 # %% ../../nbs/7_training/13_processes.ipynb #e8762dee
 def all_gather_rows(rows: Tensor, n: int) -> Tensor:
-    "The rows [n, ...] of all processes, from those that each has for `rank_indices(n)`; on the CPU."
+    "All rows [n, ...], gathered from the rows that each process has for its `rank_indices(n)`; on the CPU."
     if world_size() == 1:
         return rows
     at = torch.device('cuda', torch.cuda.current_device()) if dist.get_backend() == 'nccl' else 'cpu'
@@ -180,8 +179,8 @@ def all_gather_rows(rows: Tensor, n: int) -> Tensor:
 
 # %% ../../nbs/7_training/13_processes.ipynb #72662a78
 def all_gather_batch(x: Any, most: int) -> Any:
-    "x [B, ...] of all processes, one process after the other, `most` images in all; what is no tensor stays."
-    if hasattr(x, 'with_z'):  # logits that are not multiplied out
+    "x [B, ...] of all processes, concatenated, at most `most` images in all; other x are returned as is."
+    if hasattr(x, 'with_z'):  # factored logits, not multiplied out
         return x.detach().with_z(all_gather_batch(x.z, most))
     if not isinstance(x, Tensor):
         return x
@@ -194,7 +193,7 @@ def all_gather_batch(x: Any, most: int) -> Any:
 
 # %% ../../nbs/7_training/13_processes.ipynb #5e9c395f
 def all_gather_outputs(outputs: Any, most: int = 64) -> Any:
-    "`Outputs` of the images of all processes; at most so many images, logits are large."
+    "`Outputs` for the images of all processes; at most `most` images, because logits are large."
     if world_size() == 1:
         return outputs
     B = len(outputs.pooled)

@@ -20,11 +20,11 @@ from .options import RunOptions, check_ranges, check_run, field_names, split_val
 
 # %% ../../nbs/7_training/2_recipe.ipynb #d60871ed
 class Recipe:
-    """All that decides what a run computes: a method, and the fields of its run, its views and its options.
+    """Everything that determines what a run computes: a method, and the fields of its run, views and options.
 
-    `Recipe('geometric', out_dim=1024, steps=200)`: what is not named has the method's default. Values are
-    converted to the field's type where nothing is lost ('2e-3' is a number); anything else, and an unknown
-    name, is a ValueError of one line. `recipe.out_dim` reads a field of any part."""
+    `Recipe('geometric', out_dim=1024, steps=200)`: the other fields get the method's defaults. Values are
+    converted to the field's type if nothing is lost ('2e-3' is a number). Raises ValueError for other values
+    and for unknown names. `recipe.out_dim` reads a field of any part."""
 
     def __init__(self, method: str = 'geometric', **values):
         cls = find_method(method)
@@ -43,16 +43,16 @@ class Recipe:
         raise AttributeError(f'a recipe cannot be changed: recipe.replace({name}=...) gives another one')
 
 # %% ../../nbs/7_training/2_recipe.ipynb #067b0fe2
-# fields that do not change what is computed
+# fields that do not change what is computed: a resumed run may change them
 FREE = (
     'workers', 'device', 'monitor_every', 'checkpoint_every', 'checkpoint_minutes', 'on_nan', 'fsdp',
     'colour_on_device', 'n_test',
 )  # fmt: skip
-FORMAT = 3  # of recipes and checkpoints on disk
+FORMAT = 3  # version of recipes and checkpoints on disk
 
 # %% ../../nbs/7_training/2_recipe.ipynb #b7d7c568
 def imported_options(method: str) -> dict[str, list[tuple[str, str]]]:
-    "Names and defaults of a recipe's fields by part, from the classes: for methods of other packages."
+    "Recipe fields and their defaults by part, from the imported class: for methods of other packages."
     cls = find_method(method)
     parts = {'run': RunOptions, 'views': cls.Views, method: cls.Options}
     defaults = {part: vars(cls.default(kind)) for part, kind in parts.items()}
@@ -61,19 +61,19 @@ def imported_options(method: str) -> dict[str, list[tuple[str, str]]]:
 # %% ../../nbs/7_training/2_recipe.ipynb #0f6dce70
 @patch
 def to_dict(self: Recipe) -> dict:
-    "Every field, with the method first."
+    "All fields as one flat dict, `method` first."
     return {'method': self.method, **vars(self.run), **vars(self.views), **vars(self.options)}
 
 
 def default_values(method: str) -> dict:
-    "Every field of a method's recipe as it is by default, also where some must be given (BEiT's tokenizer)."
+    "All fields of a method's recipe at their defaults, even if some must be given (BEiT's tokenizer)."
     parts = split_values(find_method(method), {})
     return {'method': method, **vars(parts['run']), **vars(parts['views']), **vars(parts['options'])}
 
 
 @patch
 def differences(self: Recipe, other: Recipe | None = None) -> dict:
-    "The fields in which this recipe differs from another one (without: from its method's defaults)."
+    "The fields, with this recipe's values, that differ from `other` (None: from its method's defaults)."
     theirs, missing = other.to_dict() if other else default_values(self.method), object()
     return {k: v for k, v in self.to_dict().items() if theirs.get(k, missing) != v}
 
@@ -91,16 +91,16 @@ def __repr__(self: Recipe) -> str:
 # %% ../../nbs/7_training/2_recipe.ipynb #7f24ff78
 @patch(cls_method=True)
 def from_dict(cls: Recipe, values: dict, where: str = 'recipe') -> Recipe:
-    "A recipe from flat values, of this format or of an older one. An unknown name is a ValueError."
+    "A recipe from flat values of this or an older format. Raises ValueError for an unknown name."
     values = upgrade_values(dict(values), where)
     method = values.pop('method', 'geometric')
-    split_values(find_method(method), values, where)  # the error names the file
+    split_values(find_method(method), values, where)  # only so that an error names the file
     return cls(method, **values)
 
 
 @patch
 def replace(self: Recipe, **changes) -> Recipe:
-    "The same recipe with some fields changed. Another method keeps what was given and what it has, too."
+    "A copy with some fields changed. A new `method` keeps those given fields that it has as well."
     method = changes.get('method', self.method)
     known = field_names(find_method(method))
     kept = {name: getattr(self, name) for name in self.given if name in known}
@@ -109,7 +109,7 @@ def replace(self: Recipe, **changes) -> Recipe:
 # %% ../../nbs/7_training/2_recipe.ipynb #1c44f808
 @patch
 def save(self: Recipe, path: str | os.PathLike) -> None:
-    "Writes all fields as YAML, with the number of the format."
+    "Writes all fields as YAML, with the format version."
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in self.to_dict().items()}
     text = yaml.safe_dump({'format': FORMAT, **values}, sort_keys=False)
     with atomic_write(path) as f:
@@ -118,9 +118,9 @@ def save(self: Recipe, path: str | os.PathLike) -> None:
 
 @patch(cls_method=True)
 def load(cls: Recipe, path: str | os.PathLike) -> Recipe:
-    """Reads what `save` wrote, or lines written by hand.
+    """Reads a recipe from YAML, written by `save` or by hand.
 
-    FileNotFoundError, or a ValueError that names the file."""
+    Raises FileNotFoundError, or a ValueError that names the file."""
     if not Path(path).is_file():
         raise FileNotFoundError(f'no recipe at {path}')
     try:
@@ -135,13 +135,13 @@ def load(cls: Recipe, path: str | os.PathLike) -> Recipe:
 # %% ../../nbs/7_training/2_recipe.ipynb #4f412de5
 @patch
 def total_steps(self: Recipe, n_images: int) -> int:
-    "Length of the run in steps, on a data set of that many images."
+    "Length of the run in steps, for a data set of `n_images`."
     return self.run.steps or max(1, round(self.run.epochs * (n_images // self.run.batch_size)))
 
 
 @patch
 def create_method(self: Recipe, classes: list | tuple = ()) -> Method:
-    "The method, with its networks drawn from torch's global generator."
+    "The method, with its networks initialised from torch's global random generator."
     return find_method(self.method)(self.options, self.views, classes)
 
 
@@ -152,7 +152,7 @@ def needs_labels(self: Recipe) -> bool:
 
 # %% ../../nbs/7_training/2_recipe.ipynb #b9fd5836
 def _from_format_1(values: dict) -> dict:
-    old = dict(n_query=10, query_scale=(0.05, 0.15)) | values  # defaults of then
+    old = dict(n_query=10, query_scale=(0.05, 0.15)) | values  # the defaults of format 1
     method = find_method(name := old.pop('objective', 'geometric'))
     terms = [term.name for term in getattr(method, 'terms', ())]
     names = field_names(method)
@@ -165,12 +165,12 @@ def _from_format_1(values: dict) -> dict:
 
 
 def upgrade_values(values: dict, where: str = 'recipe') -> dict:
-    "Flat values of this format, from those of any earlier one. ValueError for a later format."
+    "Flat values of any earlier format, converted to the current one. Raises ValueError for a newer format."
     written = values.pop('format', FORMAT)
     if written > FORMAT:
         raise ValueError(f'{where} was written by a newer glsd (format {written}, this one knows {FORMAT})')
     if values.keys() & {'objective', 'objective_options'}:
         written, values = 1, _from_format_1(values)
     if written < 3 and values.get('data', 'toyworld') == 'toyworld':
-        values['data'] = 'toyworld-shared'  # the only world there was
+        values['data'] = 'toyworld-shared'  # the only toy world before format 3
     return values

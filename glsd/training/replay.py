@@ -42,7 +42,7 @@ def finite(x: Any) -> bool:
 
 # %% ../../nbs/7_training/16_replay.ipynb #28b54084
 class FirstBad:
-    "While open: the name of the first module of `module` whose output is not finite, in `name`."
+    "Context manager: `name` becomes the name of the first submodule of `module` whose output is not finite."
 
     def __init__(self, module: nn.Module):
         self.module, self.hooks = module, []
@@ -54,7 +54,7 @@ class FirstBad:
         return self
 
     def look_at(self, name: str) -> Callable:
-        "A hook that looks at the output of the module of this name."
+        "A forward hook that checks the output of the submodule `name`."
 
         def hook(module, args, out):
             if self.name is None and not finite(out):
@@ -68,14 +68,14 @@ class FirstBad:
 
 # %% ../../nbs/7_training/16_replay.ipynb #721e8444
 def one_image(views: Views, i: int) -> Views:
-    "Views of the image number i of a batch alone."
+    "The Views of image number i of a batch, as a batch of one."
     each = {k: _pick(getattr(views, k), i) for k in ('crops', 'w_geo', 'queries', 'w_query', 'w_pho')}
     label = None if views.label is None else views.label[i : i + 1]
     return replace(views, **each, index=views.index[i : i + 1], label=label)
 
 
 def _pick(x: Any, i: int) -> Any:
-    "Image i of tensors [V, B, ...], of a list of them, or None of None."
+    "Image i of a tensor [V, B, ...] or of each tensor in a list; None for None."
     if isinstance(x, list):
         return [_pick(t, i) for t in x]
     return None if x is None else x[:, i : i + 1]
@@ -83,14 +83,14 @@ def _pick(x: Any, i: int) -> Any:
 
 @torch.no_grad()
 def bad_images(trainer: Trainer, views: Views, values: dict) -> list[int]:
-    "Indices, in the data set, of the images of a batch whose terms alone are not finite."
+    "Data set indices of the images in a batch whose own loss terms, each computed alone, are not finite."
     with trainer.evaluating():
         each = [trainer.loss_terms(one_image(views, i), values) for i in range(len(views.index))]
     return [int(views.index[i]) for i, terms in enumerate(each) if not finite(terms)]
 
 # %% ../../nbs/7_training/16_replay.ipynb #a0d4743f
 def kept_step(path: str | Path) -> Path:
-    "The file of a step that a run has kept: `path` itself, or the last one in a run's folder."
+    "The file of a saved failed step: `path` itself or, if that is a run's folder, the last one in it."
     path = Path(path)
     if not path.is_dir():
         return path
@@ -101,8 +101,7 @@ def kept_step(path: str | Path) -> Path:
 
 # %% ../../nbs/7_training/16_replay.ipynb #6c9a1db9
 def restored(path: Path, dataset: Any = None) -> tuple[Trainer, Views]:
-    """The trainer before a step that was kept, and the batch of that step. ValueError if the data have
-    changed."""
+    "The trainer before a saved step, and the batch of that step. Raises ValueError if the data have changed."
     state = load_checkpoint(path)
     recipe = saved_recipe(state, path)
     dataset = build_dataset(recipe) if dataset is None else dataset
@@ -115,16 +114,16 @@ def restored(path: Path, dataset: Any = None) -> tuple[Trainer, Views]:
 
 # %% ../../nbs/7_training/16_replay.ipynb #955856f3
 def replay(path: str | Path, dataset: Any = None) -> dict:
-    """Does a step again that a run has kept because a number was not finite: that file, or the run's folder.
+    """Repeats a step that a run saved because a number was not finite. `path`: the file, or the run's folder.
 
-    step; terms: the values now; module: the first whose output was not finite, or None; parameters: those
-    whose gradient is not; images: indices of those whose terms alone are not finite, of the `of` in the
-    batch. `dataset`: instead of the one the recipe names. A run of several processes is replayed by one, with
-    other drop paths. FileNotFoundError if there is no such file."""
+    Returns step; terms: their values now; module: the first whose output was not finite, or None; images:
+    data set indices of those whose terms alone are not finite; of: the number of images in the batch;
+    parameters: those whose gradient is not finite. `dataset`: used instead of the recipe's. A run of several
+    processes is replayed by one, with other drop paths. Raises FileNotFoundError if there is no such file."""
     trainer, views = restored(kept_step(path), dataset)
     values, step = trainer.values(), trainer.done + 1
     images = bad_images(trainer, views, values)
-    with seeded(trainer.recipe.seed, step), FirstBad(trainer.method) as bad:  # the same drop paths
+    with seeded(trainer.recipe.seed, step), FirstBad(trainer.method) as bad:  # the run's drop paths
         terms = trainer.loss_terms(views, values)
     sum(terms.values()).backward()
     gradients = {name: p.grad for name, p in trainer.method.named_parameters() if p.grad is not None}

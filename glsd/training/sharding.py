@@ -20,9 +20,9 @@ from .world import World
 
 # %% ../../nbs/7_training/19_sharding.ipynb #3d491cb7
 def units(backbone: nn.Module, least: float = 1 / 64) -> list[nn.Module]:
-    """The blocks of a backbone that are gathered one after the other, inner ones first.
+    """The blocks of a backbone whose weights are gathered one block at a time, inner blocks first.
 
-    Items of its lists with at least a share `least` of its weights."""
+    Items of its nn.Sequential and nn.ModuleList with at least a fraction `least` of its weights."""
 
     def size(parameters) -> int:
         return sum(p.numel() for p in parameters)
@@ -38,10 +38,10 @@ def units(backbone: nn.Module, least: float = 1 / 64) -> list[nn.Module]:
 
 # %% ../../nbs/7_training/19_sharding.ipynb #5a3617d2
 def fully_sharded(method: nn.Module) -> nn.Module:
-    """Cuts all parameters of `method` into rows, one part for each process, in place (FSDP2); returns it.
+    """Shards all parameters of `method` by rows over the processes, in place (FSDP2); returns it.
 
-    Its backbones are gathered block by block, and can be called by themselves. Parameters are DTensors from
-    then on: an optimiser is to be made afterwards."""
+    Its backbones are gathered block by block, and can be called by themselves. The parameters become
+    DTensors: create the optimiser afterwards."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -53,16 +53,16 @@ def fully_sharded(method: nn.Module) -> nn.Module:
 
 # %% ../../nbs/7_training/19_sharding.ipynb #de6e03a8
 def is_sharded(x: Any) -> bool:
-    "Is it a DTensor?"
+    "Whether x is a DTensor."
     return hasattr(x, 'to_local')
 
 
 def gather_state(state: Any, keep: bool = True) -> Any:
-    """A nested state with all DTensors whole and on the CPU, or empty on processes that do not `keep` it.
+    """The nested state with all DTensors whole and on the CPU; empty in processes that do not `keep` them.
 
     All processes must call it."""
     if is_sharded(state):
-        state = state.full_tensor()  # by all, whether they keep it or not
+        state = state.full_tensor()  # collective: all processes take part, whether they keep it or not
         return state.cpu() if keep else torch.empty(0)
     if isinstance(state, dict):
         return {k: gather_state(v, keep) for k, v in state.items()}
@@ -70,7 +70,7 @@ def gather_state(state: Any, keep: bool = True) -> Any:
 
 
 def shard_like(x: Any, like: Any) -> Any:
-    "A whole tensor, sharded as the DTensor `like` is; as it is if `like` is none, or of another shape."
+    "The whole tensor x, sharded as the DTensor `like`; x itself if `like` is none, or has another shape."
     if not is_sharded(like) or x.shape != like.shape:
         return x
     from torch.distributed.tensor import distribute_tensor
@@ -78,34 +78,34 @@ def shard_like(x: Any, like: Any) -> Any:
     return distribute_tensor(x.to(like.device, like.dtype), like.device_mesh, like.placements)
 
 # %% ../../nbs/7_training/19_sharding.ipynb #82526d27
-class ShardedWorld(DistributedWorld):  # in one cell: eight short answers to what a trainer asks
-    "Several processes share a run, each with a part of the weights, gradients and means."
+class ShardedWorld(DistributedWorld):  # in one cell: short methods that a trainer calls
+    "Several processes that share a run, each with a part of the weights, gradients and optimiser state."
 
     def wrap(self, method: nn.Module) -> nn.Module:
         "The method with its parameters sharded, in place."
         return fully_sharded(method)
 
     def local(self, tensors: list[Tensor]) -> list[Tensor]:
-        "The part of each tensor that is in this process."
+        "The part of each tensor that this process holds."
         return [x.to_local() for x in tensors]
 
     def norms(self, tensors: list[Tensor]) -> Tensor:
-        "The norm of each whole tensor [n]."
+        "The norms of the n whole tensors: [n]."
         squares = torch.stack(torch._foreach_norm(self.local(tensors))).square()
         dist.all_reduce(squares)
         return squares.sqrt()
 
     def gather(self, state: Any) -> Any:
-        "A nested state with all tensors whole, in the first process."
+        "The nested state with all tensors whole, in the first process."
         return gather_state(state, keep=self.rank == 0)
 
     def shard_like(self, x: Any, like: Any) -> Any:
-        "A whole tensor, sharded as `like` is."
+        "The whole tensor x, sharded as `like` is."
         return shard_like(x, like)
 
     @contextmanager
     def unsharded(self, method: nn.Module) -> Iterator[None]:
-        "In the block the heads and terms can be called by themselves; the blocks of backbones always can."
+        "In this block, heads and terms can be called by themselves; the blocks of backbones always can."
         method.unshard()
         try:
             yield
@@ -115,7 +115,7 @@ class ShardedWorld(DistributedWorld):  # in one cell: eight short answers to wha
 # %% ../../nbs/7_training/19_sharding.ipynb #c370db65
 @contextmanager
 def join_world(recipe: Any) -> Iterator[World]:
-    "The processes that torchrun has started for a run of this recipe; without torchrun, this one alone."
+    "The World of the processes that torchrun has started for this recipe; without torchrun, of this one."
     with process_group(recipe.device) as several:
         if not several:
             yield World()

@@ -33,37 +33,36 @@ from ..views.multicrop import MultiCrop, Views, one_view_colours
 # %% ../../nbs/7_training/12_supervised.ipynb #0ae3ab44
 @dataclass(frozen=True)
 class SupervisedOptions(Method.Options):
-    """Options of supervised training; the defaults are DrLoc's from scratch (Sec. 5 and F), in Swin's
-    framework."""
+    "Options of supervised training; defaults: DrLoc's for Swin, from scratch (Sec. 5 and F)."
 
     backbone: str = 'swin_tiny_w7'
     drop_path: float = 0.2
-    n_test: int = 1000  # toy world: how many more scenes to test on
-    jitter: float = 0.4  # brightness, contrast and saturation change by up to that share
-    erase: float = 0.25  # chance that a rectangle becomes noise
-    mixup: float = 0.8  # alpha of mixup; 0: never
-    cutmix: float = 1.0  # alpha of CutMix, which takes its turn with mixup; 0: never
-    smoothing: float = 0.1  # of the labels
-    # the localisation loss (Sec. 4; 0.5 for Swin, 0.1 for CvT and T2T, 0.01 for ViT-B)
-    drloc_weight: float = 0.0  # lambda; 0: plain supervised training
-    drloc_m: int = 64  # pairs of tokens
-    drloc_variant: str = 'l1'  # l1, signed, all, ce or cycle
-    drloc_hidden: int = 512  # neurons in each hidden layer of the MLP (Table 16)
-    drloc_n_layers: int = 2  # hidden layers of the MLP; the released code: 3 for ce and cycle
-    drloc_divisor: str = 'k'  # of the offsets: k (the paper), none (the released code) or k-1
-    drloc_rise: float = 0.0  # share of the steps in which lambda rises from 0; the released code: 20/300
-    drloc_fall: bool = False  # lambda then falls in a line towards 0 at the end, as in the released code
+    n_test: int = 1000  # toy world only: number of additional scenes to test on
+    jitter: float = 0.4  # largest change of brightness, contrast and saturation, as a fraction
+    erase: float = 0.25  # probability that a rectangle of a crop is replaced by noise
+    mixup: float = 0.8  # alpha of mixup; 0: no mixup
+    cutmix: float = 1.0  # alpha of CutMix; 0: no CutMix; with mixup also on, each batch gets one of the two
+    smoothing: float = 0.1  # label smoothing
+    # DrLoc's localisation loss (Sec. 4; lambda: 0.5 for Swin, 0.1 for CvT and T2T, 0.01 for ViT-B)
+    drloc_weight: float = 0.0  # lambda, the weight of DrLoc's loss; 0: plain supervised training
+    drloc_m: int = 64  # pairs of tokens per image
+    drloc_variant: str = 'l1'  # form of the loss: l1, signed, all, ce or cycle
+    drloc_hidden: int = 512  # neurons in each hidden layer of DrLoc's MLP (Table 16)
+    drloc_n_layers: int = 2  # hidden layers of DrLoc's MLP; the released code: 3 for ce and cycle
+    drloc_divisor: str = 'k'  # divide offsets by k, tokens per side (paper), none (released code) or k-1
+    drloc_rise: float = 0.0  # fraction of the run in which lambda rises from 0; the released code: 20/300
+    drloc_fall: bool = False  # lambda then falls linearly towards 0 at the end, as in the released code
 
 # %% ../../nbs/7_training/12_supervised.ipynb #4ef3d71e
 @register_method('supervised')
 class Supervised(Method):
-    """A backbone and a linear layer on what it pools: L_ce + lambda L_drloc (DrLoc, Sec. 4).
+    """A backbone and a linear layer on its pooled features: L_ce + lambda L_drloc (DrLoc, Sec. 4).
 
-    Without a weight for DrLoc: the cross-entropy alone."""
+    With drloc_weight=0, the cross-entropy alone."""
 
     Options = SupervisedOptions
     needs_labels = True
-    networks: Callable[[], tuple]  # grows below, as does `mixed`
+    networks: Callable[[], tuple]  # defined below, as is `mixed`
     mixed: Callable[[Tensor, Tensor], tuple]
     defaults = dict(
         n_global=1, n_local=0, global_scale=(0.08, 1.0), batch_size=128, epochs=100.0, lr=1e-3, lr_batch=1024,
@@ -77,7 +76,7 @@ class Supervised(Method):
         self.head = nn.Linear(self.backbone.dim, len(self.classes))
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
-        self.localize = None  # made last: with it or without, the rest starts from the same weights
+        self.localize = None  # made last: the other initial weights are the same with and without it
         if o.drloc_weight:
             mlp = o.drloc_variant, o.drloc_hidden, o.drloc_n_layers
             self.localize = LocalizationMLP.for_variant(self.backbone.dim, *mlp)
@@ -85,13 +84,13 @@ class Supervised(Method):
 # %% ../../nbs/7_training/12_supervised.ipynb #22b11c12
 @patch(as_prop=True)
 def views(self: Supervised) -> MultiCrop:
-    "One random crop of an image, resized, flipped and coloured."
+    "One random crop of an image, resized, flipped and colour-jittered."
     return self.view_options.multicrop(photometric=[one_view_colours(self.options.jitter)])
 
 
 @patch
 def networks(self: Supervised) -> tuple[Any, nn.Module]:
-    "The backbone and the head that are asked: in training mode, those that are trained."
+    "The backbone and the head to compute with: in training mode, those that are trained."
     return self.backbone, self.head
 
 
@@ -104,7 +103,7 @@ def logits(self: Supervised, x: Tensor) -> Tensor:
 
 @patch
 def mixed(self: Supervised, x: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    "What is learned from: erased and mixed in training mode, as it is in eval mode."
+    "Crops and targets for the loss: erased and mixed in training mode, as they are in eval mode."
     if self.training:
         return mix(x, label, self.options, len(self.classes))
     return x, mixup_target(label, len(self.classes), 1.0, self.options.smoothing)
@@ -112,7 +111,7 @@ def mixed(self: Supervised, x: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
 # %% ../../nbs/7_training/12_supervised.ipynb #f2b21f89
 @patch
 def training_step(self: Supervised, views: Views, values: dict) -> dict[str, Tensor]:
-    "`ce`, and `drloc` if the options weigh it."
+    "The loss terms `ce` and, if its weight is not 0, `drloc`."
     o = self.options
     x, target = self.mixed(views.crops[0][0], views.label)
     backbone, head = self.networks()
@@ -128,7 +127,7 @@ def training_step(self: Supervised, views: Views, values: dict) -> dict[str, Ten
 
 @patch
 def schedules(self: Supervised, steps: int) -> dict[str, np.ndarray]:
-    "DrLoc's lambda, where it changes: `drloc_rise` and `drloc_fall`."
+    "DrLoc's lambda [steps], if `drloc_rise` or `drloc_fall` makes it change."
     o, t = self.options, np.arange(steps) / steps
     if not (o.drloc_rise or o.drloc_fall):
         return {}
@@ -139,7 +138,7 @@ def schedules(self: Supervised, steps: int) -> dict[str, np.ndarray]:
 # %% ../../nbs/7_training/12_supervised.ipynb #7d339e07
 @patch(cls_method=True)
 def check(cls: Supervised, recipe: Any) -> None:
-    "ValueError, in one line, for options that are out of range or do not go together."
+    "Raises ValueError for options that are out of range or contradict each other."
     least = dict(n_test=1, mixup=0, cutmix=0, drloc_weight=0, drloc_m=1, drloc_hidden=1, drloc_n_layers=1)
     check_ranges(vars(recipe.options), least, ('jitter', 'erase', 'smoothing', 'drloc_rise'))
     check_variant(recipe.drloc_variant, recipe.drloc_divisor)
@@ -161,7 +160,7 @@ def fine_tuning(weights: str | Path, **changes) -> Recipe:
 # %% ../../nbs/7_training/12_supervised.ipynb #b65d6042
 @torch.no_grad()
 def top1(method: Supervised, dataset: Any, size: int, batch_size: int = 256, workers: int = 0) -> float:
-    "Accuracy in percent on the middle of each image; the method is in the mode it was in afterwards."
+    "Top-1 accuracy in percent on centre crops of `size` pixels; restores the method's mode afterwards."
     device, training, right = next(method.parameters()).device, method.training, 0
     method.eval()
     for x, label, _ in eval_loader(dataset, size, batch_size, workers):
@@ -180,9 +179,9 @@ def accuracy_monitor(dataset: Any, size: int, workers: int = 0) -> Callable:
 
 # %% ../../nbs/7_training/12_supervised.ipynb #4b4c55d8
 def test_set(recipe: Recipe) -> Any:
-    """The images that a supervised run is tested on: more of the toy world, or val/ of its folder.
+    """The images that a supervised run is tested on: further toy-world scenes, or val/ in its data folder.
 
-    One-line errors: a folder or labels are missing, or the classes are others than in training."""
+    Raises one-line errors for a missing folder, missing labels, or other classes than in training."""
     r = recipe
     if r.data in TOY_WORLDS:
         return open_toyworld(r.data, r.n_test, r.image_size, 'val', r.data_seed)
@@ -196,7 +195,7 @@ def test_set(recipe: Recipe) -> Any:
 
 
 def check_test_classes(test: Any, classes: list[str]) -> None:
-    "ValueError, in one line, for test images without a class, or of other classes than in training."
+    "Raises ValueError for test images without a class, or with other classes than in training."
     bare = int((torch.as_tensor(test.labels) < 0).sum())
     if bare:
         raise ValueError(f'{bare} of {len(test)} test images have no class: put each class into a folder')

@@ -33,13 +33,13 @@ from .world import World, check_batch, keep_freed_memory, seeded
 from ..views.multicrop import Views
 
 # %% ../../nbs/7_training/8_trainer.ipynb #bcb81193
-# what one run has painted, the next run of this process need not paint again
+# cached: the next run in this process need not draw the same scenes again
 _toyworld = lru_cache(2)(open_toyworld)
 
 
 def build_dataset(recipe: Recipe) -> Any:
-    """The toy world, a folder of images or one of tar shards (of a folder with train/ in it, that), or a
-    subset; or what the method opens itself."""
+    """The recipe's data: the toy world, or a folder of images or tar shards (its train/, beside a val/ or
+    test/, or if labels are needed), or a balanced subset of them; for some methods, what `open_data` returns."""
     r = recipe.run
     own = find_method(recipe.method).open_data(recipe)
     if own is not None:
@@ -47,13 +47,14 @@ def build_dataset(recipe: Recipe) -> Any:
     if r.data in TOY_WORLDS:
         data = _toyworld(r.data, r.n_images, r.image_size, seed=r.data_seed)
     else:
-        train = Path(r.data) / 'train'
-        data = open_images(train if recipe.needs_labels and train.is_dir() else r.data)
+        root = Path(r.data)
+        split = recipe.needs_labels or (root / 'val').is_dir() or (root / 'test').is_dir()
+        data = open_images(root / 'train' if split and (root / 'train').is_dir() else root)
     return balanced_subset(data, r.per_class, seed=r.data_seed) if r.per_class else data
 
 # %% ../../nbs/7_training/8_trainer.ipynb #53885371
 def run_schedules(recipe: Recipe, steps: int) -> dict[str, np.ndarray]:
-    "What changes in every run, as arrays [steps]: lr and weight_decay. GLSD Sec. 4.2."
+    "The schedules that every method has, as arrays [steps]: lr and weight_decay. GLSD Sec. 4.2."
     r = recipe.run
     lr = r.lr * r.batch_size / r.lr_batch
     return dict(
@@ -66,11 +67,10 @@ def run_schedules(recipe: Recipe, steps: int) -> dict[str, np.ndarray]:
 def clip_gradients(
     gradients: list[Tensor], norms: Tensor, limit: float, all_together: bool = False
 ) -> Tensor:
-    """Scales each gradient, in place, to a norm of at most `limit` (0: leaves them). Returns the norm of all
-    before.
+    """Scales gradients in place to a norm of at most `limit` (0: no clipping). Returns the total norm before.
 
-    `norms` [n]: those of the gradients. Tensor by tensor as DINO's code does; or `all_together`, as torch
-    does."""
+    `norms` [n]: the norms of the gradients. Clips each tensor by itself, as DINO's code does, or the total
+    norm (`all_together`), as torch does."""
     total = norms.norm()
     if limit:
         factor = limit / ((total.expand_as(norms) if all_together else norms) + 1e-6)
@@ -81,8 +81,8 @@ def clip_gradients(
 def compile_backbones(*backbones: nn.Module, **options) -> None:
     """torch.compile of each backbone, in place: parameters keep their names, so checkpoints stay the same.
 
-    Static shapes, one graph for each crop size. `options` as for torch.compile. ValueError without a C++
-    compiler. Random numbers (stochastic depth) are others than without."""
+    Static shapes: one graph per crop size. `options` go to torch.compile. Raises ValueError without a C++
+    compiler. Random numbers (stochastic depth) differ from those of an uncompiled run."""
     named = [os.environ.get('CXX'), 'g++', 'clang++', 'c++']
     if not any(shutil.which(c) for c in named if c):
         raise ValueError(
@@ -94,7 +94,7 @@ def compile_backbones(*backbones: nn.Module, **options) -> None:
 
 # %% ../../nbs/7_training/8_trainer.ipynb #7db6657a
 def create_optimizer(method: nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
-    "AdamW of the method's groups. To be made when the method is wrapped: sharded parameters are others."
+    "AdamW over the method's parameter groups. Call it after wrapping: sharding replaces the parameters."
     groups = [{'lr_scale': 1.0, **group} for group in method.parameter_groups()]
     for group in groups:
         group['decays'] = group.get('weight_decay') != 0
@@ -103,10 +103,10 @@ def create_optimizer(method: nn.Module, recipe: Recipe, device: torch.device) ->
 
 # %% ../../nbs/7_training/8_trainer.ipynb #d839ff55
 class Trainer:
-    """The method and the optimiser of one recipe, on their device: `step` moves the weights on by one batch.
+    """The method and the optimiser of one recipe, on their device; `step` trains on one batch.
 
-    `done` counts finished steps; `steps` is the length of the run. `classes`: names of the data's. ValueError
-    if the processes of `world` cannot share a batch equally."""
+    `done` counts finished steps; `steps` is the length of the run. `classes`: names of the data's classes.
+    Raises ValueError if the processes of `world` cannot share a batch equally."""
 
     def __init__(self, recipe: Recipe, steps: int, world: World | None = None, classes: list | tuple = ()):
         self.recipe, self.steps, self.done, self.world = recipe, steps, 0, world or World()
@@ -127,7 +127,7 @@ class Trainer:
 # %% ../../nbs/7_training/8_trainer.ipynb #2be5cc5a
 @patch
 def state_dict(self: Trainer) -> dict:
-    "What a checkpoint holds. With sharded weights all processes must ask, and the first gets it whole."
+    "The content of a checkpoint. With sharded weights all processes must call it; only the first gets it."
     state = dict(method=self.method.state_dict(), optimizer=self.optimizer.state_dict())
     head = dict(step=self.done, recipe=self.recipe.to_dict(), classes=self.method.classes)
     return (
@@ -136,7 +136,7 @@ def state_dict(self: Trainer) -> dict:
 
 
 def describe_backbone(method: nn.Module, name: str) -> dict:
-    "Where in a method's weights its backbone is, and how to build that: here by its `name`, and with timm."
+    "The prefix of a backbone in its method's weights, and how to build it: by `name` here, or with timm."
     backbone = method.backbone
     names = {id(m): path for path, m in method.named_modules(remove_duplicate=False)}
     prefix = f'{names[id(backbone)]}.'
@@ -145,12 +145,12 @@ def describe_backbone(method: nn.Module, name: str) -> dict:
 # %% ../../nbs/7_training/8_trainer.ipynb #eb259361
 @patch
 def load_state_dict(self: Trainer, state: dict, where: Any = 'checkpoint') -> None:
-    "Goes on from a checkpoint. ValueError, in one line, for another architecture or other classes."
+    "Restores a checkpoint. Raises ValueError for another architecture or other classes."
     if state['classes'] != self.method.classes:
         theirs, ours = state['classes'][:3], self.method.classes[:3]
         raise ValueError(f'{where} was trained on other classes, {theirs}, not {ours}: choose another folder')
     load_weights(self.method, state['method'], where, self.world.shard_like)
-    # a checkpoint of the first format knows nothing of lr_scale and decays
+    # checkpoints of format 1 have no lr_scale and decays
     options = [{k: v for k, v in g.items() if k != 'params'} for g in self.optimizer.param_groups]
     groups = [own | group for own, group in zip(options, state['optimizer']['param_groups'])]
     self.optimizer.load_state_dict(dict(state['optimizer'], param_groups=groups))
@@ -161,20 +161,20 @@ def load_state_dict(self: Trainer, state: dict, where: Any = 'checkpoint') -> No
 # %% ../../nbs/7_training/8_trainer.ipynb #cf80cede
 @patch
 def values(self: Trainer) -> dict[str, float]:
-    "The schedules' numbers for the next step."
+    "The schedules' values for the next step."
     return {name: float(array[self.done]) for name, array in self.schedules.items()}
 
 
 @patch
 def loss_terms(self: Trainer, views: Views, values: dict) -> dict[str, Tensor]:
-    "The method's terms for one batch, in the recipe's precision."
+    "The method's loss terms for one batch, in the recipe's precision."
     with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.run.amp):
         return self.wrapped(views, values)
 
 # %% ../../nbs/7_training/8_trainer.ipynb #d6d0af89
 @patch
 def clip(self: Trainer) -> Tensor:
-    "Clips the gradients as the recipe says; their norm before that."
+    "Clips the gradients as the recipe says; returns their total norm before."
     grads = [p.grad for p in self.method.parameters() if p.grad is not None]
     r, norms = self.recipe.run, self.world.norms(grads)
     return clip_gradients(self.world.local(grads), norms, r.clip, r.clip_all)
@@ -182,7 +182,7 @@ def clip(self: Trainer) -> Tensor:
 
 @patch
 def update(self: Trainer, values: dict) -> None:
-    "The optimiser's step, and then what the method does."
+    "The optimiser's step, then the method's `after_step`."
     for group in self.optimizer.param_groups:
         group['lr'] = values['lr'] * group['lr_scale']
         group['weight_decay'] = values['weight_decay'] * group['decays']
@@ -193,9 +193,9 @@ def update(self: Trainer, values: dict) -> None:
 # %% ../../nbs/7_training/8_trainer.ipynb #e4d8e0ca
 @patch
 def step(self: Trainer, views: Views) -> dict:
-    """One step on one batch: what happened, as numbers.
+    """One step on one batch. Returns its numbers: step, loss, the loss terms, grad_norm, and the schedules'.
 
-    `NotFinite`, and all as before, when one of them is not finite."""
+    Raises `NotFinite`, and leaves everything as before, if a loss term or the norm is not finite."""
     values = self.values()
     before = [b.clone() for b in self.buffers]
     with seeded(self.recipe.run.seed, self.done + 1, self.world.rank):
@@ -204,7 +204,7 @@ def step(self: Trainer, views: Views) -> dict:
     self.method.after_backward(values)
     terms['grad_norm'] = self.clip()
     numbers = torch.stack([t.detach().float() for t in terms.values()])
-    named = dict(zip(terms, self.world.mean(numbers).tolist()))  # waits for the device, once a step
+    named = dict(zip(terms, self.world.mean(numbers).tolist()))  # waits for the device, once per step
     try:
         check_finite(self.done + 1, named)
     except NotFinite:
@@ -219,7 +219,7 @@ def step(self: Trainer, views: Views) -> dict:
 @patch
 @torch.no_grad()
 def undo(self: Trainer, buffers: list[Tensor]) -> None:
-    "After a step that failed: no gradient, and centres, queues and BatchNorm as they were."
+    "Undoes a failed step: clears gradients, and restores buffers (centres, queues, BatchNorm)."
     self.optimizer.zero_grad()
     for buffer, before in zip(self.buffers, buffers):
         buffer.copy_(before)
@@ -227,7 +227,7 @@ def undo(self: Trainer, buffers: list[Tensor]) -> None:
 
 @patch
 def skip(self: Trainer, name: str) -> dict:
-    "Leaves a step out because of the number `name`."
+    "Skips a step because the number `name` was not finite; returns its line for the log."
     values = self.values()
     self.done += 1
     return dict(step=self.done, skipped=name, **values)
@@ -236,8 +236,8 @@ def skip(self: Trainer, name: str) -> dict:
 @patch
 @contextmanager
 def evaluating(self: Trainer) -> Iterator[nn.Module]:
-    """The method in eval mode, without gradients, and with random numbers of its own; in training mode
-    afterwards."""
+    """In this block the method is in eval mode, without gradients, with its own random seed; afterwards it is
+    in training mode."""
     self.method.eval()
     try:
         with self.world.unsharded(self.method), seeded(self.recipe.run.seed, self.done), torch.no_grad():
@@ -248,6 +248,6 @@ def evaluating(self: Trainer) -> Iterator[nn.Module]:
 
 @patch
 def settled(self: Trainer) -> int:
-    "The step from which on the warm-up is over and nothing is frozen."
+    "The step from which on the warm-up is over and nothing is frozen any more."
     frozen = int(np.sum(self.schedules.get('frozen', 0)))
     return max(round(self.recipe.run.warmup * self.steps), frozen)

@@ -27,10 +27,9 @@ from .recipe import FORMAT
 def load_weights(
     module: nn.Module, state: dict, where: Any = 'checkpoint', place: Callable = lambda x, like: x
 ) -> None:
-    """module.load_state_dict, but what does not fit is a ValueError of one line with the first keys that
-    differ.
+    """module.load_state_dict, but a mismatch raises ValueError, in one line, with the first keys that differ.
 
-    `place(tensor, like)` makes a whole tensor one like that of the module (`World.shard_like`)."""
+    `place(tensor, like)` shards a whole tensor as the module's tensor `like` is (`World.shard_like`)."""
     ours = module.state_dict()
     reshaped = [k for k, v in ours.items() if k in state and state[k].shape != v.shape]
     unlike = {
@@ -49,15 +48,15 @@ def _shape(tensor: torch.Tensor) -> str:
 
 # %% ../../nbs/7_training/4_weights.ipynb #56b47ee5
 def backbone_weights(state: dict) -> dict:
-    "The weights of the backbone that a checkpoint's method keeps, by their names in a `Backbone`."
+    "The backbone weights in a checkpoint, under their names in a `Backbone`."
     prefix = state['backbone']['prefix']
     return {k[len(prefix) :]: v for k, v in state['method'].items() if k.startswith(prefix)}
 
 # %% ../../nbs/7_training/4_weights.ipynb #d5d66c67
 def export_backbone(run_dir: str | os.PathLike, path: str | os.PathLike) -> str:
-    """Writes a run's backbone as safetensors that timm loads. Returns the line of code that loads it.
+    """Writes a run's backbone as safetensors that timm can load. Returns the line of code that loads it.
 
-    The file's metadata hold timm_name, timm_kwargs (JSON), that line ('load') and the recipe (JSON)."""
+    The file's metadata contain timm_name, timm_kwargs (JSON), load (that line) and recipe (JSON)."""
     state = last_checkpoint(run_dir)
     if state is None:
         raise FileNotFoundError(f'no checkpoint in {run_dir} to export from')
@@ -74,16 +73,16 @@ def export_backbone(run_dir: str | os.PathLike, path: str | os.PathLike) -> str:
 
 def _loading_line(name: str, kwargs: dict, path: str) -> str:
     more = ''.join(f', {k}={v!r}' for k, v in kwargs.items())
-    register_with_timm()  # timm knows our own small models then
+    register_with_timm()  # so that timm finds our own small models
     of_timm = timm.models.model_entrypoint(name).__module__.startswith('timm')
     imports = 'import timm' if of_timm else 'import timm, glsd.backbones'
     return f"{imports}; model = timm.create_model('{name}', num_classes=0, checkpoint_path='{path}'{more})"
 
 # %% ../../nbs/7_training/4_weights.ipynb #4137c7bc
 def load_start(backbone: nn.Module, weights: str | os.PathLike) -> None:
-    """Puts weights into a backbone: of a run's folder, or of a .safetensors file (exported, or timm's).
+    """Loads weights into a backbone, from a run's folder or a .safetensors file (exported, or timm's).
 
-    A classifier in the file is left aside. One-line errors, also for another architecture."""
+    Ignores a classifier in the file. Raises FileNotFoundError, or ValueError for another architecture."""
     path, where = Path(weights), f'weights={weights}'
     if path.is_dir():
         state = last_checkpoint(path)
@@ -99,7 +98,7 @@ def load_start(backbone: nn.Module, weights: str | os.PathLike) -> None:
 
 # %% ../../nbs/7_training/4_weights.ipynb #f14f28cb
 def read_safetensors(path: Path, where: Any) -> dict:
-    "All tensors of a file. ValueError, in one line, if it is damaged."
+    "All tensors of a file, by name. Raises ValueError if it is damaged."
     try:
         with safe_open(path, 'pt') as f:
             return {k: f.get_tensor(k) for k in f.keys()}

@@ -21,13 +21,12 @@ from .recipe import Recipe
 
 # %% ../../nbs/7_training/7_world.ipynb #31b2e7aa
 def seed_step(seed: int, step: int, rank: int = 0) -> None:
-    """Seeds torch for one step from (seed, step); step 0 is the initialisation. Each process draws its own
-    numbers.
+    """Seeds torch for one step from (seed, step), differently in each process; step 0 is the initialisation.
 
-    Each step starts afresh, so that a checkpoint needs no state of a random generator."""
+    Every step is seeded anew, so a checkpoint needs no random generator's state."""
     key = (seed, step, rank) if rank else (seed, step)
     state = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
-    # torch.manual_seed would format a traceback for a CUDA that is not there
+    # not torch.manual_seed: while CUDA is not initialised, it formats a traceback at each call
     torch.default_generator.manual_seed(state)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(state)
@@ -35,9 +34,9 @@ def seed_step(seed: int, step: int, rank: int = 0) -> None:
 # %% ../../nbs/7_training/7_world.ipynb #ff8557b4
 @contextmanager
 def seeded(seed: int, step: int, rank: int = 0) -> Iterator[None]:
-    """In the block torch, numpy and random depend on (seed, step) alone, as libraries draw from all three.
+    """In this block, torch, numpy and random are seeded from the arguments: libraries draw from all three.
 
-    The last two go on afterwards as if nothing had been drawn."""
+    Afterwards, numpy and random continue from their states before the block; torch does not."""
     before = np.random.get_state(), random.getstate()
     seed_step(seed, step, rank)
     key = (seed, step, rank) if rank else (seed, step)
@@ -51,7 +50,7 @@ def seeded(seed: int, step: int, rank: int = 0) -> Iterator[None]:
 
 # %% ../../nbs/7_training/7_world.ipynb #3e0b6cf1
 def pick_device(name: str) -> torch.device:
-    "'auto' is CUDA where there is one, or the CPU. ValueError for a device that is not there."
+    "The torch device `name`; 'auto': CUDA if available, else the CPU. Raises ValueError if there is none."
     if name == 'auto':
         name = 'cuda' if torch.cuda.is_available() else 'cpu'
     try:
@@ -62,10 +61,10 @@ def pick_device(name: str) -> torch.device:
 
 # %% ../../nbs/7_training/7_world.ipynb #a407faf3
 def keep_freed_memory() -> bool:
-    """Has the C library keep the memory of freed tensors for the next step. False where it cannot be told so.
+    """Tells the C library to keep the memory of freed tensors for the next step. False if that is impossible.
 
-    For the whole process. glibc's mallopt: M_TRIM_THRESHOLD is -1, M_MMAP_THRESHOLD -3 (older ones take
-    32 MB at most)."""
+    Affects the whole process. glibc's mallopt: -1 is M_TRIM_THRESHOLD, -3 is M_MMAP_THRESHOLD (at most 32 MB
+    in older versions)."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
@@ -74,64 +73,64 @@ def keep_freed_memory() -> bool:
 
 # %% ../../nbs/7_training/7_world.ipynb #81fc2721
 class World:
-    "The processes that share a run. This one is a single process: number `rank` of `size`."
+    "The `size` processes that share a run, seen from number `rank`. This base class: a single process."
 
     rank, size = 0, 1
 
     def device(self, name: str) -> torch.device:
-        "The device of this process, of the kind that a recipe names."
+        "The device of this process; `name`: the recipe's."
         return pick_device(name)
 
     def sync_batchnorm(self, module: nn.Module) -> nn.Module:
-        "A module whose BatchNorm sees the batch of all processes."
+        "The module, with BatchNorm statistics over the batches of all processes."
         return module
 
     def wrap(self, method: nn.Module) -> nn.Module:
-        "A method whose gradients become means over all processes."
+        "The method, wrapped so that gradients are averaged over all processes."
         return method
 
     def mean(self, numbers: Tensor) -> Tensor:
-        "Over all processes."
+        "The mean over all processes."
         return numbers
 
     def any(self, *flags: bool) -> tuple | list:
-        "For each: is it so in one of them?"
+        "For each flag, whether it is true in any process."
         return flags
 
 # %% ../../nbs/7_training/7_world.ipynb #4127647c
 @patch
 def local(self: World, tensors: list[Tensor]) -> list[Tensor]:
-    "What of each tensor is in this process."
+    "The part of each tensor that this process holds."
     return tensors
 
 
 @patch
 def norms(self: World, tensors: list[Tensor]) -> Tensor:
-    "The norm of each tensor [n], of all its parts."
+    "The norms of the n whole tensors, over all their parts: [n]."
     return torch.stack(torch._foreach_norm(tensors))
 
 
 @patch
 def gather(self: World, state: Any) -> Any:
-    "A nested state with all tensors whole."
+    "The nested state with every sharded tensor made whole."
     return state
 
 # %% ../../nbs/7_training/7_world.ipynb #f9ca1158
 @patch
 def shard_like(self: World, x: Any, like: Any) -> Any:
-    "A whole tensor, in the form that `like` has."
+    "The whole tensor x, sharded as `like` is."
     return x
 
 
 @patch
 @contextmanager
 def unsharded(self: World, method: nn.Module) -> Iterator[None]:
-    "In the block any part of the method can be called; all processes enter it together."
+    "In this block, any part of the method can be called by itself; all processes must enter it together."
     yield
 
 # %% ../../nbs/7_training/7_world.ipynb #9db513a5
 def check_batch(recipe: Recipe, size: int) -> None:
-    "ValueError unless so many processes can share a batch equally."
+    "Raises ValueError unless `size` processes can share a batch equally."
     if recipe.run.batch_size % size:
         raise ValueError(
             f'batch_size={recipe.run.batch_size} cannot be shared equally by {size} processes: choose a '
