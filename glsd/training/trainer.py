@@ -39,7 +39,7 @@ _toyworld = lru_cache(2)(open_toyworld)
 
 def build_dataset(recipe: Recipe) -> Any:
     """The recipe's data: the toy world, or a folder of images or tar shards (its train/, beside a val/ or
-    test/, or if labels are needed), or a balanced subset of them; for some methods, what `open_data` returns."""
+    test/, or if labels are needed), or a balanced subset; for some methods, what `open_data` returns."""
     r = recipe.run
     own = find_method(recipe.method).open_data(recipe)
     if own is not None:
