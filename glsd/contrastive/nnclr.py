@@ -19,13 +19,12 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..backbones import create_backbone
-from .byol import need_two_views
+from .byol import WithTarget, need_two_views
 from .infonce import MLP, all_gather_with_gradient, info_nce, nt_xent
 from .memory_bank import MemoryBank, check_queue
 from .moco import Encoder
-from ..objectives.method import Method, ema_update, register_method
+from ..objectives.method import Method, register_method
 from ..objectives.moby import all_gather_keys, enqueue
-from ..objectives.schedules import cosine_schedule
 from ..views.multicrop import Views
 
 # %% ../../nbs/6_contrastive/6_nnclr.ipynb #dc7deea6
@@ -87,7 +86,7 @@ class NNCLROptions(Method.Options):
 
 # %% ../../nbs/6_contrastive/6_nnclr.ipynb #695ca36f
 @register_method('nnclr')
-class NNCLR(Method):
+class NNCLR(WithTarget):
     """Contrastive learning with nearest neighbours as positives (Dwibedi et al. 2021).
 
     Data set indices of images, -1 if unknown: `sources` [queue], of the queue's keys; `served` [B], of the
@@ -136,12 +135,6 @@ def check_neighbours(options: Any) -> None:
         )
 
 # %% ../../nbs/6_contrastive/6_nnclr.ipynb #d29b58ae
-@patch(as_prop=True)
-def backbone(self: NNCLR) -> nn.Module:
-    "The online network's backbone."
-    return self.online.backbone
-
-
 @patch
 @torch.no_grad()
 def positives(self: NNCLR, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,28 +171,6 @@ def remember(method: NNCLR, keys: Tensor, index: Tensor) -> None:
     "Puts keys [n, c], and the data set indices [n] of their images, into the queue."
     enqueue(method.sources[None, :, None], method.bank.place.clone(), all_gather_keys(index)[:, None, None])
     method.bank.enqueue(keys)
-
-# %% ../../nbs/6_contrastive/6_nnclr.ipynb #43a25ce7
-@patch
-def schedules(self: NNCLR, steps: int) -> dict[str, np.ndarray]:
-    "The momentum at each step, if there is a momentum encoder."
-    o = self.options
-    return {} if self.target is None else dict(momentum=cosine_schedule(o.momentum, o.momentum_final, steps))
-
-
-@patch
-def after_step(self: NNCLR, values: dict) -> None:
-    "Updates the momentum encoder, if there is one."
-    if self.target is not None:
-        ema_update(self.target, self.online, values['momentum'])
-
-
-@patch
-def load_backbone(self: NNCLR, load: Callable[[nn.Module], None]) -> None:
-    "Loads the given weights into all backbones."
-    for network in (self.online, self.target):
-        if network is not None:
-            load(network.backbone)
 
 # %% ../../nbs/6_contrastive/6_nnclr.ipynb #825f0c34
 @patch(cls_method=True)
