@@ -33,7 +33,7 @@ class _Parser(argparse.ArgumentParser):
 def nearest(word: str, words: Sequence[str]) -> str:
     "'; did you mean X?', or a list of all `words` if none is close."
     close = difflib.get_close_matches(word, words, 1, 0.5)
-    return f'; did you mean {close[0]!r}?' if close else f'; there are: {", ".join(words)}'
+    return f'; did you mean {close[0]!r}?' if close else f'; choose from: {", ".join(words)}'
 
 
 ELSEWHERE = {'--objective': '--method', '--loss': '--method', '--arch': '--backbone', '--model': '--backbone'}
@@ -45,7 +45,7 @@ def refuse_unknown(parser: argparse.ArgumentParser, words: list[str]) -> None:
     flags = [o for a in parser._actions for o in a.option_strings]
     word = next((w for w in words if w.startswith('-')), words[0]).split('=')[0]
     if word in ELSEWHERE:
-        raise ValueError(f'unknown argument {word!r}; here it is {ELSEWHERE[word]}')
+        raise ValueError(f'unknown argument {word!r}; use {ELSEWHERE[word]}')
     raise ValueError(f'unknown argument {word!r}{nearest(word, flags) if word.startswith("--") else ""}')
 
 
@@ -150,9 +150,9 @@ def add_processes(p: argparse.ArgumentParser) -> None:
         type=int,
         default=3,
         metavar='N',
-        help='how often to restart all after one fails; default: 3',
+        help='how many times to restart all processes after one fails; default: 3',
     )
-    where = 'address where several machines meet: the first machine and a free port'
+    where = 'for several machines: the address of the first one, and a free port on it'
     p.add_argument('--rdzv', default='', metavar='HOST:PORT', help=where)
 
 
@@ -207,7 +207,7 @@ def add_evaluate(p: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         Option('device', 'auto', 'auto, cpu or cuda'),
         Option('size', '', 'side of the input images in pixels; dense-nn also takes height,width'),
         Option('images', '', 'use at most this many images of each set'),
-        Option('block', '', 'take the output of this block: counted from 0, or from the end (-1)'),
+        Option('block', '', 'use the output of this block: 0 is the first, -1 the last'),
         Option('mean', '', "of the image channels, three numbers; default: each network's own"),
         Option('std', '', "of the image channels, three numbers; default: each network's own"),
     ]
@@ -299,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _report(e, 'glsd: ' + ' '.join(str(e).split()), code)
         return code
     except KeyboardInterrupt:
-        print('glsd: interrupted; the same command goes on from the last checkpoint', file=sys.stderr)
+        print('glsd: interrupted; the same command resumes from the last checkpoint', file=sys.stderr)
         return 130
 
 

@@ -96,16 +96,16 @@ def finetuning_from(args: Namespace) -> Any:
     if args.data is not None:
         given['data' if 'weights' in given else 'weights'] = args.data
     if bool(args.anchors) != bool(args.test):
-        raise ValueError('both are needed, --anchors and --test: two folders with one folder a class')
+        raise ValueError('--anchors and --test are both needed: two folders with one folder per class')
     if args.anchors:
         given |= dict(data=args.anchors, test_data=args.test)
     if args.recipe:
         args.fields, args.data = given, None
         return recipe_from(args)
     if 'weights' not in given:
-        raise ValueError('finetune starts from weights: name a run or a file, first or with --weights')
+        raise ValueError('finetune needs weights: give a run or a file, with or without --weights')
     if 'data' not in given | start_of(given['weights']):
-        raise ValueError('name labelled images with --anchors DIR --test DIR: a folder a class in each')
+        raise ValueError('name labelled images with --anchors DIR --test DIR: one folder per class in each')
     return finetune_recipe(**given)
 
 # %% ../nbs/commands.ipynb #00281f84
@@ -183,7 +183,7 @@ def run_reproduce(args: Namespace) -> int:
     if args.compare:
         return executing.compare_experiments(args.compare)
     if not args.experiment:
-        raise ValueError(f'name an experiment; there are: {", ".join(executing.experiments())}')
+        raise ValueError(f'name an experiment; choose from: {", ".join(executing.experiments())}')
     out = Path(args.out or f'runs/{args.experiment}').resolve()
     for p in args.parameter:
         if '=' not in p:

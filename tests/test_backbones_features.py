@@ -312,9 +312,9 @@ def test_vit_backbone_takes_registers_and_refuses_what_is_no_plain_vit():
             torch.testing.assert_close(f.pooled, theirs(x))
             torch.testing.assert_close(f.tokens, theirs.forward_features(x)[:, 5:])
     for name in ('deit_tiny_distilled_patch16_224', 'eva02_tiny_patch14_224'):
-        with pytest.raises(ValueError, match=f'{name} is no plain VisionTransformer'):
+        with pytest.raises(ValueError, match=f'{name} is not a plain timm VisionTransformer'):
             ViTBackbone(name, depth=1)
-    with pytest.raises(ValueError, match='keeps its patches'):
+    with pytest.raises(ValueError, match='keeps all patches'):
         ViTBackbone('vit_tiny_patch16_224', depth=1, patch_drop_rate=0.5)
 
 

@@ -108,7 +108,7 @@ def test_two_processes_fill_it_as_one_does(tmp_path):
 @pytest.mark.parametrize(
     'call, message',
     [
-        (lambda: MemoryBank(0, 4), 'a queue of 0 keys: it needs room'),
+        (lambda: MemoryBank(0, 4), 'a queue needs room for at least one key, not 0'),
         (
             lambda: MemoryBank(4, 4).enqueue(torch.zeros(2, 3)),
             'a queue of width 4 takes keys [n, 4], not [2, 3]',

@@ -62,7 +62,7 @@ def test_only_what_must_collapse_does(options, alive):
     [
         (dict(n_local=2), 'set n_global=2 and n_local=0, not n_global=2, n_local=2'),
         (dict(n_global=1), 'set n_global=2 and n_local=0, not n_global=1, n_local=0'),
-        (dict(stop_gradient=False), 'no gradient flows into a slow average; set momentum=0'),
+        (dict(stop_gradient=False), 'a moving average receives no gradient; set momentum=0'),
         (dict(momentum=1.5), 'momentum must be a share between 0 and 1'),
         (dict(predicter=False), "did you mean 'predictor'"),
     ],

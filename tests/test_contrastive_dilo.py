@@ -140,7 +140,7 @@ def test_a_run_that_was_cut_goes_on_bit_equal(tmp_path):
     'options, message',
     [
         (dict(p_paste=1.5), 'p_paste=1.5 is a share of the views'),
-        (dict(blend='poisson'), "no blend 'poisson'; there are: none, gaussian, mix"),
+        (dict(blend='poisson'), "no blend 'poisson'; choose from: none, gaussian, mix"),
         (dict(blend_sigma=0.0), 'blend_sigma=0.0 must be positive'),
         (dict(superpixels=1), 'blend_sigma=1.0 must be positive, superpixels=1 at least 2'),
         (dict(foreground='masks/of/nobody'), "foreground 'masks/of/nobody' is neither a folder of masks nor"),

@@ -78,7 +78,7 @@ def test_moco_in_both_directions(z):
         (lambda: nt_xent(torch.ones(2, 3), torch.ones(2, 3), 0.0), 'temperature must be positive, not 0.0'),
         (
             lambda: info_nce(torch.ones(4, 3), torch.ones(3, 3)),
-            '4 queries from place 0 on have no keys among 3',
+            '4 queries from key 0 on need more than 3 keys',
         ),
         (lambda: MLP(4, 4, 4, norm_last='last'), 'an MLP has 1 or more layers and norm_last none, plain or'),
     ],

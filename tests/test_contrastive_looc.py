@@ -88,11 +88,11 @@ def test_each_space_keeps_its_own_key():
     [
         (
             dict(augmentations=''),
-            "augmentations='': no augmentation is left for a space; name some of rotation",
+            "augmentations='' names no augmentation; choose from: rotation",
         ),
-        (dict(augmentations='rotation+taste'), "no 'taste'; there are: rotation, colour, blur"),
-        (dict(augmentations='blur+blur'), 'blur has two spaces that would be the same'),
-        (dict(strength=0.0), 'strength=0 leaves no augmentation for the space of colour'),
+        (dict(augmentations='rotation+taste'), "no 'taste'; choose from: rotation, colour, blur"),
+        (dict(augmentations='blur+blur'), 'blur is listed twice'),
+        (dict(strength=0.0), 'strength=0 turns colour off'),
         (dict(n_local=2), 'looc has global views only: set n_local=0'),
         (dict(temperature=0.0), 'temperature must be positive'),
         (dict(queue=8, batch_size=16), 'queue=8 is smaller than a batch of 16'),

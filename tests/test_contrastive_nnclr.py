@@ -123,7 +123,7 @@ def test_crops_only_have_the_colours_of_the_image():
         (dict(n_local=2), 'set n_global=2 and n_local=0, not n_global=2, n_local=2'),
         (dict(top_k=0), 'top_k=0 of a queue of'),
         (dict(top_k=200000), 'top_k=200000 of a queue of'),
-        (dict(neighbours='near'), "no neighbours 'near'; there are: hard, soft, none"),
+        (dict(neighbours='near'), "no neighbours 'near'; choose from: hard, soft, none"),
         (dict(neighbours='soft', top_k=2), "top_k=2 is for neighbours='hard', not 'soft'"),
     ],
 )

@@ -103,7 +103,7 @@ FOUR = torch.arange(4).view(2, 2).repeat_interleave(4, 0).repeat_interleave(4, 1
             lambda: S.saliency(image[:1]),
             'an image must be uint8 [3, H, W] and not empty; this is uint8 [1, 8',
         ),
-        (lambda: S.saliency(image, 'cam'), "no saliency 'cam'; there are: gs, mc, rbd"),
+        (lambda: S.saliency(image, 'cam'), "no saliency 'cam'; choose from: gs, mc, rbd"),
         (
             lambda: S.superpixels(image, 0),
             '0 superpixels in an image of 8 x 8 pixels: choose between 1 and 64',

@@ -115,7 +115,7 @@ def test_scores_are_in_full_precision_under_autocast():
 @pytest.mark.parametrize(
     'wrong, words',
     [
-        (dict(n_global=1, n_local=0), 'one crop has no other to predict it'),
+        (dict(n_global=1, n_local=0), 'swav needs at least two crops per image'),
         (dict(prototypes=1), 'prototypes must be at least 2, not 1'),
         (dict(epsilon=0.0), 'epsilon must be greater than 0'),
         (dict(iterations=-1), 'iterations must be at least 0'),
@@ -136,4 +136,4 @@ def test_a_queue_smaller_than_a_batch_is_one_line():
 
 def test_scores_without_a_pair_are_one_line():
     scores = torch.randn(1, 4, 5)
-    assert 'at least one other crop' in one_line_from(swav_loss, scores, scores.softmax(-1))
+    assert 'two crops in all' in one_line_from(swav_loss, scores, scores.softmax(-1))

@@ -187,7 +187,7 @@ def tree(tmp_path):
         (lambda t: ImageFolder(t / 'set', files=['a/9.png']), FileNotFoundError, 'a/9.png is in the list'),
         (lambda t: ImageFolder(t / 'set', files=t / 'lost.txt'), FileNotFoundError, 'no such list of images'),
         (lambda t: ImageFolder(t / 'set', files=[]), ValueError, 'no image below'),
-        (lambda t: balanced_subset(ImageFolder(t / 'set'), 0), ValueError, 'at least one image a class'),
+        (lambda t: balanced_subset(ImageFolder(t / 'set'), 0), ValueError, 'at least one image per class'),
         (
             lambda t: balanced_subset(ImageFolder(t / 'set'), 4),
             ValueError,

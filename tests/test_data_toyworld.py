@@ -118,7 +118,7 @@ def test_wrong_input_is_one_line(wrong):
 
 @pytest.mark.parametrize('i', [12, -13, 10**6])
 def test_an_image_that_does_not_exist_is_one_line(i):
-    with pytest.raises(IndexError, match=f'image {i} of a toy world with 12'):
+    with pytest.raises(IndexError, match=f'no image {i}: the toy world has 12'):
         ToyWorld(12, 16)[i]
 
 

@@ -147,7 +147,7 @@ def test_both_heads_are_averaged_and_the_token_has_its_own():
         ({'backbone': 'vit_mini'}, 'vit_mini has no distillation token: choose one such as deit_mini'),
         ({'teacher': ''}, 'deit needs a teacher'),
         ({'teacher': '/no/such'}, 'no checkpoint in /no/such'),
-        ({'distillation': 'warm'}, "no distillation 'warm'; there are: none, soft, hard"),
+        ({'distillation': 'warm'}, "no distillation 'warm'; choose from: none, soft, hard"),
         ({'distillation': 'none'}, 'set token=False'),
         ({'alpha': 1.5}, 'alpha must be a share'),
         ({'tau': 0}, 'tau must be greater than 0'),

@@ -243,4 +243,4 @@ def test_what_nobody_has_trained_gets_no_advice_on_training():
     report = collapse_report(figures, trained=False)
     assert report.kind == collapse_report(figures).kind == 'full collapse'
     assert 'lower lr' in str(collapse_report(figures)) and 'lr' not in str(report)
-    assert 'nobody has trained these weights' in str(report) and str(report).count('\n') == 0
+    assert 'these weights are untrained' in str(report) and str(report).count('\n') == 0

@@ -165,12 +165,12 @@ WRONG = [
     ('correspondence', dict(shift=1.5), 'shift=1.5 must be a share'),
     ('correspondence', dict(flip=2.0), 'flip = 2.0 must be a probability'),
     ('correspondence', dict(images=1), 'at least 2'),
-    ('collapse', dict(images=1), 'give two at least'),
+    ('collapse', dict(images=1), 'give at least two'),
     ('collapse', dict(n=1), 'n = 1 must be a whole number of at least 2'),
-    ('attention', dict(mass=0.0), 'mass=0.0 must lie above 0'),
+    ('attention', dict(mass=0.0), 'mass=0.0 must be above 0'),
     ('attention', dict(block=40), 'no block 40'),
     ('retrieval', dict(images=1), 'at least 2'),
-    ('dense-nn', dict(k=100_000), 'k = 100000: the memory holds'),
+    ('dense-nn', dict(k=100_000), 'k = 100000 must be from 1 to'),
     ('dense-nn', dict(memory_size=1), 'cannot hold one of each'),
     *((what, dict(size=30), '30') for what in TINY),
     *((what, dict(size=0), 'size = 0 must be a whole number of at least 1') for what in TINY),
@@ -271,7 +271,7 @@ def test_an_untrained_network_gets_no_advice_on_training(monkeypatch, networks):
     named = {'control': 'random:vit_mini', 'mine': networks['exported file']}
     r = evaluate('collapse', named, images=N, data='toyworld')['backbones']
     assert r['control']['kind'] == r['mine']['kind'] == 'full collapse'
-    assert 'nobody has trained these weights' in r['control']['report'] and 'lr' not in r['control']['report']
+    assert 'these weights are untrained' in r['control']['report'] and 'lr' not in r['control']['report']
     assert 'a lower lr' in r['mine']['report']
 
 

@@ -125,9 +125,9 @@ def test_what_it_refuses():
         run(void, toy, 32, k=2)
     with pytest.raises(ValueError, match='no pixel of the query'):
         run(toy, void, 32, k=2)
-    with pytest.raises(ValueError, match='the memory holds 32'):
+    with pytest.raises(ValueError, match='must be from 1 to 32'):
         run(toy, toy, 32, k=33)
-    with pytest.raises(ValueError, match='other classes'):
+    with pytest.raises(ValueError, match='different classes'):
         run(toy, Listed(toy.pairs, 4), 32)
     with pytest.raises(ValueError, match='the only class'):
         run(Listed(toy.pairs, 1), Listed(toy.pairs, 1), 32)
@@ -180,7 +180,7 @@ def test_names_in_a_file_and_sizes_that_are_no_square(tmp_path):
     assert set(found['iou']) == {'red', 'green', 'blue'} and found['grid'] == [4, 6]
     assert out.with_suffix('.png').stat().st_size > 1000
     (tmp_path / 'classes.txt').write_text('red\n\nblue')
-    with pytest.raises(ValueError, match='classes.txt must name a class a line'):
+    with pytest.raises(ValueError, match='classes.txt must name one class per line'):
         MaskFolder(tmp_path, 'train')
 
 

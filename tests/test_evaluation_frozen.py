@@ -119,8 +119,8 @@ def test_files_that_do_not_fit_are_one_line(tmp_path):
     (tmp_path / 'broken.pth').write_bytes(b'not at all')
     (tmp_path / 'broken.safetensors').write_bytes(b'not at all')
     for spec, error, message in (
-        (f'vit_tiny_p16@{tmp_path}/x.pth', ValueError, 'of another architecture; missing: blocks.2'),
-        (f'resnet18@{tmp_path}/x.pth', ValueError, 'of another architecture'),
+        (f'vit_tiny_p16@{tmp_path}/x.pth', ValueError, 'has another architecture; missing: blocks.2'),
+        (f'resnet18@{tmp_path}/x.pth', ValueError, 'has another architecture'),
         (f'vit_enormous@{tmp_path}/x.pth', ValueError, 'neither a backbone of glsd'),
         (f'vit_tiny_p16@{tmp_path}/none.pth', FileNotFoundError, 'no such file'),
         (f'vit_tiny_p16@{tmp_path}/broken.pth', ValueError, 'no weights that can be read'),
@@ -232,7 +232,7 @@ def test_features_are_kept_apart_by_size_transform_and_block(tmp_path):
 
 
 def test_data_without_a_fingerprint_are_refused(tmp_path):
-    with pytest.raises(ValueError, match='a list cannot be told from another one'):
+    with pytest.raises(ValueError, match='a list has no fingerprint'):
         cached_extract(create_backbone('vit_mini'), [1, 2], 32, tmp_path)
 
 

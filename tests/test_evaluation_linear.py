@@ -282,5 +282,5 @@ def test_maes_probe_is_cut_and_gone_on_with_and_sees_no_scale(worlds, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         probe(worlds, Fails(), protocol='mae', lrs=(1.0, 10.0), out=tmp_path)
     assert probe(worlds, protocol='mae', lrs=(1.0, 10.0), out=tmp_path)['grid'] == whole['grid']
-    with pytest.raises(ValueError, match="no protocol 'moco' of the linear probe; there are: dino, mae"):
+    with pytest.raises(ValueError, match="no protocol 'moco' of the linear probe; choose from: dino, mae"):
         probe(worlds, protocol='moco')

@@ -12,7 +12,7 @@ SMALL = {'steps': 2, 'batch_size': 8, 'out_dim': 16, 'head_hidden': 16, 'head_bo
 @pytest.mark.parametrize(
     'parameters, message',
     [
-        ({'scale': 'huge'}, "no scale 'huge'; there are: ci, gpu, paper"),
+        ({'scale': 'huge'}, "no scale 'huge'; choose from: ci, gpu, paper"),
         ({'queries': [0, 5]}, r'queries=\[0, 5\]: ADCLR needs at least one'),
     ],
 )

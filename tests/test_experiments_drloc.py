@@ -13,15 +13,15 @@ NOTEBOOK = Path(__file__).parents[1] / 'nbs/9_experiments/drloc.ipynb'
 @pytest.mark.parametrize(
     'parameters, message',
     [
-        ({'scale': 'huge'}, "no scale 'huge'; there are: ci, gpu, paper"),
+        ({'scale': 'huge'}, "no scale 'huge'; choose from: ci, gpu, paper"),
         ({'scale': 'paper'}, 'scale=paper needs images: data=["FOLDER", ...] with train/ and val/ in each'),
         (
             {'backbones': ['swin_tiny_w7']},
-            "no backbone 'swin_tiny_w7' at scale=ci; there are: swin_mini, cvt_mini, t2t_mini, vit_mini, "
+            "no backbone 'swin_tiny_w7' at scale=ci; choose from: swin_mini, cvt_mini, t2t_mini, vit_mini, "
             'resnet_mini',
         ),
         ({'data': ['/no/such']}, 'data=/no/such has no folder train/'),
-        ({'tables': ['3']}, "no table '3' here; there are: 2, 4 (with 9), 5, 14, 16"),
+        ({'tables': ['3']}, "no table '3' here; choose from: 2, 4 (with 9), 5, 14, 16"),
     ],
 )
 def test_wrong_parameters_are_one_line(tmp_path, run_notebook, parameters, message):

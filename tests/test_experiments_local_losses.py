@@ -12,7 +12,7 @@ SMALL = dict(steps=2, n_local=1, n_query=2, batch_size=16, out_dim=32, head_hidd
 @pytest.mark.parametrize(
     'parameters, message',
     [
-        ({'scale': 'huge'}, "no scale 'huge'; there are: ci, laptop, gpu, paper"),
+        ({'scale': 'huge'}, "no scale 'huge'; choose from: ci, laptop, gpu, paper"),
         ({'scale': 'gpu'}, 'scale=gpu needs images: data=FOLDER with train/ and val/ in it'),
         ({'data': '/no/such'}, 'data=/no/such has no folder train/'),
     ],

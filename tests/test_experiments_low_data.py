@@ -23,7 +23,7 @@ def execute(tmp_path, **parameters):
 @pytest.mark.parametrize(
     'parameters, message',
     [
-        ({'scale': 'huge'}, "no scale 'huge'; there are: ci, laptop, gpu, paper"),
+        ({'scale': 'huge'}, "no scale 'huge'; choose from: ci, laptop, gpu, paper"),
         ({'scale': 'paper'}, 'scale=paper needs images: data=FOLDER with train/ and val/ in it'),
         ({'data': '/no/such'}, 'data=/no/such has no folder train/'),
     ],

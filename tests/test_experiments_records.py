@@ -99,7 +99,7 @@ def test_files_that_are_missing_or_cut_are_a_line_each(fresh, capsys):
     assert main(['reproduce', '--compare', str(fresh)]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and lines[0].startswith('adclr: no results.json in ')
-    assert 'is no JSON' in lines[1] and lines[2].endswith('has no runs')
+    assert 'is not JSON' in lines[1] and lines[2].endswith('has no runs')
 
 
 def test_a_change_within_the_spread_is_none(fresh):

@@ -85,7 +85,7 @@ def test_a_killed_grid_leaves_no_process_and_goes_on(tmp_path):
         [sys.executable, '-c', PARENT.format(tests=str(Path(__file__).parent), out=str(tmp_path))]
     )
     wait_for(lambda: cells.steps_done(folder) >= 10)
-    with pytest.raises(runner.OthersAtWork, match='1 of 1 cells are still with other processes'):
+    with pytest.raises(runner.OthersAtWork, match='1 of 1 cells still run in other processes'):
         run_grid({'long': LONG}, tmp_path, count)
 
     workers = psutil.Process(parent.pid).children(recursive=True)

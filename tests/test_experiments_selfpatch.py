@@ -46,10 +46,10 @@ def test_miniature(tmp_path, run_notebook):
 @pytest.mark.parametrize(
     'parameters, message',
     [
-        ({'scale': 'huge'}, "no scale 'huge'; there are: ci, gpu, paper"),
+        ({'scale': 'huge'}, "no scale 'huge'; choose from: ci, gpu, paper"),
         ({'scale': 'paper'}, 'scale=paper needs images: data=FOLDER with train/ and val/ in it'),
         ({'data': '/no/such'}, 'data=/no/such has no folder train/'),
-        ({'rows': ['k=3']}, "no row 'k=3' at scale=ci; there are: DINO, SelfPatch, "),
+        ({'rows': ['k=3']}, "no row 'k=3' at scale=ci; choose from: DINO, SelfPatch, "),
     ],
 )
 def test_wrong_parameters_are_one_line(tmp_path, run_notebook, parameters, message):

@@ -26,7 +26,7 @@ NO_RUN = 'no folder /no/such: run names what glsd pretrain or a grid has written
 @pytest.mark.parametrize(
     'name, parameters, message',
     [
-        ('table_2', {'scale': 'huge'}, "no scale 'huge'; there are: ci, laptop, gpu, paper"),
+        ('table_2', {'scale': 'huge'}, "no scale 'huge'; choose from: ci, laptop, gpu, paper"),
         ('table_2', {'scale': 'paper'}, f'scale=paper needs {FOLDERS}'),
         ('table_2', {'data': '/no/such'}, 'data=/no/such has no folder train/'),
         ('table_2', {'settings': ['geometric']}, f"settings=['geometric']: {VANILLA}"),
@@ -36,7 +36,7 @@ NO_RUN = 'no folder /no/such: run names what glsd pretrain or a grid has written
         (
             'table_3',
             {'backbones': ['vit_mini']},
-            "no backbone 'vit_mini' at scale=ci; there are: swin_mini, swin_mini_w8, swin_mini_deep",
+            "no backbone 'vit_mini' at scale=ci; choose from: swin_mini, swin_mini_w8, swin_mini_deep",
         ),
         ('figure_3', {'run': '/no/such'}, NO_RUN),
         (
@@ -139,7 +139,7 @@ def test_the_command_ends_early_while_others_are_at_work_and_collects_afterwards
     with file_lock(cell / 'claim'):
         assert main(command) == 0
     said = capsys.readouterr().out
-    assert 'figure_3: 1 of 1 cells are still with other processes' in said
+    assert 'figure_3: 1 of 1 cells still run in other processes' in said
     assert not list(tmp_path.glob('*.ipynb')) and not list(tmp_path.glob('.*.ipynb'))
     assert main(command) == 0 and (tmp_path / 'figure_3.ipynb').exists()
     assert len(record_of(tmp_path)['runs']) == 3 and not list(tmp_path.glob('.*.ipynb'))

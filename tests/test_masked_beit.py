@@ -99,7 +99,7 @@ def test_networks_and_tokenizers_that_do_not_fit_are_one_line(words):
     one_line(lambda: build(words, size=34), ValueError, 'global_size=34: tokens of 4 pixels')
     one_line(lambda: build(), ValueError, 'target=codes needs a tokenizer: train one with method=dvae')
     coarse = create_method('dvae', backbone='resnet_mini', n_codes=8, code_dim=4, decoder_width=4)
-    one_line(lambda: build(coarse), ValueError, 'stands for 8 pixels, a patch of the student for 4')
+    one_line(lambda: build(coarse), ValueError, 'one code per 8 pixels, the student one patch per 4')
     words.counts.fill_(0.0)[3] = 7.0
     one_line(lambda: build(words), ValueError, 'the tokenizer uses 1 of 16 codes')
     words.counts.fill_(0.0)
@@ -117,10 +117,10 @@ def test_many_dead_codes_are_warned_of():
     'changes, error, message',
     [
         (dict(tokenizer=''), ValueError, 'recipe: beit asks for codes: set tokenizer'),
-        (dict(tokenizer='not/there'), FileNotFoundError, 'recipe: tokenizer=not/there is not there'),
-        (dict(mask='stripes'), ValueError, "recipe: no mask 'stripes'; there are: random, block, grid"),
-        (dict(target='sound'), ValueError, "recipe: no target 'sound'; there are: "),
-        (dict(recover='some'), ValueError, "recipe: no recover 'some'; there are: hidden, all"),
+        (dict(tokenizer='not/there'), FileNotFoundError, 'recipe: tokenizer=not/there is missing'),
+        (dict(mask='stripes'), ValueError, "recipe: no mask 'stripes'; choose from: random, block, grid"),
+        (dict(target='sound'), ValueError, "recipe: no target 'sound'; choose from: "),
+        (dict(recover='some'), ValueError, "recipe: no recover 'some'; choose from: hidden, all"),
         (dict(mask_ratio=0.0), ValueError, 'recipe: mask_ratio=0 must lie between 0 and 1'),
         (dict(mask_ratio=1.0, recover='all'), ValueError, 'recipe: mask_ratio=1 must lie between 0 and 1'),
         (dict(n_local=2), ValueError, 'recipe: masked prediction sees one crop'),
@@ -206,9 +206,9 @@ def test_mae_may_ask_for_codes(tmp_path):
     method = load_method(tmp_path / 'run')
     x, hidden = torch.randn(2, 3, 32, 32), torch.arange(64).expand(2, -1) > 15
     assert method.targets(x).shape == (2, 64) and method.targets(x).dtype == torch.int64
-    with pytest.raises(ValueError, match='paints no pixels'):
+    with pytest.raises(ValueError, match='predicts codes, not pixels'):
         reconstruct(method, x, hidden)
-    for tokenizer, message in ('', 'codes need a tokenizer'), ('nowhere', 'tokenizer=nowhere is not there'):
+    for tokenizer, message in ('', 'codes need a tokenizer'), ('nowhere', 'tokenizer=nowhere is missing'):
         with pytest.raises(ValueError, match=message):
             small_recipe('mae', tokenizer=tokenizer, **asked)
 

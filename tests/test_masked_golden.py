@@ -165,11 +165,11 @@ def test_every_mask_hides_the_same_number_on_any_grid(kind, grid):
 @pytest.mark.parametrize(
     'kind, grid, ratio, message',
     [
-        ('stripes', (4, 4), 0.5, "no mask 'stripes'; there are: random, block, grid"),
-        ('random', (4, 4), 0.0, 'a mask ratio of 0 hides nothing of 16 patches'),
+        ('stripes', (4, 4), 0.5, "no mask 'stripes'; choose from: random, block, grid"),
+        ('random', (4, 4), 0.0, 'a mask ratio of 0 hides none of 16 patches'),
         ('block', (4, 4), 0.99, 'a mask ratio of 0.99 hides all of 16 patches'),
         ('random', (1, 1), 0.5, 'a mask ratio of 0.5 hides all of 1 patches'),
-        ('grid', (4, 4), 0.5, 'a grid mask hides 0.75'),
+        ('grid', (4, 4), 0.5, 'a grid mask needs ratio 0.75'),
     ],
 )
 def test_masks_that_cannot_be_drawn_are_one_line(kind, grid, ratio, message):

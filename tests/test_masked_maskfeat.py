@@ -112,7 +112,7 @@ def test_other_targets(target):
         (dict(mask_ratio=0.999), 'a mask ratio of 0.999 hides all of 16 patches'),
         (dict(mask='random', mask_unit=32), 'a mask ratio of 0.4 hides all of 1 patches'),
         (dict(mask_unit=12), 'mask_unit=12: units of that many pixels do not fill 4 x 4 tokens of 8'),
-        (dict(mask='stripes'), "no mask 'stripes'; there are: random, block, grid"),
+        (dict(mask='stripes'), "no mask 'stripes'; choose from: random, block, grid"),
         (dict(target='hogs'), "no target 'hogs'; did you mean 'hog'?"),
         (dict(target='features'), 'target=features needs target_source'),
         (dict(target='features', target_source='nowhere'), 'nowhere: no run folder'),

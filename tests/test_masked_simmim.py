@@ -63,7 +63,7 @@ def test_distances():
     assert average_distance(one, (3, 3)) == 1.0
     assert average_distance(one, (3, 3), side=3) == pytest.approx((8 * 1 + 2) / 9)  # the middle: 2 pixels
     for flags in torch.zeros(4, dtype=torch.bool), torch.ones(4, dtype=torch.bool):
-        with pytest.raises(ValueError, match='something visible and something hidden'):
+        with pytest.raises(ValueError, match='at least one visible and one hidden patch'):
             average_distance(flags, (2, 2))
 
 

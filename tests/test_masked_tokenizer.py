@@ -136,7 +136,7 @@ def _rngs(n):
 @pytest.mark.parametrize(
     'changes, message',
     [
-        (dict(n_codes=1), 'recipe: n_codes=1: a dictionary has at least two codes'),
+        (dict(n_codes=1), 'recipe: n_codes=1 must be at least 2'),
         (dict(tau_end=2.0), 'recipe: tau_start=1, tau_end=2'),
         (dict(tau_end=0.0), 'recipe: tau_start=1, tau_end=0'),
         (dict(n_local=2), 'recipe: dvae sees one crop'),
@@ -151,7 +151,7 @@ def test_recipes_that_make_no_sense_are_one_line(changes, message):
 
 
 def test_a_stride_that_is_no_power_of_two():
-    with pytest.raises(ValueError, match='dvae: its decoder doubles, and 14 pixels a code are no power of 2'):
+    with pytest.raises(ValueError, match='dvae: the pixels per code must be a power of 2, not 14'):
         create_method('dvae', **SMALL | dict(backbone='test_p14'))
 
 
@@ -273,9 +273,9 @@ def test_teachers_that_do_not_fit_or_are_not_there(tmp_path):
 
     from glsd.backbones import create_backbone
 
-    with pytest.raises(ValueError, match='has a token for 8 pixels and vit_mini_patch4_32 for 4'):
+    with pytest.raises(ValueError, match='has a token per 8 pixels, vit_mini_patch4_32 one per 4'):
         vqkd(create_backbone('vit_mini'))
-    with pytest.raises(FileNotFoundError, match='is not there: give a run'):
+    with pytest.raises(FileNotFoundError, match='is missing: give a run'):
         load_teacher(tmp_path / 'none')
     with pytest.raises(FileNotFoundError, match='no checkpoint in this folder'):
         load_teacher(tmp_path)
@@ -309,7 +309,7 @@ def test_a_run_is_a_teacher_and_its_tokenizer_needs_it_no_more(tmp_path):
     'changes, error, message',
     [
         (dict(teacher=''), ValueError, 'recipe: vqkd learns from a teacher'),
-        (dict(teacher='not/there'), FileNotFoundError, 'recipe: teacher=not/there is not there'),
+        (dict(teacher='not/there'), FileNotFoundError, 'recipe: teacher=not/there is missing'),
         (dict(n_codes=1), ValueError, 'recipe: n_codes=1'),
         (dict(n_local=1), ValueError, 'recipe: vqkd sees one crop'),
     ],
@@ -341,7 +341,7 @@ def test_codes_die_without_kmeans_on_purpose():
 def test_files_that_are_no_tokenizer_are_one_line(tmp_path):
     from safetensors.torch import save_file
 
-    with pytest.raises(FileNotFoundError, match='is not there: train one with method=dvae'):
+    with pytest.raises(FileNotFoundError, match='is missing: train one with method=dvae'):
         load_tokenizer(tmp_path / 'none')
     with pytest.raises(FileNotFoundError, match='no checkpoint in this folder'):
         load_tokenizer(tmp_path)

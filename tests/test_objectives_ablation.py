@@ -141,7 +141,7 @@ def test_dinov2s_sums_are_the_same_core_with_other_weights():
     'options, words',
     [
         (dict(targets='centre'), "targets='centre'; did you mean 'center'"),
-        (dict(compare='l1'), "compare='l1'; there are: ce, mse, mse_unit"),
+        (dict(compare='l1'), "compare='l1'; choose from: ce, mse, mse_unit"),
     ],
 )
 def test_unknown_options_are_refused(options, words):

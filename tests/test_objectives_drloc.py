@@ -163,7 +163,7 @@ def test_a_sure_and_wrong_prediction_is_finite():
         (dict(m=0), 'm=0'),
         (dict(grid=(1, 1), tokens=torch.zeros(2, 1, 8)), 'one token'),
         (dict(grid=(3, 2)), '9 tokens.*3 x 2'),
-        (dict(reduction='none'), "reduction is 'none'"),
+        (dict(reduction='none'), "reduction='none' must be"),
         (dict(divisor='k+1'), "divisor 'k\\+1'"),
         (dict(variant='ce'), "'ce'.*2 outputs"),
         (dict(mlp=LocalizationMLP.for_variant(8, 'ce')), "'l1'.*30 outputs"),

@@ -192,7 +192,7 @@ def test_contrast_in_bfloat16_is_computed_in_float32():
         (
             'selfpatch',
             dict(patch_neighbours='4'),
-            "neighbours=4: 3 (the 3x3 around a patch), 5 (5x5), or 'all'",
+            "neighbours=4 must be 3 (the 3x3 around a patch), 5 (5x5) or 'all'",
         ),
         ('selfpatch', dict(patch_aggregate='max'), "aggregate='max': 'attention' or 'mean'"),
         ('selfpatch', dict(backbone='vit_tiny_p16'), 'SelfPatch gives no gradient to the CLS token'),

@@ -187,7 +187,7 @@ def test_randaugment_depends_on_seed_epoch_and_index_alone():
     'changes, error',
     [
         ({'layer_decay': 1.5}, 'layer_decay must be a share'),
-        ({'layer_decay': 0}, 'say that with last_blocks=0'),
+        ({'layer_decay': 0}, 'set last_blocks=0 instead'),
         ({'ema': 1}, 'ema=1 keeps the weights of the start'),
         ({'last_blocks': -2}, 'last_blocks must be at least -1'),
         ({'last_blocks': 3}, 'last_blocks=3, but vit_mini_patch8_32 has 2 blocks'),
@@ -207,9 +207,9 @@ def test_faults_are_one_line(tmp_path, start, changes, error):
 def test_what_finetune_refuses(tmp_path, start):
     recipe = Recipe('finetune', **TUNED)
     for wrong, lrs, words in (
-        (recipe, (), 'starts from weights'),
+        (recipe, (), 'finetune needs weights'),
         (recipe.replace(weights=str(start)), (0.0,), 'lrs must be positive'),
-        (recipe.replace(weights=str(start)), (1e-3, 1e-3), 'each another one'),
+        (recipe.replace(weights=str(start)), (1e-3, 1e-3), 'all different'),
         (Recipe('mae', weights=str(start)), (), 'mae learns without labels'),
     ):
         with pytest.raises(ValueError, match=words) as error:

@@ -131,7 +131,7 @@ def test_a_plan_adds_up():
         and alone['parts']['communication'] == 0
     )
     slow = plan(TINY.replace(workers=1), machine, views=9.0)
-    assert slow['seconds'] == 36 and 'views are the limit' in plan_lines(slow)[2]
+    assert slow['seconds'] == 36 and 'views are the bottleneck' in plan_lines(slow)[2]
 
 
 @pytest.mark.parametrize('method', ['dino', 'similarity', 'shuffled', 'adclr', 'moby'])
@@ -157,9 +157,9 @@ def test_sharded_weights_are_shared_by_all():
         (lambda: plan(TINY, gpu('h100', TINY), gpus=3), 'cannot be shared equally by 3 GPUs'),
         (lambda: plan(TINY, gpu('h100', TINY), gpus=0), 'by 0 GPUs'),
         (lambda: gpu('h1000', TINY), 'no card'),
-        (lambda: gpu('h100', TINY, efficiency=40.0), 'a share between 0 and 1'),
-        (lambda: gpu('h100', TINY, tflops=-1.0), 'of more than 0'),
-        (lambda: count_step(TINY.replace(method='selfpatch')), "'selfpatch', which needs numbers"),
+        (lambda: gpu('h100', TINY, efficiency=40.0), 'efficiency at most 1'),
+        (lambda: gpu('h100', TINY, tflops=-1.0), 'both must be above 0'),
+        (lambda: count_step(TINY.replace(method='selfpatch')), "'selfpatch', whose matches depend"),
         (lambda: calibrate([(None, 1.0)]), '1 measured sizes'),
     ],
 )

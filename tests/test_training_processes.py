@@ -198,7 +198,7 @@ def test_sigterm_to_one_process(tmp_path):
     wait_for(lambda: read_metrics(tmp_path / 'run'))
     run.terminate()
     _, errors = run.communicate(timeout=200)
-    assert run.returncode == 143 and 'the same call goes on' in errors
+    assert run.returncode == 143 and 'the same call resumes' in errors
     assert last_checkpoint(tmp_path / 'run')['step'] >= 1
 
 
@@ -227,7 +227,7 @@ launch(LONG.replace(steps=100000), {str(out)!r}, nproc=2, progress=False)""")
     [
         (dict(nproc=3), 'batch_size=16 cannot be shared equally by 3 processes'),
         (dict(nproc=0), '--nproc and --nnodes must be 1 or more'),
-        (dict(nnodes=2), 'several nodes need a place to meet: --rdzv HOST:PORT'),
+        (dict(nnodes=2), 'several nodes need --rdzv HOST:PORT'),
     ],
 )
 def test_bad_input_is_one_line_and_not_tried_again(tmp_path, flags, line):

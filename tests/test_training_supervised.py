@@ -122,14 +122,14 @@ ONE.classes = ['disc bars']
         ({}, Bare(), '8 of 8 images have no class'),
         ({}, ONE, "all images are of one class, 'disc bars'"),
         ({'batch_size': 64}, None, '48 images are fewer than a batch of 64'),
-        ({'backbone': 'swin_minni'}, None, "no backbone is called 'swin_minni'; the nearest: swin_mini"),
+        ({'backbone': 'swin_minni'}, None, "unknown backbone 'swin_minni'; the closest: swin_mini"),
         (
             {'weights': '/no/such'},
             None,
             'weights=/no/such: neither the folder of a run nor a .safetensors file',
         ),
         ({'data': '/no/such'}, None, '/no/such'),
-        ({'drloc_m': 1000}, None, 'm=1000 pairs of a grid of 4 x 4'),
+        ({'drloc_m': 1000}, None, 'm=1000 pairs on a grid of 4 x 4'),
         ({'drloc_divisor': '7'}, None, "divisor '7' of DrLoc is unknown: choose one of k, none, k-1"),
         ({'drloc_rise': 1.0, 'drloc_fall': True}, None, 'drloc_rise=1 leaves no steps for drloc_fall'),
         (
@@ -163,7 +163,7 @@ def test_a_folder_with_train_and_val(tmp_path):
 
 
 def test_weights_of_another_architecture_and_another_recipe(tmp_path, straight):
-    with pytest.raises(ValueError, match='is of another architecture; missing: ') as e:
+    with pytest.raises(ValueError, match='has another architecture; missing: ') as e:
         pretrain(SMALL.replace(backbone='vit_mini', weights=str(straight)), tmp_path, progress=False)
     assert one_line(e)
     with pytest.raises(ValueError, match='has another recipe: seed is 0 there, 1 here'):

@@ -206,7 +206,7 @@ def test_queries_change_nothing_and_do_not_depend_on_their_number():
 
 
 def test_a_query_larger_than_a_view_is_one_clear_line():
-    with pytest.raises(ValueError, match='MultiCrop: a query of 96 pixels is larger than the image') as e:
+    with pytest.raises(ValueError, match='MultiCrop: a query of 96 pixels is larger than a global view') as e:
         MultiCrop(64, n_query=10, query_size=96)
     assert '\n' not in str(e.value)
 

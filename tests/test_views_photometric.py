@@ -202,7 +202,7 @@ def test_impossible_distributions_are_one_clear_line(wrong):
 
 @pytest.mark.parametrize('ops', [['sharpness'], ['hue', 'gray'], [*OPS, 'hue']])
 def test_operations_that_do_not_exist_are_one_clear_line(ops):
-    with pytest.raises(ValueError, match='photometric_vector: .* not up to four of brightness') as e:
+    with pytest.raises(ValueError, match='photometric_vector: .* must be up to four of brightness') as e:
         photometric_vector(*ops)
     assert '\n' not in str(e.value)
 

@@ -81,7 +81,7 @@ class BEiTBackbone(Backbone):
         known = isinstance(model, Beit) and model.blocks[0].attn.relative_position_bias_table is not None
         if not known or model.pos_embed is not None or model.global_pool != 'avg':
             raise ValueError(
-                f'{timm_name} is no BEiT of timm with relative positions and mean pooling: '
+                f'{timm_name} is not a timm BEiT with relative positions and mean pooling: '
                 'wrap the model in TimmBackbone'
             )
         model.patch_embed.strict_img_size = False

@@ -112,7 +112,7 @@ def set_data_config(self: Backbone, **given):
 @patch
 def features(self: Backbone, x: Tensor) -> Features:
     "To be implemented by subclasses: crops [N, 3, h, w] -> Features."
-    raise NotImplementedError(f'{type(self).__name__} must say how it turns crops into Features')
+    raise NotImplementedError(f'{type(self).__name__} must implement features(x)')
 
 
 @patch
@@ -247,7 +247,7 @@ def create_backbone(name: str, drop_path: float = 0.0, **kwargs) -> Backbone:
         importlib.import_module(_modules[name])  # registers it
     if name not in _backbones:
         near = difflib.get_close_matches(name, list_backbones(), n=3, cutoff=0.4) or list_backbones()
-        raise ValueError(f'no backbone is called {name!r}; the nearest: {", ".join(near)}')
+        raise ValueError(f'unknown backbone {name!r}; the closest: {", ".join(near)}')
     cls, arguments = _backbones[name]
     return cls(**{**arguments, 'drop_path': drop_path, **kwargs})
 

@@ -126,7 +126,7 @@ def forward(self: TimmBackbone, x: Tensor, **inputs) -> Features:
         if isinstance(e, torch.OutOfMemoryError) or (h, w) == self.input_size:
             raise
         reason = (str(e) or 'an assertion failed').splitlines()[0]
-        raise ValueError(f'{self.timm_name} takes no crops of {h}x{w} pixels: {reason}') from e
+        raise ValueError(f'{self.timm_name} cannot take crops of {h}x{w} pixels: {reason}') from e
 
 # %% ../../nbs/3_backbones/8_timm_models.ipynb #a70893f7
 @patch

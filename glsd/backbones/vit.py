@@ -100,7 +100,7 @@ class ViTBackbone(Backbone):
         super().__init__(timm_name, drop_path, **timm_kwargs)
         if type(self.model) is not VisionTransformer or not isinstance(self.model.patch_drop, nn.Identity):
             raise ValueError(
-                f'{timm_name} is no plain VisionTransformer of timm that keeps its patches: '
+                f'{timm_name} is not a plain timm VisionTransformer that keeps all patches: '
                 'wrap the model in TimmBackbone'
             )
         self.antialias = antialias

@@ -140,7 +140,7 @@ def check_target(options: Any) -> None:
     "Raises ValueError for stop_gradient=False with a target network: a moving average gets no gradient."
     if not options.stop_gradient and options.momentum:
         raise ValueError(
-            f'stop_gradient=False with momentum={options.momentum:g}: no gradient flows into a slow average; '
+            f'stop_gradient=False with momentum={options.momentum:g}: a moving average receives no gradient; '
             'set momentum=0'
         )
 

@@ -193,7 +193,7 @@ def check_pasting(o: Any) -> None:
     if not 0 <= o.p_paste <= 1:
         raise ValueError(f'p_paste={o.p_paste} is a share of the views: choose it between 0 and 1')
     if o.blend not in BLENDS:
-        raise ValueError(f'no blend {o.blend!r}; there are: {", ".join(BLENDS)}')
+        raise ValueError(f'no blend {o.blend!r}; choose from: {", ".join(BLENDS)}')
     if o.blend_sigma <= 0 or o.superpixels < 2:
         raise ValueError(
             f'blend_sigma={o.blend_sigma} must be positive, superpixels={o.superpixels} at least 2'

@@ -73,7 +73,7 @@ def info_nce(
     """
     check_temperature(temperature)
     if len(keys) < place + len(queries):
-        raise ValueError(f'{len(queries)} queries from place {place} on have no keys among {len(keys)}')
+        raise ValueError(f'{len(queries)} queries from key {place} on need more than {len(keys)} keys')
     dtype = torch.promote_types(queries.dtype, torch.float32)
     with torch.autocast(queries.device.type, enabled=False):
         q, k = (F.normalize(x.to(dtype), dim=-1) for x in (queries, keys))

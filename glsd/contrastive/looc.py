@@ -37,14 +37,12 @@ def chosen_augmentations(names: str) -> list[str]:
     chosen = [name.strip() for name in names.split('+') if name.strip()]
     known = ', '.join(AUGMENTATIONS)
     if not chosen:
-        raise ValueError(
-            f'augmentations={names!r}: no augmentation is left for a space; name some of {known}'
-        )
+        raise ValueError(f'augmentations={names!r} names no augmentation; choose from: {known}')
     for name in chosen:
         if name not in AUGMENTATIONS:
-            raise ValueError(f'augmentations={names!r}: no {name!r}; there are: {known}')
+            raise ValueError(f'augmentations={names!r}: no {name!r}; choose from: {known}')
         if chosen.count(name) > 1:
-            raise ValueError(f'augmentations={names!r}: {name} has two spaces that would be the same')
+            raise ValueError(f'augmentations={names!r}: {name} is listed twice; list each augmentation once')
     return chosen
 
 # %% ../../nbs/6_contrastive/7_looc.ipynb #2c5b8f90
@@ -197,9 +195,7 @@ def check(cls: LooC, recipe: Any) -> None:
         raise ValueError('recipe: looc has global views only: set n_local=0')
     for field, value in dict(strength=0, crop_only=True).items():
         if 'colour' in names and getattr(recipe, field) == value:
-            raise ValueError(
-                f'recipe: {field}={value} leaves no augmentation for the space of colour: take it out'
-            )
+            raise ValueError(f'recipe: {field}={value} turns colour off: remove colour from augmentations')
     check_temperature(recipe.temperature)
     check_queue(recipe.queue, recipe.batch_size)
 

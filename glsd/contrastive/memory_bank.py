@@ -31,7 +31,7 @@ class MemoryBank(nn.Module):
     def __init__(self, size: int, dim: int, normalize: bool = False):
         super().__init__()
         if size < 1:
-            raise ValueError(f'a queue of {size} keys: it needs room for at least one')
+            raise ValueError(f'a queue needs room for at least one key, not {size}')
         self.normalize = normalize
         self.register_buffer('rows', F.normalize(torch.randn(size, dim), dim=-1))
         self.register_buffer('place', torch.tensor(0))

@@ -126,7 +126,7 @@ def check_neighbours(options: Any) -> None:
     "Raises ValueError for an unknown `neighbours`, or a `top_k` that does not go with it or with the queue."
     o = options
     if o.neighbours not in NEIGHBOURS:
-        raise ValueError(f'nnclr: no neighbours {o.neighbours!r}; there are: {", ".join(NEIGHBOURS)}')
+        raise ValueError(f'nnclr: no neighbours {o.neighbours!r}; choose from: {", ".join(NEIGHBOURS)}')
     if not 1 <= o.top_k <= o.queue:
         raise ValueError(f'nnclr: top_k={o.top_k} of a queue of {o.queue}: choose between 1 and {o.queue}')
     if o.top_k > 1 and o.neighbours != 'hard':

@@ -265,7 +265,7 @@ def saliency(image: Tensor, method: str = 'rbd', n: int = 250) -> Tensor:
 
     method: a key of SALIENCY, ValueError for others; n: number of superpixels, at most one per pixel."""
     if method not in SALIENCY:
-        raise ValueError(f'no saliency {method!r}; there are: {", ".join(SALIENCY)}')
+        raise ValueError(f'no saliency {method!r}; choose from: {", ".join(SALIENCY)}')
     return SALIENCY[method](image, n=min(n, image.shape[-2] * image.shape[-1]))
 
 # %% ../../nbs/6_contrastive/8_saliency.ipynb #12f2a9df

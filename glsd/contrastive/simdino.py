@@ -89,7 +89,7 @@ class SimDINOLoss(Term):
     ):
         super().__init__(name)
         if not eps > 0:
-            raise ValueError(f'{self.name}_eps={eps}: the coding rate needs an error above 0')
+            raise ValueError(f'{self.name}_eps={eps} must be greater than 0')
         self.hidden, self.width, self.weight = hidden, width, weight
         self.options: dict[str, Any] = dict(gamma=gamma, eps=eps, with_teacher=with_teacher)
 

@@ -32,7 +32,7 @@ def swav_loss(scores: Tensor, codes: Tensor, temperature: float = 0.1) -> Tensor
     is no pair. SwAV (Caron et al. 2020), Eq. 2 and 6."""
     V, G = len(scores), len(codes)
     if not 1 <= G <= V or V < 2:
-        raise ValueError(f'{G} crops with codes among {V}: at least one other crop must predict them')
+        raise ValueError(f'codes for {G} of {V} crops: need one crop with codes, and two crops in all')
     logs = (scores / temperature).log_softmax(-1)
     pairs = -torch.einsum('ink,vnk->iv', codes.detach().to(logs.dtype), logs) / scores.shape[1]
     others = 1 - torch.eye(G, V, dtype=logs.dtype, device=logs.device)
@@ -107,7 +107,7 @@ def check_swav(options: Any, views: Any) -> None:
     "Raises ValueError for options of SwAV or of its views that are out of range."
     o = options
     if views.n_global + views.n_local < 2:
-        raise ValueError('swav: one crop has no other to predict it: set n_global=2, or more n_local')
+        raise ValueError('swav needs at least two crops per image: set n_global=2, or a larger n_local')
     for name, low in dict(prototypes=2, iterations=0, queue=0, projector_hidden=1, projector_dim=1).items():
         if getattr(o, name) < low:
             raise ValueError(f'swav: {name} must be at least {low}, not {getattr(o, name)}')

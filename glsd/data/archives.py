@@ -149,7 +149,7 @@ def _of_tar(source: Path | IO[bytes]) -> Iterator[Member]:
     with opened as tar:
         for m in tar:
             if m.issym() or m.islnk() or m.issparse():
-                what = f'a link or a file with holes, {m.name!r}'
+                what = f'a link or a sparse file, {m.name!r}'
                 raise FetchError(f'{_name(source)} holds {what}: nothing was unpacked')
             if m.isfile():
                 room -= m.size
@@ -168,7 +168,7 @@ def _room(source: Path | IO[bytes]) -> int:
 def _inside(name: str, source: Any, room: int) -> str:
     path = PurePosixPath(name.replace('\\', '/'))
     if path.is_absolute() or '..' in path.parts:
-        reason = f'{_name(source)} holds the path {name!r}, which leads out of it'
+        reason = f'{_name(source)} contains the path {name!r}, which points outside the archive'
         raise FetchError(f'{reason}: nothing was unpacked')
     if room < 0:
         raise FetchError(f'{_name(source)} would unpack to far more than its size: nothing was unpacked')

@@ -42,7 +42,7 @@ ARCHIVE_ERRORS = (
 )
 CONTENT_ERRORS = (pickle.UnpicklingError, struct.error, ValueError, TypeError, KeyError, IndexError)
 BROKEN = ARCHIVE_ERRORS + CONTENT_ERRORS
-AS_IT_IS = 'verify=False, --no-verify: take it as it is'
+AS_IT_IS = 'to accept it anyway: verify=False or --no-verify'
 
 # %% ../../nbs/2_data/8_fetching.ipynb #5968db0b
 def get(name: str, root: str | os.PathLike, source: Any = None, verify: bool = True) -> Path:
@@ -79,7 +79,7 @@ def _is_finished(out: Path) -> bool:
     if (out / 'dataset.json').exists():
         return True
     if out.exists() and any(out.iterdir()):
-        reason = f'{out} exists already, but is not finished or not from here'
+        reason = f'{out} already exists, but is unfinished or was not made by glsd'
         raise FetchError(f'{reason}: move it away, or choose another root')
     return False
 
@@ -98,7 +98,7 @@ def _errors_of_sources(name: str, root: Any) -> Iterator[None]:
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        advice = 'make room and call again (a download goes on where it stopped)'
+        advice = 'free some space and start again (a download resumes where it stopped)'
         raise FetchError(f'the disk of {root} is full: {advice}') from None
 
 # %% ../../nbs/2_data/8_fetching.ipynb #89a0a592
@@ -191,7 +191,7 @@ def _find(data: DataSet, source: Any, root: Path, verify: bool) -> Found:
 def _download(data: DataSet, source: Any, root: Path, verify: bool) -> Found:
     "Download the archives from the data set's site, or from a mirror that has all of them in one folder."
     if source is None and not data.url:
-        advice = 'download it there, then give it, or the folder that it is in, as the source'
+        advice = 'download it there, then give it or its folder as the source'
         raise FetchError(f'{data.file} needs an account at its site: {advice}')
     first = str(source or f'{data.url}{data.file}')
     paths = []
@@ -222,14 +222,14 @@ def command(name: str, argv: Sequence[str] | None = None) -> int:
     files = ' and '.join(DATASETS[name].archives)
     source = f'{DATASETS[name].file}, a folder with {files} or with what is in them, or a URL'
     parser.add_argument('--source', help=source)
-    parser.add_argument('--no-verify', action='store_true', help='take an archive whose sum differs')
+    parser.add_argument('--no-verify', action='store_true', help='accept an archive with another checksum')
     args = parser.parse_args(argv)
     try:
         print(get(name, args.root, args.source, not args.no_verify))
     except (ValueError, OSError) as e:
         print(f'error: {e}', file=sys.stderr)
     except KeyboardInterrupt:
-        print('stopped; the same command goes on from here', file=sys.stderr)
+        print('stopped; the same command resumes from here', file=sys.stderr)
     else:
         return 0
     return 2

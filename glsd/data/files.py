@@ -39,7 +39,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     except BaseException as e:
         beside.unlink(missing_ok=True)
         if _is_disk_full(e):
-            advice = 'what stood there is untouched. Free some space and start again'
+            advice = 'any earlier file there is untouched. Free some space and start again'
             raise OSError(errno.ENOSPC, f'no space left to write {path}; {advice}') from e
         raise
 

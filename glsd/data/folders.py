@@ -233,10 +233,10 @@ def balanced_subset(dataset: Dataset, per_class: int, seed: int = 0) -> Subset:
     has too few images.
     """
     if per_class < 1:
-        raise ValueError(f'per_class is {per_class}: take at least one image a class')
+        raise ValueError(f'per_class={per_class}: take at least one image per class')
     if not dataset.classes:
         reason = 'a balanced subset needs labels, and this data set has none'
-        raise ValueError(f'{reason}: put each class into a folder')
+        raise ValueError(f'{reason}: put each class in its own folder')
     chosen = []
     for c, name in enumerate(dataset.classes):
         members = np.flatnonzero(dataset.labels == c)
@@ -264,6 +264,6 @@ def _relative_paths(dataset: Dataset) -> list[str]:
         return dataset.files
     kind = type(dataset).__name__
     raise ValueError(
-        f'a list holds paths of image files, and the images of a {kind} are none: '
+        f'a list holds paths of image files, but a {kind} has no such files: '
         'write the subset itself as shards, with write_shards(subset, out)'
     )

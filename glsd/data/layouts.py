@@ -57,7 +57,7 @@ class _ArraysOnly(pickle.Unpickler):
             return np.empty(0).__reduce__()[0]  # its module's name differs between NumPy versions
         if (module, name) in (('numpy', 'ndarray'), ('numpy', 'dtype')):
             return getattr(np, name)
-        raise pickle.UnpicklingError(f'it wants to call {module}.{name}')
+        raise pickle.UnpicklingError(f'it would call {module}.{name}, which is not allowed')
 
 # %% ../../nbs/2_data/7_layouts.ipynb #f5c287bd
 CIFAR10 = 'airplane automobile bird cat deer dog frog horse ship truck'.split()

@@ -57,7 +57,7 @@ class _Reader(_Members):
         if len(data) == 512 + size and zlib.crc32(data[:512]) == self._check[i]:
             return data[512:]
         reason = f'{self.name(i)} is not where the index says: the shard has changed'
-        raise ShardError(f'{reason}; remove {INDEX} there to have it made again')
+        raise ShardError(f'{reason}; delete {INDEX} in its folder to rebuild it')
 
     def _file(self, s: int) -> Any:
         f = self._open.get(s)
@@ -132,7 +132,7 @@ def read_plan(root: Path) -> dict:
     except FileNotFoundError:
         return {}
     except ValueError:
-        raise ShardError(f'{root / PLAN} is not JSON: remove it, and classes are numbers') from None
+        raise ShardError(f'{root / PLAN} is not JSON: repair it, or delete it to number classes') from None
 
 # %% ../../nbs/2_data/10_shards.ipynb #44ef9f3c
 def _list_shards(root: Path, plan: dict) -> tuple[list[str], np.ndarray]:
@@ -162,7 +162,7 @@ def _load_index(root: Path, shards: list[str], stats: np.ndarray) -> dict[str, n
     except Exception:
         return None  # absent, truncated, or in another format: it is rebuilt
     for gone in then.keys() - set(shards):
-        raise ShardError(f'{root / gone} is missing: put it back, or remove {INDEX} there to do without it')
+        raise ShardError(f'{root / gone} is missing: put it back, or delete {INDEX} to go on without it')
     return columns if then == dict(zip(shards, stats.tolist())) else None
 
 

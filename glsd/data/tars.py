@@ -40,7 +40,7 @@ def walk(path: Path) -> Iterator[tuple[tarfile.TarInfo, Callable[[], bytes], int
             if os.pread(f.fileno(), 512, tar.offset) != bytes(512):
                 raise tarfile.ReadError
     except tarfile.ReadError:
-        end = f'ends in or after its member {last}' if last else 'is empty, or no tar file'
+        end = f'is cut off at or after its member {last}' if last else 'is empty, or not a tar file'
         raise ShardError(f'{path} {end}: fetch or write it again') from None
 
 # %% ../../nbs/2_data/9_tars.ipynb #40039b45

@@ -59,7 +59,7 @@ def _check(n: int, size: int, split: str, shapes: Sequence[str], textures: Seque
     for names, known in ((shapes, SHAPES), (textures, TEXTURES)):
         for name in names:
             if name not in known:
-                raise ValueError(f'no {name!r} in the toy world; there are: {", ".join(known)}')
+                raise ValueError(f'no {name!r} in the toy world; choose from: {", ".join(known)}')
         if not names:
             raise ValueError(f'the toy world needs at least one of: {", ".join(known)}')
 
@@ -84,7 +84,7 @@ class _Scenes:
 
     def _index(self, i: int) -> int:
         if not -self.n <= i < self.n:
-            raise IndexError(f'image {i} of a toy world with {self.n}')
+            raise IndexError(f'no image {i}: the toy world has {self.n}')
         return int(i) % self.n
 
     def _rng(self, i: int, stream: int) -> np.random.Generator:

@@ -62,7 +62,7 @@ def attention_blocks(backbone: nn.Module) -> list[Any]:
     blocks = [m for m in backbone.modules() if attends(m)]
     kind = type(getattr(backbone, 'model', backbone)).__name__
     if not blocks:
-        raise ValueError(f'{kind} has no self-attention that can be read: give a ViT or a Swin of timm')
+        raise ValueError(f'{kind} has no self-attention that can be read: use a timm ViT or Swin')
     return blocks
 
 # %% ../../nbs/8_evaluation/12_attention.ipynb #64afee22

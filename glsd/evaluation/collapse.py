@@ -40,7 +40,7 @@ def effective_rank(tokens):
     for tokens that are empty, all zero or not finite."""
     p = spectrum(tokens)
     if not p.any():
-        raise ValueError('effective_rank: the features are all zero, and zero has no direction')
+        raise ValueError('effective_rank is undefined: all features are zero')
     return float(torch.special.entr(p).sum().exp())
 
 # %% ../../nbs/8_evaluation/5_collapse.ipynb #4f1335f3

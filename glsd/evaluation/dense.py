@@ -65,14 +65,14 @@ def check_dense(
     "Raises ValueError unless classes agree and a memory of `tokens` per image can hold `k` neighbours."
     classes = list(query_ds.classes)
     if list(memory_ds.classes) != classes:
-        raise ValueError(f'memory and query images have other classes: {memory_ds.classes} and {classes}')
+        raise ValueError(f'memory and query images have different classes: {memory_ds.classes} and {classes}')
     if not len(query_ds):
         raise ValueError('there are no query images')
     if len(classes) < 2:
         raise ValueError(f'the only class is {classes}: segmentation needs two or more')
     most = len(memory_ds) * min(tokens, tokens_an_image(memory_ds, memory_size))
     if not 1 <= k <= most:
-        raise ValueError(f'k = {k}: the memory holds {most} tokens at most')
+        raise ValueError(f'k = {k} must be from 1 to {most}, the tokens that the memory can hold')
 
 # %% ../../nbs/8_evaluation/24_dense.ipynb #9f94a28c
 def _confusions(memory, loaded, dataset, k, temperature):

@@ -46,7 +46,7 @@ _WORDS = {
     int: 'a whole number',
     float: 'a number',
     bool: 'true or false',
-    str: 'a text',
+    str: 'a string',
     list[int]: 'a list of whole numbers',
     list[float]: 'a list of numbers',
 }
@@ -58,7 +58,7 @@ def checked(options: dict[str, Any], measure: Callable) -> dict[str, Any]:
     kinds = get_type_hints(measure)
     for name, value in options.items():
         if name not in known:
-            raise ValueError(f'no option {name!r}; there are: {", ".join(known) or "none"}')
+            raise ValueError(f'no option {name!r}; choose from: {", ".join(known) or "none"}')
         kind = kinds.get(name, type(known[name].default))
         if not is_of(value, kind):
             parts = get_args(kind) if isinstance(kind, types.UnionType) else [kind]
@@ -153,7 +153,7 @@ def evaluate(  # over 25 lines: one for each option
 def evaluation_of(what: str) -> Evaluation:
     "The entry of `EVALUATIONS` for `what`. Raises ValueError if there is none."
     if what not in EVALUATIONS:
-        raise ValueError(f'no measurement {what!r}; there are: {", ".join(EVALUATIONS)}')
+        raise ValueError(f'no measurement {what!r}; choose from: {", ".join(EVALUATIONS)}')
     return EVALUATIONS[what]
 
 

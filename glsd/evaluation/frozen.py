@@ -87,7 +87,7 @@ def _exported(path):
         raise ValueError(f'{path} is not a readable safetensors file: {e}') from None
     if 'recipe' not in meta:
         raise ValueError(
-            f'{path} does not say what it is: export it with `glsd export`, or name the network: NAME@{path}'
+            f'{path} does not name its network: write it with `glsd export`, or give NAME@{path}'
         )
     recipe = saved_recipe(meta, path)
     backbone = create_backbone(recipe.backbone)
@@ -142,12 +142,12 @@ def check_images(**given: Any) -> None:
         value = given.get(name)
         if value is not None and not _three_numbers(value):
             raise ValueError(
-                f'{name} = {value!r} must be three numbers, one a channel, of pixels from 0 to 1'
+                f'{name} = {value!r} must be three numbers, one per channel, for pixels from 0 to 1'
             )
     if min(given.get('std', [1])) <= 0:
         raise ValueError(f'std = {given["std"]!r} must be above 0')
     if not 0 < given.get('crop_pct', 1) <= 1:
-        raise ValueError(f'crop_pct = {given["crop_pct"]!r} must lie above 0 and at most at 1')
+        raise ValueError(f'crop_pct = {given["crop_pct"]!r} must be above 0 and at most 1')
     if given.get('interpolation', 'bicubic') not in ('bicubic', 'bilinear'):
         raise ValueError(f"interpolation = {given['interpolation']!r} must be 'bicubic' or 'bilinear'")
 
@@ -187,6 +187,6 @@ def features_name(
     "A file name from what features depend on: the weights, the size, the preprocessing and the images."
     if not hasattr(dataset, 'fingerprint'):
         kind = type(dataset).__name__
-        raise ValueError(f'a {kind} cannot be told from another one: use extract, which keeps nothing')
+        raise ValueError(f'a {kind} has no fingerprint, so its features cannot be cached: use extract')
     how = fingerprint_of(*(transform or transform_of(backbone)))[:8]
     return f'{fingerprint_weights(backbone)}-{size}px-{how}-{dataset.fingerprint()}'

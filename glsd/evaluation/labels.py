@@ -88,7 +88,7 @@ def _check_labelled(name, dataset):
     if missing:
         raise ValueError(
             f'{missing} of {len(dataset)} {name} images have no label: a linear probe needs all; '
-            'put each class into a folder'
+            'put each class in its own folder'
         )
 
 

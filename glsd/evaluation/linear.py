@@ -198,7 +198,7 @@ def protocol_lrs(protocol: str) -> tuple[float, ...]:
     "The learning rates of a protocol. Raises ValueError for an unknown one."
     grids = dict(dino=LRS, mae=LARS_LRS)
     if protocol not in grids:
-        raise ValueError(f'no protocol {protocol!r} of the linear probe; there are: {", ".join(grids)}')
+        raise ValueError(f'no protocol {protocol!r} of the linear probe; choose from: {", ".join(grids)}')
     return grids[protocol]
 
 

@@ -104,7 +104,7 @@ def line_of_knn(r: dict) -> str:
 
 
 EVALUATIONS['knn'] = Evaluation(
-    'classes by a vote of the nearest neighbours (GLSD Sec. 4.3)',
+    'classification by a vote of the nearest neighbours (GLSD Sec. 4.3)',
     specs.labelled_sets,
     measure_knn,
     check_knn,
@@ -177,13 +177,13 @@ def draw_linear(nets: dict, results: dict, anchors: Any, test: Any, size: int, *
 
 def line_of_linear(r: dict) -> str:
     "What is printed: the best accuracy, and at which learning rate."
-    edge = ' (the first or last of the grid: a better one may lie outside)' if r['at_edge'] else ''
+    edge = ' (at the edge of the grid: a better one may lie outside)' if r['at_edge'] else ''
     seen = f'{r["layers"]} layer(s), {r["pooling"]}'
     return f'top-1 {r["top1"]:.2f} %, top-5 {r["top5"]:.2f} % at lr {r["lr"]:g}{edge} ({seen})'
 
 # %% ../../nbs/8_evaluation/27_measurements.ipynb #ec5d151f
 EVALUATIONS['linear'] = Evaluation(
-    'classes by one linear layer, trained at many learning rates at once (GLSD Sec. 4.3)',
+    'classification by one linear layer, trained at many learning rates at once (GLSD Sec. 4.3)',
     specs.labelled_sets,
     measure_linear,
     check_linear,
@@ -254,7 +254,7 @@ def line_of_few_shot(r: dict) -> str:
 
 
 EVALUATIONS['few-shot'] = Evaluation(
-    'N classes from K labelled images each, over many draws',
+    'N-way classification from K labelled images per class, averaged over many draws',
     specs.labelled_images,
     measure_few_shot,
     check_few_shot,
@@ -307,7 +307,7 @@ def line_of_retrieval(r: dict) -> str:
 
 # %% ../../nbs/8_evaluation/27_measurements.ipynb #f44010d5
 EVALUATIONS['retrieval'] = Evaluation(
-    'does it find the same thing again, or the original of a copy?',
+    'image retrieval: the same object again, or the original of an edited copy',
     specs.lists_or_images,
     measure_retrieval,
     check_retrieval,

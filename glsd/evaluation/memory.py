@@ -116,7 +116,7 @@ class Memory:  # over 25 lines: one for each option, and mypy needs the methods 
     def ask_tokens(self, tokens: Tensor, k: int = 30, temperature: float = 0.02) -> Tensor:
         "Class shares [B, S, C] for unit vectors [B, S, d], on the CPU. ValueError if it holds less than `k`."
         if not 1 <= k <= len(self.keys):
-            raise ValueError(f'k = {k}: the memory holds {len(self.keys)} tokens')
+            raise ValueError(f'k = {k} must be from 1 to {len(self.keys)}, the tokens in the memory')
         shares = look_up(tokens.flatten(0, 1), self.keys, self.values, k, temperature)
         return shares.unflatten(0, tokens.shape[:2]).cpu()
 

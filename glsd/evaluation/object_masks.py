@@ -33,7 +33,7 @@ def attention_masks(maps: Tensor, mass: float = 0.6) -> Tensor:
 
     `maps` [..., H, W] >= 0. Raises ValueError for a mass outside (0, 1]."""
     if not 0 < mass <= 1:
-        raise ValueError(f'mass={mass} must lie above 0 and at most at 1')
+        raise ValueError(f'mass={mass} must be above 0 and at most 1')
     values, order = maps.flatten(-2).double().sort(-1, descending=True)
     before = values.cumsum(-1) - values  # mass of all larger values
     keep = before < mass * values.sum(-1, keepdim=True) * (1 - 1e-6)  # float32 attention: .4 may be .40000001

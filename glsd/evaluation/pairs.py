@@ -34,7 +34,7 @@ def with_tokens(backbone: nn.Module, x: Tensor) -> Any:
             f = backbone(x.to(device))
         except AssertionError as e:  # how timm rejects a size
             raise ValueError(
-                f'the backbone takes no crops of {x.shape[-2]} x {x.shape[-1]} pixels: {e}'
+                f'the backbone cannot take crops of {x.shape[-2]} x {x.shape[-1]} pixels: {e}'
             ) from None
     if getattr(f, 'tokens', None) is None:
         raise ValueError(

@@ -120,7 +120,7 @@ def search(queries: Tensor, bank: Tensor, k: int, backend: str = 'torch') -> tup
     installed. Raises ValueError on bad input."""
     queries, bank = unit_rows('query', queries), unit_rows('database', bank)
     if backend not in BACKENDS:
-        raise ValueError(f'no backend {backend!r}; there are: {", ".join(BACKENDS)}')
+        raise ValueError(f'no backend {backend!r}; choose from: {", ".join(BACKENDS)}')
     if queries.shape[1] != bank.shape[1]:
         raise ValueError(
             f'query features have {queries.shape[1]} dimensions, database features {bank.shape[1]}'

@@ -56,7 +56,7 @@ class CollapseReport:
 # %% ../../nbs/8_evaluation/14_report.ipynb #f4a5978e
 STUCK = (
     'its outputs are uniform, and that costs ln(out_dim) whatever the teacher says',
-    'to wait, while the learning rate is warming up or the last layer is frozen; then a lower teacher_temp, '
+    'waiting, while the learning rate warms up or the last layer is frozen; then a lower teacher_temp, '
     'a higher lr, '
     'a smaller out_dim, or head_batchnorm on',
 )
@@ -113,7 +113,7 @@ def _alike(name, f):
         Finding(
             'local collapse',
             f'the tokens of an image are all the same (deviation {f["std"]:.3f})',
-            'the local loss is easiest to satisfy by tokens that do not differ',
+            'identical tokens are the easiest way to satisfy the local loss',
             "method 'geometric', or a lower weight of the local term",
         )
     ]
@@ -125,8 +125,8 @@ def _few_matches(name, f):
     return [
         Finding(
             'local collapse',
-            f'only {f["partners"]:.0%} of the matches that tokens find are different ones '
-            f'(random ones: {f["chance"]:.0%})',
+            f'only {f["partners"]:.0%} of the matches between tokens are distinct '
+            f'(random matches: {f["chance"]:.0%})',
             'a few tokens attract all others, and matching by similarity makes that worse',
             "method 'geometric', whose matches do not depend on the features, or more images",
         )
@@ -140,7 +140,7 @@ def _few_directions(name, f):
         Finding(
             'dimensional collapse',
             f'{name.rstrip("s")} features use {f["rank"]:.1f} of {f["most"]} directions',
-            'they vary, but in step, as those of untrained weights may',
+            'they vary together, as features of untrained weights may',
             'a lower lr, more images, or head_batchnorm on',
         )
     ]
@@ -154,10 +154,10 @@ def _masked(figures):
     c, t, r = (figures.get(name) for name in ('codes', 'targets', 'reconstruction'))
     found = []
     if c and (c['in_use'] < max(2, LIMITS['in_use'] * c['n_codes']) or c['top'] > LIMITS['top']):
-        seen = f'{c["in_use"]} of {c["n_codes"]} codes are in use, the most frequent one for {c["top"]:.0%}'
+        seen = f'{c["in_use"]} of {c["n_codes"]} codes are in use, one of them {c["top"]:.0%} of the time'
         found.append(Finding('dead codes', seen, *DEAD))
     if t and t['varies'] < LIMITS['varies']:
-        seen = f'targets differ by {t["varies"]:.1%} of their length: any network reaches a low loss'
+        seen = f'targets vary by only {t["varies"]:.1%} of their length: any network reaches a low loss'
         found.append(Finding('constant targets', seen, *CONSTANT))
     elif r and r['gain'] < LIMITS['gain'] and r['spread'] < LIMITS['spread']:
         seen = f'predictions are the mean patch everywhere (gain {r["gain"]:.3f}, spread {r["spread"]:.3f})'
@@ -166,7 +166,7 @@ def _masked(figures):
 
 # %% ../../nbs/8_evaluation/14_report.ipynb #ab34eef7
 DEAD = (
-    'codes that are never chosen learn nothing and are chosen less and less',
+    'codes that are rarely chosen learn little, and are then chosen even less',
     'a start by k-means (vqkd), a higher kl_weight or tau (dvae), or fewer codes',
 )
 CONSTANT = (
@@ -210,6 +210,6 @@ def collapse_report(figures: dict, trained: bool = True) -> CollapseReport:
 
 # %% ../../nbs/8_evaluation/14_report.ipynb #f1fa876d
 UNTRAINED = dict(
-    why='nobody has trained these weights, and many networks (with a tiny LayerScale, say) begin like this',
-    advice='another control beside it, such as raw pixels or another network: this one tells little',
+    why='these weights are untrained, and many networks (say, with a tiny LayerScale) start like this',
+    advice='another control, such as raw pixels or another network: this one says little',
 )

@@ -86,7 +86,7 @@ def _class_names(root):
     file = root / 'classes.txt'
     names = [line.strip() for line in file.read_text().splitlines()] if file.is_file() else CAMVID
     if not names or not all(names):
-        raise ValueError(f'{file} must name a class a line, without empty lines')
+        raise ValueError(f'{file} must name one class per line, without empty lines')
     return names
 
 

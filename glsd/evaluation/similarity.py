@@ -82,7 +82,7 @@ def similarity_map(
 def similar_patches(maps: Tensor, share: float = 0.1) -> Tensor:
     "Bool [..., H, W]: the `share` of places with the largest values in each of `maps`, at least one."
     if not 0 < share <= 1:
-        raise ValueError(f'share={share} must lie above 0 and at most at 1')
+        raise ValueError(f'share={share} must be above 0 and at most 1')
     flat = maps.flatten(-2)
     best = flat.topk(max(1, round(share * flat.shape[-1])), -1).indices
     return torch.zeros_like(flat, dtype=torch.bool).scatter(-1, best, True).view(maps.shape)

@@ -124,14 +124,14 @@ def labelled(source: str | Path, role: str) -> Dataset:
     "The data set `source`. Raises ValueError, naming its `role`, if it has no labels."
     dataset = open_data(source)
     if not len(dataset.classes):
-        raise ValueError(f'{source}: the {role} images need labels; lay them out as one folder a class')
+        raise ValueError(f'{source}: the {role} images need labels; lay them out as one folder per class')
     return dataset
 
 
 def labelled_pair(recipe: Any, anchors: Any = None, test: Any = None) -> tuple[Dataset, Dataset] | None:
     "The labelled sets (anchors, test), or None if none are named and the recipe's data have no labels."
     if bool(anchors) != bool(test):
-        raise ValueError('both are needed, --anchors and --test: two folders with one folder a class')
+        raise ValueError('--anchors and --test are both needed: two folders with one folder per class')
     if anchors and anchors not in TOY_WORLDS:
         pair = labelled(anchors, 'anchor'), labelled(test, 'test')
         check_same_classes(*pair)

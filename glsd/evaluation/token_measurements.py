@@ -65,7 +65,7 @@ def line_of_correspondence(r: dict) -> str:
 
 
 EVALUATIONS['correspondence'] = Evaluation(
-    'do tokens find the token that sees the same place? (GLSD Sec. 4.7)',
+    'how often tokens find the token of the same place in another crop (GLSD Sec. 4.7)',
     specs.any_images,
     measure_correspondence,
     check_correspondence,
@@ -98,13 +98,11 @@ def has_heads(net: Net) -> bool:
 def check_collapse(net: Net, images: Any, size: int, **options) -> None:
     "Checks that there are enough images for the features, and for a batch for the heads."
     if len(images) < 2:
-        raise ValueError(
-            f'{len(images)} image(s): collapse is about what differs between images, give two at least'
-        )
+        raise ValueError(f'{len(images)} image(s): collapse is measured across images, so give at least two')
     if has_heads(net) and len(images) < net.recipe.batch_size:
         raise ValueError(
             f'{len(images)} images are fewer than the batch of {net.recipe.batch_size} that the heads of '
-            f'{net.spec} are shown: give more, or measure its exported file, features alone'
+            f'{net.spec} need: give more, or measure its exported file (features only)'
         )
 
 # %% ../../nbs/8_evaluation/28_token_measurements.ipynb #727da734
@@ -121,7 +119,7 @@ def line_of_collapse(r: dict) -> str:
 
 
 EVALUATIONS['collapse'] = Evaluation(
-    'healthy, or dimensional, local or full collapse? (GLSD Sec. 4.6)',
+    'a check for dimensional, local and full collapse (GLSD Sec. 4.6)',
     specs.any_images,
     measure_collapse,
     check_collapse,
@@ -171,7 +169,7 @@ def line_of_attention(r: dict) -> str:
 
 
 EVALUATIONS['attention'] = Evaluation(
-    'where does it look, and does it see the object? (DINO Fig. 4, SelfPatch Fig. 1)',
+    'where attention lies, and how well it covers the object (DINO Fig. 4, SelfPatch Fig. 1)',
     specs.any_images,
     measure_attention,
     check_attention,

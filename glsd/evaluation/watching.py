@@ -206,9 +206,7 @@ def collapse_of_backbone(backbone: nn.Module, dataset: Dataset, size: int, n: in
     Images are preprocessed as the backbone expects, at `size`. Raises ValueError for fewer than two images,
     or features that are not finite."""
     if len(dataset) < 2:
-        raise ValueError(
-            f'{len(dataset)} image(s): collapse is about what differs between images, so give two at least'
-        )
+        raise ValueError(f'{len(dataset)} image(s): collapse is measured across images, so give at least two')
     picked = Subset(dataset, evenly_spaced(len(dataset), n))
     loader = eval_loader(picked, size, 64, 0, **transform_of(backbone)._asdict())
     with evaluating(backbone) as device:

@@ -197,4 +197,4 @@ def conclusions(self: Ablation, m: Measure) -> list[str]:
     if not said:
         return []
     kinds = ', '.join(f'{words.count(kind)} {kind}' for kind in dict.fromkeys(words))
-    return [f'{m.label}: of {len(words)} differences that {self.source} has, ours: {kinds}.', *said]
+    return [f'{m.label}: {self.source} reports {len(words)} difference(s); our verdicts: {kinds}.', *said]

@@ -31,7 +31,7 @@ def experiment_path(name: str) -> Path:
     "The notebook of an experiment. ValueError, listing all experiments, for an unknown name."
     found = experiments()
     if name not in found:
-        raise ValueError(f'no experiment {name!r}; there are: {", ".join(found)}')
+        raise ValueError(f'no experiment {name!r}; choose from: {", ".join(found)}')
     return found[name]
 
 

@@ -54,7 +54,7 @@ def _disk_line(runs: Iterable[Recipe], out: str | Path) -> str:
     needed = sum(checkpoint_bytes(r) * (1 if r.steps == 1 else 2) for r in runs) / 1e9
     there = next(p for p in (Path(out).resolve(), *Path(out).resolve().parents) if p.exists())
     free = shutil.disk_usage(there).free / 1e9
-    return f'{needed:.2g} GB of disk, of {free:,.0f} GB that are free' + ': TOO LITTLE' * (needed > free)
+    return f'{needed:.2g} GB of disk needed, {free:,.0f} GB free' + ': TOO LITTLE' * (needed > free)
 
 # %% ../../nbs/9_experiments/8_plan.ipynb #f9d5346d
 def plan_runs(

@@ -50,7 +50,7 @@ def read_rows(columns: list[str], text: str) -> dict[str, dict[str, float]]:
         name, numbers = (part.strip() for part in line.split('|'))
         values = [math.nan if word in ('NA', '-') else float(word) for word in numbers.split()]
         if len(values) != len(columns) or name in rows:
-            raise ValueError(f'{name}: {len(values)} numbers for {len(columns)} columns, or a second row')
+            raise ValueError(f'{name}: {len(values)} numbers for {len(columns)} columns, or a repeated row')
         rows[name] = dict(zip(columns, values))
     return rows
 
@@ -303,7 +303,7 @@ CLAIMS = {  # of the GLSD paper
         'Geometric matches better than Similarity', 'Fig. 4', 'geometric', 'similarity', 1, _PLACES
     ),
     'both help with much data': Claim(
-        'With all of ImageNet-1k Similarity helps', 'Sec. 4.4, Table 2', 'similarity', 'vanilla', 1, _CLASSES
+        'Similarity helps with all of ImageNet-1k', 'Sec. 4.4, Table 2', 'similarity', 'vanilla', 1, _CLASSES
     ),
 }  # fmt: skip
 

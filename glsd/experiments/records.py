@@ -122,7 +122,7 @@ def _read(path: Path) -> tuple[dict, str]:
     except FileNotFoundError:
         return {}, f'no {path.name} in {path.parent}'
     except ValueError as e:
-        return {}, f'{path} is no JSON: {e}'
+        return {}, f'{path} is not JSON: {e}'
     ok = isinstance(record, dict) and isinstance(record.get('runs'), list) and record['runs']
     return (record, '') if ok else ({}, f'{path} has no runs')
 

@@ -112,8 +112,8 @@ def check_complete(self: Grid) -> None:
     left = [name for name in self.cells if name not in self.results]
     if left:
         raise OthersAtWork(
-            f'{len(left)} of {len(self.cells)} cells are still with other processes (the first: {left[0]}); '
-            'the one that ends last has all results, and so has this call, made again'
+            f'{len(left)} of {len(self.cells)} cells still run in other processes (the first: {left[0]}); '
+            'the process that finishes last returns all results; or repeat this call later'
         )
 
 # %% ../../nbs/9_experiments/3_runner.ipynb #8823f53f
@@ -162,7 +162,7 @@ def worker_exited(self: Grid, worker: Worker) -> None:
         last = _last_line(worker.log)
         raise RuntimeError(f'a worker did not start ({how}): {last} (log: {worker.log})')
     if worker.name:
-        hint = 'with SIGKILL, memory may have run out: fewer jobs need less'
+        hint = 'after a SIGKILL, memory may have run out: try fewer jobs'
         self.fail(worker.name, f'its process ended with {how}; {hint}')
     self.release(worker)
     if self.waiting:

@@ -38,7 +38,7 @@ def check(condition: Any, message: str) -> None:
 
 def choose_scale(scale: str, scales: dict[str, Any]) -> Any:
     "The entry `scale` of `scales`. ValueError for an unknown scale."
-    check(scale in scales, f'no scale {scale!r}; there are: {", ".join(scales)}')
+    check(scale in scales, f'no scale {scale!r}; choose from: {", ".join(scales)}')
     return scales[scale]
 
 

@@ -73,8 +73,8 @@ def check_tokenizer(tokenizer: Any, patch: int) -> None:
     "ValueError, in one line, for a tokenizer that does not fit patches of that side, or is dead."
     if tokenizer.patch > patch:
         raise ValueError(
-            f'a code of the tokenizer stands for {tokenizer.patch} pixels, a patch of the student for '
-            f'{patch}: choose a tokenizer of {patch} pixels a code, or of fewer'
+            f'the tokenizer has one code per {tokenizer.patch} pixels, the student one patch per '
+            f'{patch}: choose a tokenizer with at most {patch} pixels per code'
         )
     figures = code_figures(tokenizer.counts)
     in_use, of = figures['in_use'], figures['n_codes']
@@ -131,7 +131,7 @@ def check(cls: BEiT, recipe: Any) -> None:
     if recipe.target == 'codes' and not recipe.tokenizer:
         raise ValueError('recipe: beit asks for codes: set tokenizer to a run of dvae or vqkd, or target=rgb')
     if recipe.target == 'codes' and not Path(recipe.tokenizer).exists():
-        raise FileNotFoundError(f'recipe: tokenizer={recipe.tokenizer} is not there')
+        raise FileNotFoundError(f'recipe: tokenizer={recipe.tokenizer} is missing')
 
 # %% ../../nbs/5_masked/9_beit.ipynb #a51cb1f7
 @torch.no_grad()
@@ -160,7 +160,7 @@ def stuck(self: BEiT, views: Views, values: dict) -> dict[str, str]:
     found = code_monitor(self, 0, views)
     if found['accuracy'] > found['most_frequent'] + 1e-3:
         return {}
-    seen = f'{found["accuracy"]:.1%} are found, the most frequent one is {found["most_frequent"]:.1%} of them'
+    seen = f'{found["accuracy"]:.1%} are right; the most frequent one makes up {found["most_frequent"]:.1%}'
     advice = 'Try a longer run, a higher lr or a smaller mask_ratio'
     return {'codes': f"'codes' is stuck at a blind guess: {seen}. {advice}"}
 

@@ -69,7 +69,7 @@ class ImageDecoder(nn.Module):
     def __init__(self, dim: int, width: int, patch: int):
         super().__init__()
         if patch < 2 or patch & (patch - 1):
-            raise ValueError(f'dvae: its decoder doubles, and {patch} pixels a code are no power of 2')
+            raise ValueError(f'dvae: the pixels per code must be a power of 2, not {patch}')
         widths = [dim] + [width] * (patch.bit_length() - 1)
         double = lambda i, o: nn.Sequential(nn.ConvTranspose2d(i, o, 4, 2, 1), nn.ReLU(), ResidualConvs(o))
         self.stages = nn.Sequential(*(double(i, o) for i, o in zip(widths, widths[1:])))
@@ -212,10 +212,10 @@ def views(self: DVAE) -> MultiCrop:
 def check(cls: DVAE, recipe: Any) -> None:
     "ValueError, in one line, for options that do not go together."
     if recipe.n_codes < 2:
-        raise ValueError(f'recipe: n_codes={recipe.n_codes}: a dictionary has at least two codes')
+        raise ValueError(f'recipe: n_codes={recipe.n_codes} must be at least 2')
     if not 0 < recipe.tau_end <= recipe.tau_start:
         raise ValueError(
-            f'recipe: tau_start={recipe.tau_start:g}, tau_end={recipe.tau_end:g}: tau must fall, above zero'
+            f'recipe: tau_start={recipe.tau_start:g}, tau_end={recipe.tau_end:g}: tau must fall but stay > 0'
         )
     if recipe.n_global != 1 or recipe.n_local:
         raise ValueError('recipe: dvae sees one crop of an image: set n_global=1 and n_local=0')
@@ -277,12 +277,12 @@ def load_tokenizer(path: str | Path) -> Any:
     FileNotFoundError, or a ValueError of one line: no tokenizer, damaged, weights that are not finite."""
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f'tokenizer={path} is not there: train one with method=dvae')
+        raise FileNotFoundError(f'tokenizer={path} is missing: train one with method=dvae')
     values, weights = _read_run(path) if path.is_dir() else _read_file(path)
     cls: Any = find_method(values['method']) if 'method' in values else Method
     if not hasattr(cls, 'codes'):
         what = f'a run of {values["method"]}' if 'method' in values else 'a file of weights'
-        raise ValueError(f'tokenizer={path} is {what}, no tokenizer: train one with method=dvae')
+        raise ValueError(f'tokenizer={path} is {what}, not a tokenizer: train one with method=dvae')
     bad = sum(int((~v.isfinite()).sum()) for v in weights.values())
     if bad:
         raise ValueError(f'tokenizer={path}: {bad} of its weights are not finite; train it again')
@@ -292,6 +292,6 @@ def load_tokenizer(path: str | Path) -> Any:
     own = tokenizer.state_dict()
     unlike = [k for k, v in own.items() if k not in weights or weights[k].shape != v.shape]
     if unlike:
-        raise ValueError(f'tokenizer={path} is of another architecture: {unlike[0]} does not fit')
+        raise ValueError(f'tokenizer={path} has another architecture: {unlike[0]} does not fit')
     tokenizer.load_state_dict({k: weights[k] for k in own})
     return tokenizer.eval()

@@ -33,7 +33,7 @@ def sincos_positions(grid: tuple[int, int], dim: int, prefix: int = 0) -> Tensor
     `prefix` rows of zeros come first, for CLS. MAE (He et al. 2022), its code. ValueError unless 4
     divides dim."""
     if dim % 4:
-        raise ValueError(f'sine-cosine positions have four equal parts: {dim} numbers cannot be divided by 4')
+        raise ValueError(f'sine-cosine positions need a width divisible by 4, not {dim}')
     omega = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
     rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing='ij')
     waves = [f(at.flatten()[:, None] * omega) for at in (columns, rows) for f in (torch.sin, torch.cos)]
@@ -147,11 +147,11 @@ def check_patches(backbone: Any) -> None:
     "ValueError, in one line, unless a backbone takes some patches alone and embeds each from its own pixels."
     name = backbone.timm_name
     if 'index' not in backbone.accepts:
-        raise ValueError(f'mae leaves hidden patches out, and {name} needs all of them: choose a ViT')
+        raise ValueError(f'mae encodes visible patches only, but {name} needs all of them: choose a ViT')
     proj = backbone.model.patch_embed.proj
     if not isinstance(proj, nn.Conv2d) or proj.kernel_size != proj.stride:
         raise ValueError(
-            f'mae: the stem of {name} looks over the border of a patch, so visible patches see hidden ones: '
+            f'mae: the stem of {name} mixes neighbouring patches, so visible patches see hidden ones: '
             'choose a ViT with a plain patch embedding, such as vit_mini_p4'
         )
 
@@ -240,11 +240,11 @@ def dry_step(self: MAE, views: Views, values: dict) -> Tensor:
 def check(cls: MAE, recipe: Any) -> None:
     "ValueError, in one line, for options that do not go together."
     if recipe.mask not in MASKS:
-        raise ValueError(f'recipe: no mask {recipe.mask!r}; there are: {", ".join(MASKS)}')
+        raise ValueError(f'recipe: no mask {recipe.mask!r}; choose from: {", ".join(MASKS)}')
     if recipe.target not in TARGETS:
-        raise ValueError(f'recipe: no target {recipe.target!r}; there are: {", ".join(TARGETS)}')
+        raise ValueError(f'recipe: no target {recipe.target!r}; choose from: {", ".join(TARGETS)}')
     if recipe.target == 'codes' and not (recipe.tokenizer and Path(recipe.tokenizer).exists()):
-        where = f'tokenizer={recipe.tokenizer} is not there' if recipe.tokenizer else 'codes need a tokenizer'
+        where = f'tokenizer={recipe.tokenizer} is missing' if recipe.tokenizer else 'codes need a tokenizer'
         raise ValueError(f'recipe: {where}: train one with method=dvae, and name its run')
     if not 0 < recipe.mask_ratio < 1:
         raise ValueError(f'recipe: mask_ratio={recipe.mask_ratio:g} must lie between 0 and 1')
@@ -260,7 +260,7 @@ def reconstruct(method: MAE, x: Tensor, hidden: Tensor, overlay: bool = True) ->
     painted = method.predict(x, hidden, visible_places(hidden))
     patches = patchify(x, method.patch)
     if method.codes is not None:
-        raise ValueError('a MAE of codes paints no pixels: it names words of its tokenizer')
+        raise ValueError('an MAE with target=codes predicts codes, not pixels: there is nothing to paint')
     if method.pca is not None:
         painted = method.pca.invert(painted)
     elif method.options.norm_pix:

@@ -37,7 +37,7 @@ class PatchTarget(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         "Crops [B, 3, h, w] -> what their patches are asked for [B, N, numbers], patches row by row."
-        raise NotImplementedError(f'{type(self).__name__} must say what it asks for')
+        raise NotImplementedError(f'{type(self).__name__} must implement forward(x)')
 
     def error(self, predicted: Tensor, wanted: Tensor, power: int = 2) -> Tensor:
         "Of each patch, [B, N]: the mean of |predicted - wanted| ** power over its numbers."

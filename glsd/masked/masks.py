@@ -21,7 +21,7 @@ def n_kept(n: int, ratio: float) -> int:
     ValueError if that is all of them or none."""
     kept = int(n * (1 - ratio))
     if not 0 < kept < n:
-        what = 'nothing' if kept >= n else 'all'
+        what = 'none' if kept >= n else 'all'
         raise ValueError(
             f'a mask ratio of {ratio:g} hides {what} of {n} patches: choose another, or smaller patches'
         )
@@ -64,7 +64,7 @@ def grid_mask(grid: tuple[int, int], ratio: float = 0.75) -> np.ndarray:
     "Every second patch of every second row stays: bool [H, W]. ValueError for another ratio than 0.75."
     if ratio != 0.75 or min(grid) < 2:
         raise ValueError(
-            f'a grid mask hides 0.75 of 2 x 2 patches or more, not {ratio:g} of {grid[0]} x {grid[1]}'
+            f'a grid mask needs ratio 0.75 and at least 2 x 2 patches, not {ratio:g}, {grid[0]} x {grid[1]}'
         )
     mask = np.ones(grid, bool)
     mask[::2, ::2] = False
@@ -96,7 +96,7 @@ def draw_masks(kind: str, n: int, grid: tuple[int, int], ratio: float) -> tuple[
     All hide the same number, drawn from torch's global generator. ValueError for an unknown kind, or for
     a ratio that hides all or nothing."""
     if kind not in MASKS:
-        raise ValueError(f'no mask {kind!r}; there are: {", ".join(MASKS)}')
+        raise ValueError(f'no mask {kind!r}; choose from: {", ".join(MASKS)}')
     n_kept(grid[0] * grid[1], ratio)
     hidden = MASKS[kind](n, grid, ratio)
     return hidden, visible_places(hidden)

@@ -20,7 +20,7 @@ def average_distance(hidden: Tensor, grid: tuple[int, int], side: int = 1) -> fl
     hidden: bool [H*W] on a grid (H, W) of squares of `side` pixels. Xie et al. 2022. ValueError if all or
     nothing is hidden."""
     if hidden.all() or not hidden.any():
-        raise ValueError('the distance to what is visible needs something visible and something hidden')
+        raise ValueError('the distance to visible patches needs at least one visible and one hidden patch')
     big = hidden.view(grid).repeat_interleave(side, 0).repeat_interleave(side, 1)
     inside, outside = big.nonzero().double(), (~big).nonzero().double()
     return float(torch.cdist(inside, outside).amin(1).mean())

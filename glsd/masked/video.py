@@ -104,7 +104,7 @@ def grids(self: MaskFeatVideo) -> tuple[tuple[int, ...], tuple[int, ...]]:
     o, v, net = self.options, self.view_options, self.backbone
     if not hasattr(net, 'tubelet'):
         raise ValueError(
-            f'maskfeat_video needs a backbone for clips, and {net.timm_name} is for images: mvit_mini'
+            f'maskfeat_video needs a backbone for clips, such as mvit_mini, but {net.timm_name} is for images'
         )
     grid = clip_grid((v.frames, v.global_size, v.global_size), net)
     n = max(1, o.mask_unit // net.stride)

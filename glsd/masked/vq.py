@@ -164,7 +164,7 @@ def load_teacher(path: str | Path) -> Any:
     "A backbone in eval mode from a run's folder or an exported file. Errors are of one line."
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f'teacher={path} is not there: give a run, or a file of glsd export')
+        raise FileNotFoundError(f'teacher={path} is missing: give a run, or a file of glsd export')
     name, weights = _of_run(path) if path.is_dir() else _of_file(path)
     teacher = create_backbone(name)
     teacher.load_state_dict(weights)
@@ -233,8 +233,8 @@ def check_strides(teacher: Any, encoder: Any) -> None:
     "ValueError, in one line, unless both have a token for the same square."
     if teacher.stride != encoder.stride:
         raise ValueError(
-            f'vqkd: {teacher.timm_name} has a token for {teacher.stride} pixels and {encoder.timm_name} for '
-            f'{encoder.stride}: choose a backbone with the patches of the teacher'
+            f'vqkd: {teacher.timm_name} has a token per {teacher.stride} pixels, {encoder.timm_name} one per '
+            f'{encoder.stride}: choose a backbone with the same patch size as the teacher'
         )
 
 
@@ -292,8 +292,8 @@ def check(cls: VQKD, recipe: Any) -> None:
             'recipe: vqkd learns from a teacher: set teacher to a run, or to a file of glsd export'
         )
     if not Path(recipe.teacher).exists():
-        raise FileNotFoundError(f'recipe: teacher={recipe.teacher} is not there')
+        raise FileNotFoundError(f'recipe: teacher={recipe.teacher} is missing')
     if recipe.n_codes < 2:
-        raise ValueError(f'recipe: n_codes={recipe.n_codes}: a dictionary has at least two codes')
+        raise ValueError(f'recipe: n_codes={recipe.n_codes} must be at least 2')
     if recipe.n_global != 1 or recipe.n_local:
         raise ValueError('recipe: vqkd sees one crop of an image: set n_global=1 and n_local=0')

@@ -22,7 +22,7 @@ NEIGHBOURS: dict[int | str, float] = {3: 8, 5: 24, 'all': float('inf')}  # neigh
 def check_positives(k: int, size: int | str) -> None:
     "Raises a one-line ValueError for an unknown neighbourhood, or a k that does not fit it."
     if size not in NEIGHBOURS:
-        raise ValueError(f"neighbours={size!r}: 3 (the 3x3 around a patch), 5 (5x5), or 'all'")
+        raise ValueError(f"neighbours={size!r} must be 3 (the 3x3 around a patch), 5 (5x5) or 'all'")
     if not 1 <= k <= NEIGHBOURS[size]:
         most = '' if size == 'all' else f', and at most the {NEIGHBOURS[size]} neighbours of {size}x{size}'
         raise ValueError(f'k={k} positives: choose 1 or more{most}')

@@ -53,9 +53,7 @@ def draw_pairs(batch: int, grid: tuple[int, int], m: int | None = 64, device: An
     if m is None:
         return torch.cartesian_prod(*[torch.arange(n, device=device)] * 2).expand(batch, -1, -1)
     if not 1 <= m <= n * n:
-        raise ValueError(
-            f'm={m} pairs of a grid of {grid[0]} x {grid[1]}: it has {n * n}, choose m from 1 to that'
-        )
+        raise ValueError(f'm={m} pairs on a grid of {grid[0]} x {grid[1]}: choose m from 1 to {n * n}')
     return torch.randint(n, (batch, m, 2), device=device)
 
 # %% ../../nbs/4_distillation/15_drloc.ipynb #f6380184
@@ -148,7 +146,7 @@ def check_outputs(n_out: int, grid: tuple[int, int], variant: str) -> None:
         fits = n_out == 2
     if not fits:
         raise ValueError(
-            f'variant {variant!r} and an mlp of {n_out} outputs: build it with LocalizationMLP.for_variant'
+            f'variant {variant!r} does not fit an mlp of {n_out} outputs: use LocalizationMLP.for_variant'
         )
 
 
@@ -182,7 +180,7 @@ def dense_localization_loss(
     for an unknown variant, reduction or divisor, a grid of one token, too large an m or a wrong mlp."""
     check_variant(variant, divisor)
     if reduction not in ('mean', 'sum'):
-        raise ValueError(f"reduction is {reduction!r}: 'mean' (the reference) or 'sum' (the paper)")
+        raise ValueError(f"reduction={reduction!r} must be 'mean' (the reference) or 'sum' (the paper)")
     e, grid = pool_grid(tokens, grid)
     if pairs is None:
         pairs = draw_pairs(len(e), grid, None if variant == 'all' else m, e.device)

@@ -100,7 +100,7 @@ def draw_view_masks(views: 'Views', stride: int, **options) -> Tensor:
     grid = -(-h // stride), -(-w // stride)
     if max(grid) < 2:
         raise ValueError(
-            f'iBOT masks a part of a view: {h} x {w} pixels are one token of {stride}; '
+            f'iBOT needs more than one token per view: {h} x {w} pixels are one token of {stride}; '
             'use a larger global_size'
         )
     rng = np.random.default_rng(int(torch.randint(2**62, ())))

@@ -193,7 +193,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     "The end of an error message: '; did you mean X?', or a list of all `known`."
     names = list(known)
     close = difflib.get_close_matches(str(word).replace('-', '_').lower(), names, n=1, cutoff=0.5)
-    return f'; did you mean {close[0]!r}?' if close else f'; there are: {", ".join(names)}'
+    return f'; did you mean {close[0]!r}?' if close else f'; choose from: {", ".join(names)}'
 
 # %% ../../nbs/4_distillation/1_method.ipynb #9f0e0850
 def find_method(name: str) -> type[Method]:
@@ -212,7 +212,7 @@ def _method_at(module: str, name: str) -> type[Method]:
     except (ImportError, AttributeError) as e:
         raise ValueError(f'method {module}:{name} cannot be imported: {e}') from None
     if not (isinstance(found, type) and issubclass(found, Method)):
-        raise ValueError(f'{module}:{name} is no Method: derive it from glsd.objectives.Method')
+        raise ValueError(f'{module}:{name} is not a Method: derive it from glsd.objectives.Method')
     return found
 
 # %% ../../nbs/4_distillation/1_method.ipynb #337aab3f

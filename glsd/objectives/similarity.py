@@ -36,7 +36,7 @@ def token_pairs(student_grids: list, teacher_grids: list, search: str = 'student
     `search='student'`: each student token looks for one partner in each teacher view; 'teacher': the reverse
     (GLSD Eq. 4-7). ValueError for others."""
     if search not in ('student', 'teacher'):
-        raise ValueError(f"search is {search!r}: 'student' or 'teacher'")
+        raise ValueError(f"search={search!r} must be 'student' or 'teacher'")
     n_s, n_t = (torch.tensor([h * w for h, w in g], device=device) for g in (student_grids, teacher_grids))
     pairs = view_pairs(len(n_s), len(n_t), device) / (n_s[:, None] if search == 'student' else n_t)
     return pairs.repeat_interleave(n_s, 0).repeat_interleave(n_t, 1)

@@ -123,7 +123,7 @@ def count_step(recipe: Recipe, batch: int | None = None, processes: int = 1) -> 
                 loss.backward()
             logits = logit_elements(method, views)
         except (RuntimeError, NotImplementedError) as e:
-            why = 'which needs numbers to choose what it compares: plan with geometric'
+            why = 'whose matches depend on real values: plan with geometric instead'
             raise ValueError(f'plan cannot count the method {recipe.method!r}, {why}') from e
     half, share = 1 / (1 + recipe.amp), processes if recipe.fsdp else 1
     trained, fixed = (

@@ -183,11 +183,11 @@ def check(cls: DeiT, recipe: Any) -> None:
     )
     check_parts(r)
     if r.distillation not in KINDS:
-        raise ValueError(f'recipe: no distillation {r.distillation!r}; there are: {", ".join(KINDS)}')
+        raise ValueError(f'recipe: no distillation {r.distillation!r}; choose from: {", ".join(KINDS)}')
     if r.tau <= 0:
         raise ValueError(f'recipe: tau must be greater than 0, not {r.tau:g}')
     if r.token and r.distillation == 'none':
-        raise ValueError('recipe: without distillation its token learns nothing: set token=False')
+        raise ValueError('recipe: distillation=none leaves the distillation token untrained: set token=False')
     if r.drloc_weight or r.n_local:
         raise ValueError('recipe: deit has neither DrLoc nor local views: leave out drloc_weight and n_local')
     if r.batch_size * r.n_global % 2 and (r.mixup or r.cutmix):

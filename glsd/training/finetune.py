@@ -157,7 +157,7 @@ def check_parts(recipe: Any) -> None:
     "Raises ValueError for bad values of the options that fine-tuning adds."
     check_ranges(vars(recipe.options), dict(last_blocks=-1), ('layer_decay', 'ema'))
     if recipe.layer_decay == 0:
-        raise ValueError('recipe: layer_decay=0 trains the head alone: say that with last_blocks=0')
+        raise ValueError('recipe: layer_decay=0 trains only the head: set last_blocks=0 instead')
     if recipe.ema == 1:
         raise ValueError('recipe: ema=1 keeps the weights of the start: choose a share below 1')
     if recipe.randaugment:
@@ -226,9 +226,7 @@ def check_start(recipe: Recipe, lrs: Sequence[float]) -> None:
     if not recipe.weights:
         raise ValueError('finetune starts from weights: name a run, or a .safetensors file')
     if min(lrs) <= 0 or len(set(lrs)) < len(lrs):
-        raise ValueError(
-            f'lrs must be positive and each another one, not {", ".join(f"{lr:g}" for lr in lrs)}'
-        )
+        raise ValueError(f'lrs must be positive and all different, not {", ".join(f"{lr:g}" for lr in lrs)}')
     start_of(recipe.weights)
 
 

@@ -75,7 +75,7 @@ class Stopped(RuntimeError):
     exit_code = 128 + signal.SIGTERM
 
     def __init__(self, out: Path, step: int):
-        advice = 'a checkpoint is written, the same call goes on from there'
+        advice = 'a checkpoint was written, and the same call resumes from it'
         super().__init__(f'{out}: asked to end after step {step}; {advice}')
 
 # %% ../../nbs/7_training/9_interruptions.ipynb #cf827e7e

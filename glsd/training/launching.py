@@ -33,7 +33,7 @@ def torchrun_flags(nproc: int, nnodes: int, rdzv: str, restarts: int) -> list[st
         given = f'{nproc}, {nnodes}, {restarts}'
         raise ValueError(f'--nproc and --nnodes must be 1 or more, --restarts 0 or more, not {given}')
     if nnodes > 1 and not rdzv:
-        raise ValueError('several nodes need a place to meet: --rdzv HOST:PORT, the same on all of them')
+        raise ValueError('several nodes need --rdzv HOST:PORT, the same on all of them')
     meet = ['--standalone']
     if rdzv:
         meet = [
@@ -78,7 +78,7 @@ def report_failure(rank: int, failure: Any, processes: int, refused: Path) -> in
         return 2
     if failure.exitcode == 143:
         return 143  # it was asked to end, and has printed that itself
-    advice = 'the same command goes on from the last checkpoint'
+    advice = 'the same command resumes from the last checkpoint'
     print(f'glsd: process {rank} of {processes} {_what_happened(failure)}; {advice}', file=sys.stderr)
     return 1
 

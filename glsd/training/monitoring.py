@@ -19,7 +19,7 @@ class NotFinite(ValueError):
 
     def __init__(self, step: int, name: str, named: dict):
         super().__init__(
-            f"step {step}: '{name}' is {named[name]}; the weights are those from before it. "
+            f"step {step}: '{name}' is {named[name]}; the weights are those from before this step. "
             'Try a lower lr, a longer warmup, a smaller clip, or amp off'
         )
         self.step, self.name, self.named = step, name, named

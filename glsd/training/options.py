@@ -39,7 +39,7 @@ _WANTED = {
     float: 'a number',
     bool: 'true or false',
     tuple: 'two numbers',
-    str: 'a text',
+    str: 'a string',
 }
 
 # %% ../../nbs/7_training/1_options.ipynb #140d526f

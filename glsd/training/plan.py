@@ -99,9 +99,7 @@ def gpu(
     peak = tflops or GPUS[name][not recipe.amp]
     share = efficiency or (0.3 if 'swin' in recipe.backbone else 0.4)
     if not 0 < share <= 1 or peak <= 0:
-        raise ValueError(
-            f'efficiency {share} of {peak} TFLOP/s: give a share between 0 and 1, of more than 0'
-        )
+        raise ValueError(f'efficiency {share} of {peak} TFLOP/s: both must be above 0, efficiency at most 1')
     precision = 'bf16' if recipe.amp else 'float32'
     said = f'{share:.0%} of {peak:g} TFLOP/s ({name}, {precision}): not measured on this GPU'
     return Machine(peak * 1e12 * share, memory=(memory or GPUS[name][2]) * 1e9, assumed=said)
@@ -167,11 +165,11 @@ def plan(  # longer than other cells: it puts all parts together
 # %% ../../nbs/7_training/18_plan.ipynb #4a70092c
 def plan_lines(p: dict) -> list[str]:
     "A plan as lines of text to read."
-    size = f'{p["parameters"] / 1e6:.1f} M parameters, {p["flops"] / 1e12:.3g} TFLOP a GPU and step'
+    size = f'{p["parameters"] / 1e6:.1f} M parameters, {p["flops"] / 1e12:.3g} TFLOP per GPU and step'
     assumed = p['assumed'] or 'nothing about compute'
     links = f'; {p["link"]:g} GB/s between GPUs' if p['gpus'] > 1 else ''
     return [
-        f'{p["gpus"]} x {p["batch"]} images a step, {size}',
+        f'{p["gpus"]} x {p["batch"]} images per step, {size}',
         _memory_line(p),
         _seconds_line(p),
         f'the run: {p["steps"]:,} steps, {p["days"]:.2f} days',
@@ -181,7 +179,7 @@ def plan_lines(p: dict) -> list[str]:
 # %% ../../nbs/7_training/18_plan.ipynb #07863a8a
 def _memory_line(p: dict) -> str:
     parts = ', '.join(f'{k} {v / 1e9:.3g}' for k, v in p['bytes'].items())
-    line = f'memory a GPU: {p["peak"] / 1e9:.3g} GB (upper estimate: {parts})'
+    line = f'memory per GPU: {p["peak"] / 1e9:.3g} GB (upper estimate: {parts})'
     if not p['memory']:
         return line
     return f'{line}; {"fits" if p["fits"] else "DOES NOT FIT"} into {p["memory"] / 1e9:g} GB'
@@ -189,10 +187,10 @@ def _memory_line(p: dict) -> str:
 
 def _seconds_line(p: dict) -> str:
     parts, workers = p['parts'], p['workers']
-    views = f'views {parts["views"]:.3f} with {workers} workers, as one core makes them here'
+    views = f'views {parts["views"]:.3f} with {workers} workers, timed on one core here'
     inside = f'compute {parts["compute"]:.3f}, {views}, communication {parts["communication"]:.3f}'
     line = f'a step: {p["seconds"]:.3f} s ({inside})'
     if parts['views'] <= parts['compute']:
         return line
     enough = -(-parts['views'] * max(1, workers) // parts['compute'])
-    return f'{line}; views are the limit: {enough:.0f} workers a GPU would keep up'
+    return f'{line}; views are the bottleneck: {enough:.0f} workers per GPU would keep up'

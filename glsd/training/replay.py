@@ -96,7 +96,7 @@ def kept_step(path: str | Path) -> Path:
         return path
     kept = sorted((path / 'not_finite').glob('step_*.pt'))
     if not kept:
-        raise FileNotFoundError(f'{path} has no not_finite/step_*.pt: no step of this run had to be kept')
+        raise FileNotFoundError(f'{path} has no not_finite/step_*.pt: no step of this run was non-finite')
     return kept[-1]
 
 # %% ../../nbs/7_training/16_replay.ipynb #6c9a1db9

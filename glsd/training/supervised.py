@@ -198,7 +198,7 @@ def check_test_classes(test: Any, classes: list[str]) -> None:
     "Raises ValueError for test images without a class, or with other classes than in training."
     bare = int((torch.as_tensor(test.labels) < 0).sum())
     if bare:
-        raise ValueError(f'{bare} of {len(test)} test images have no class: put each class into a folder')
+        raise ValueError(f'{bare} of {len(test)} test images have no class: put each class in its own folder')
     if list(test.classes) != classes:
         odd = sorted({*test.classes} ^ {*classes})[0]
         what = f"training and test images have different classes; the first is '{odd}'"

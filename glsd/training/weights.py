@@ -34,12 +34,12 @@ def load_weights(
     reshaped = [k for k, v in ours.items() if k in state and state[k].shape != v.shape]
     unlike = {
         'missing': [k for k in ours if k not in state],
-        'too many': [k for k in state if k not in ours],
-        'of another shape': [f'{k} ({_shape(state[k])}, here {_shape(ours[k])})' for k in reshaped],
+        'unexpected': [k for k in state if k not in ours],
+        'different shape': [f'{k} ({_shape(state[k])}, here {_shape(ours[k])})' for k in reshaped],
     }
     lines = [f'{kind}: {first_few(keys)}' for kind, keys in unlike.items() if keys]
     if lines:
-        raise ValueError(f'{where} is of another architecture; {"; ".join(lines)}')
+        raise ValueError(f'{where} has another architecture; {"; ".join(lines)}')
     module.load_state_dict({k: place(v, ours[k]) for k, v in state.items()})
 
 # %% ../../nbs/7_training/4_weights.ipynb #dd381225

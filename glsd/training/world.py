@@ -57,7 +57,7 @@ def pick_device(name: str) -> torch.device:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError):
         there = ', cuda' if torch.cuda.is_available() else ''
-        raise ValueError(f"device '{name}' is not there; choose auto, cpu{there}") from None
+        raise ValueError(f"device '{name}' is not available; choose auto, cpu{there}") from None
 
 # %% ../../nbs/7_training/7_world.ipynb #a407faf3
 def keep_freed_memory() -> bool:

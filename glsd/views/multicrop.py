@@ -202,8 +202,8 @@ def _check(o: _Options) -> None:
             raise ValueError(f'MultiCrop: {name}_size must be at least 1 pixel')
     if o.n_query and o.query_size > o.global_size:
         raise ValueError(
-            f'MultiCrop: a query of {o.query_size} pixels is larger than the image, a global view of '
-            f'{o.global_size}; query_size is one patch of the backbone'
+            f'MultiCrop: a query of {o.query_size} pixels is larger than a global view of '
+            f'{o.global_size}: set query_size to the patch size of the backbone'
         )
 
 

@@ -64,7 +64,7 @@ def photometric_vector(
     """
     unknown = [op for op in ops if op not in OPS]
     if unknown or len(ops) > 4:
-        raise ValueError(f'photometric_vector: {unknown or ops} are not up to four of {", ".join(OPS)}')
+        raise ValueError(f'photometric_vector: {unknown or ops} must be up to four of {", ".join(OPS)}')
     slots = [OPS.index(op) for op in ops] + [-1] * (4 - len(ops))
     return np.array([*slots, brightness, contrast, saturation, hue, gray, sigma, solarize], dtype=np.float32)
 
