@@ -252,7 +252,7 @@ def test_a_changed_tokenizer_does_not_change_a_run(tmp_path, words):
 def test_a_run_of_another_method_is_no_tokenizer(tmp_path):
     recipe = small_recipe('mae', steps=1, device='cpu')
     pretrain(recipe, tmp_path / 'mae', {}, progress=False)
-    with pytest.raises(ValueError, match='is a run of mae, no tokenizer'):
+    with pytest.raises(ValueError, match='is a run of mae, not a tokenizer'):
         load_tokenizer(tmp_path / 'mae')
 
 

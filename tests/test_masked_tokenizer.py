@@ -346,7 +346,7 @@ def test_files_that_are_no_tokenizer_are_one_line(tmp_path):
     with pytest.raises(FileNotFoundError, match='no checkpoint in this folder'):
         load_tokenizer(tmp_path)
     save_file({'w': torch.zeros(2)}, tmp_path / 'w.safetensors')
-    with pytest.raises(ValueError, match='is a file of weights, no tokenizer'):
+    with pytest.raises(ValueError, match='is a file of weights, not a tokenizer'):
         load_tokenizer(tmp_path / 'w.safetensors')
     (tmp_path / 'bad.safetensors').write_bytes(b'nothing of the kind')
     with pytest.raises(ValueError, match='cannot be read'):

@@ -135,7 +135,7 @@ ONE.classes = ['disc bars']
         (
             {'lr': 1e30, 'clip': 0, 'warmup': 0},
             None,
-            "step 2: 'ce' is nan; the weights are those from before it",
+            "step 2: 'ce' is nan; the weights are those from before this step",
         ),
     ],
 )

@@ -84,7 +84,8 @@ class AtBlock(nn.Module):
 # %% ../../nbs/8_evaluation/6_blocks.ipynb #b4a5ecf5
 def n_blocks(backbone: Any) -> int:
     "The number of blocks (or stages) of a backbone. Raises ValueError if it has no `intermediates`."
-    return backbone.n_layers(blocks=counts_blocks(backbone))
+    blocks = counts_blocks(backbone)  # first: it checks that there are layers
+    return backbone.n_layers(blocks=blocks)
 
 # %% ../../nbs/8_evaluation/6_blocks.ipynb #dd1afd0e
 class LastBlocks(nn.Module):

@@ -224,7 +224,7 @@ def check_start(recipe: Recipe, lrs: Sequence[float]) -> None:
             f'{recipe.method} learns without labels: fine-tune with finetune, supervised or deit'
         )
     if not recipe.weights:
-        raise ValueError('finetune starts from weights: name a run, or a .safetensors file')
+        raise ValueError('finetune needs weights: give a run or a .safetensors file')
     if min(lrs) <= 0 or len(set(lrs)) < len(lrs):
         raise ValueError(f'lrs must be positive and all different, not {", ".join(f"{lr:g}" for lr in lrs)}')
     start_of(recipe.weights)
