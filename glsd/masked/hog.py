@@ -19,8 +19,8 @@ def sobel(x: Tensor) -> tuple[Tensor, Tensor]:
     The border is reflected, as in MaskFeat's code."""
     x = F.pad(x, (1, 1, 1, 1), mode='reflect')
     across, down = x[..., :-2] - x[..., 2:], x[..., :-2, :] - x[..., 2:, :]
-    gx = across[..., :-2, :] + 2 * across[..., 1:-1, :] + across[..., 2:, :]
-    return gx, down[..., :-2] + 2 * down[..., 1:-1] + down[..., 2:]
+    gx = torch.add(across[..., :-2, :] + across[..., 2:, :], across[..., 1:-1, :], alpha=2)
+    return gx, torch.add(down[..., :-2] + down[..., 2:], down[..., 1:-1], alpha=2)
 
 # %% ../../nbs/5_masked/4_hog.ipynb #ddecbadd
 CACHED = 2**17  # numbers of an image that a processor's cache holds several times over
