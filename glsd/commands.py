@@ -103,7 +103,7 @@ def finetuning_from(args: Namespace) -> Any:
         args.fields, args.data = given, None
         return recipe_from(args)
     if 'weights' not in given:
-        raise ValueError('finetune needs weights: give a run or a file, with or without --weights')
+        raise ValueError('finetune needs weights: give a run or a file, first or after --weights')
     if 'data' not in given | start_of(given['weights']):
         raise ValueError('name labelled images with --anchors DIR --test DIR: one folder per class in each')
     return finetune_recipe(**given)
