@@ -83,6 +83,16 @@ def test_each_space_keeps_its_own_key():
     assert L.joined_features(method, views.crops[0][0]).shape == (4, method.backbone.dim + 3 * 8)
 
 
+def test_keys_come_from_the_whole_network():
+    "Stochastic depth is for queries: the key encoder has none, and the same weights."
+    method = create_method('looc', **TINY | dict(backbone='vit_mini_p4', drop_path=0.9))
+    x = torch.randn(4, 2, 3, 32, 32)
+    assert torch.equal(L.encode_keys(method, x), L.encode_keys(method, x))
+    assert not torch.equal(method.backbone(x[0]).pooled, method.backbone(x[0]).pooled)
+    method.eval()
+    torch.testing.assert_close(method.backbone(x[0]).pooled, method.key_backbone(x[0]).pooled)
+
+
 @pytest.mark.parametrize(
     'options, message',
     [

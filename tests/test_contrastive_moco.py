@@ -94,12 +94,13 @@ def test_recipes_that_make_no_sense_are_one_line(method, wrong, message):
     assert one_line(e)
 
 
-def test_a_queue_larger_than_the_data_is_a_warning_of_the_run(tmp_path):
+@pytest.mark.parametrize('method', ['mocov2', 'nnclr', 'looc'])
+def test_a_queue_larger_than_the_data_is_a_warning_of_the_run(method, tmp_path):
     with pytest.warns(UserWarning, match='queue=64 is larger than the data, 48 images'):
-        pretrain(small_recipe('mocov2', queue=64, steps=1), tmp_path / 'large', {}, progress=False)
+        pretrain(small_recipe(method, queue=64, steps=1), tmp_path / 'large', {}, progress=False)
     with warnings.catch_warnings():
-        warnings.simplefilter('error', UserWarning)
-        pretrain(small_recipe('mocov2', steps=1), tmp_path / 'small', {}, progress=False)
+        warnings.filterwarnings('error', 'queue=', UserWarning)
+        pretrain(small_recipe(method, steps=1), tmp_path / 'small', {}, progress=False)
 
 
 def test_moco_is_version_2():

@@ -81,6 +81,18 @@ def test_the_search_comes_before_the_queue():
     assert int(method.bank.place) == 0 and int(method.bank.filled) == 24
 
 
+def test_the_image_that_served_is_the_one_that_was_drawn():
+    method = create_method('nnclr', **SMALL, top_k=3)
+    c = method.options.projector_dim
+    method.bank.enqueue(torch.randn(24, c))
+    method.sources.copy_(torch.arange(100, 124))
+    z = torch.randn(40, c)
+    found, served = method.positives(z)
+    assert torch.equal(found, method.bank.rows[served - 100])
+    rank = (method.bank.nearest(z, 3)[0] == served[:, None] - 100).float().argmax(1)
+    assert set(rank.tolist()) == {0, 1, 2}
+
+
 def test_one_of_k_is_drawn_by_torchs_generator_and_only_if_there_is_a_choice():
     found = torch.randn(50, 3, 4)
     torch.manual_seed(3)

@@ -228,7 +228,10 @@ def test_features_are_kept_apart_by_size_transform_and_block(tmp_path):
         cached_extract(other, world, 32, tmp_path)
         assert len(list(tmp_path.iterdir())) == n
     cached_extract(net, world, 16, tmp_path)
-    assert len(list(tmp_path.iterdir())) == 5
+    grey = transform_of(net)._replace(mean=(0.2,) * 3)
+    features, _ = cached_extract(net, world, 32, tmp_path, transform=grey)
+    assert not torch.equal(features, cached_extract(net, world, 32, tmp_path)[0])
+    assert len(list(tmp_path.iterdir())) == 6
 
 
 def test_data_without_a_fingerprint_are_refused(tmp_path):

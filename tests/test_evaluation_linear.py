@@ -243,6 +243,8 @@ def test_every_block_of_a_vit_with_cls_and_registers():
 def test_a_module_without_blocks_is_named():
     with pytest.raises(ValueError, match='Colours gives no maps of its inner layers'):
         AtBlock(Colours(), -1)
+    with pytest.raises(ValueError, match='no maps of its inner layers'):
+        block_features(Colours(), torch.zeros(1, 3, 8, 8), [0])
 
 
 @pytest.mark.parametrize('wrap', [LastBlocks, WithGeM, lambda net: AtBlock(net, 0)])

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden_values import close, golden
+from safetensors import safe_open
 
 from glsd.backbones.beit import EncoderBackbone
 from glsd.backbones.features import _backbones, register_backbone
@@ -301,7 +302,10 @@ def test_a_run_is_a_teacher_and_its_tokenizer_needs_it_no_more(tmp_path):
     (tmp_path / 'mae').rename(tmp_path / 'gone')
     words = load_tokenizer(tmp_path / 'words')
     assert words.teacher is None and words.codes(x).shape == (2, 8, 8) and words.counts.sum() > 0
+    words.teacher = teacher  # as while it was trained
     save_tokenizer(words, tmp_path / 'words.safetensors')
+    with safe_open(tmp_path / 'words.safetensors', 'pt') as f:
+        assert not any(name.startswith('teacher.') for name in f.keys())  # noqa: SIM118
     assert torch.equal(load_tokenizer(tmp_path / 'words.safetensors').codes(x), words.codes(x))
 
 

@@ -15,6 +15,7 @@ from glsd.objectives.drloc import (
     draw_pairs,
     every_block_loss,
     pool_grid,
+    regression_error,
 )
 
 
@@ -126,6 +127,13 @@ def test_pairs_come_from_torchs_generator_and_are_uniform():
     assert not torch.equal(a[0], a[1])
     counts = draw_pairs(200, (3, 2), 36).flatten().bincount(minlength=6).double()
     assert (counts - 2400).abs().max() < 5 * math.sqrt(2400)
+
+
+def test_an_unknown_divisor_is_refused_by_the_error_itself():
+    d = torch.rand(1, 5, 2)
+    with pytest.raises(ValueError, match='divisor') as e:
+        regression_error(d, torch.zeros_like(d), (3, 3), divisor='K')
+    assert '\n' not in str(e.value)
 
 
 def test_pooling():
