@@ -10,7 +10,7 @@ from torch import distributed as dist
 from training_runs import in_processes
 
 from glsd.objectives import create_method, list_methods, soft_cross_entropy
-from glsd.objectives.ablation import ROWS, AblationLoss, distillation_targets
+from glsd.objectives.ablation import DINO_TABLE_7, AblationLoss, distillation_targets
 from glsd.objectives.dino import sinkhorn
 from glsd.training import Recipe, Trainer
 from glsd.training.loop import batches
@@ -154,11 +154,11 @@ SMALL = dict(
     n_images=32, image_size=32, global_size=32, local_size=16, out_dim=32, head_hidden=32, head_bottleneck=16,
     batch_size=8, steps=4, lr=1e-2, checkpoint_every=2, device='cpu', drop_path=0.0,
 )  # fmt: skip
-ROW_NAMES = [name for name, row in ROWS.items() if row['method'] in list_methods()]
+ROW_NAMES = [name for name, row in DINO_TABLE_7.items() if row['method'] in list_methods()]
 
 
 def recipe_of(name, **changes):
-    row = ROWS[name] | dict(n_local=0 if 'n_local' in ROWS[name] else 1)
+    row = DINO_TABLE_7[name] | dict(n_local=0 if 'n_local' in DINO_TABLE_7[name] else 1)
     return Recipe(**(dict(backbone='vit_mini', **SMALL) | row | dict(out_dim=32) | changes))
 
 
@@ -170,10 +170,12 @@ def steps_of(recipe, n):
 
 
 def test_there_are_nine_rows():
-    assert len(ROWS) == 9 and len(ROW_NAMES) >= 8
+    assert len(DINO_TABLE_7) == 9 and len(ROW_NAMES) >= 8
 
 
-@pytest.mark.parametrize('name', [name for name in ROW_NAMES if ROWS[name]['method'] == 'dino_ablation'])
+@pytest.mark.parametrize(
+    'name', [name for name in ROW_NAMES if DINO_TABLE_7[name]['method'] == 'dino_ablation']
+)
 def test_each_row_trains(name):
     recipe = recipe_of(name)
     trainer, log = steps_of(recipe, 2)

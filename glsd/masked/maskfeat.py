@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PATCH_TARGETS', 'RECOVER', 'RUN', 'PatchTarget', 'masked_mean', 'register_target', 'HOGTarget', 'RGBTarget',
-           'FeatureTarget', 'create_target', 'repeat_mask', 'blank', 'MaskedOptions', 'MaskedPrediction', 'token_grid',
+           'FeatureTarget', 'create_target', 'repeat_mask', 'blank', 'MaskedOptions', 'MaskedPrediction', 'crop_grid',
            'mask_grid', 'MaskFeat']
 
 # %% ../../nbs/5_masked/5_maskfeat.ipynb #a9d76975
@@ -220,7 +220,7 @@ class MaskedPrediction(Method):
         self.head = nn.Linear(self.backbone.dim, self.target.numbers)
 
 # %% ../../nbs/5_masked/5_maskfeat.ipynb #bced650a
-def token_grid(size: int, backbone: Any) -> tuple[int, int]:
+def crop_grid(backbone: Any, size: int) -> tuple[int, int]:
     "Rows and columns of tokens of a square crop. ValueError if they do not fill it."
     if size % backbone.stride:
         raise ValueError(
@@ -252,7 +252,7 @@ def mask_grid(grid: tuple[int, int], stride: int, unit: int, kind: str) -> tuple
 @patch
 def grids(self: MaskedPrediction) -> tuple[tuple[int, ...], tuple[int, ...]]:
     "The grid of the tokens, and that of what is hidden as one. ValueError if they do not fit the crop."
-    grid, o = token_grid(self.view_options.global_size, self.backbone), self.options
+    grid, o = crop_grid(self.backbone, self.view_options.global_size), self.options
     return grid, mask_grid(grid, self.backbone.stride, o.mask_unit, o.mask)
 
 

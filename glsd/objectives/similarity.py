@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['best_per_view', 'token_pairs', 'match_by_cost', 'similarity_matching', 'SimilarityLoss', 'Similarity',
-           'distinct_share']
+           'distinct_partners']
 
 # %% ../../nbs/4_distillation/7_similarity.ipynb #a590c8ef
 from dataclasses import dataclass
@@ -88,7 +88,7 @@ class Similarity(SelfDistillation):
         region_search: str = 'student'  # whose tokens look for a match: student, or teacher as in the paper
 
 # %% ../../nbs/4_distillation/7_similarity.ipynb #758ff6a8
-def distinct_share(W: Tensor, search: str = 'student') -> float:
+def distinct_partners(W: Tensor, search: str = 'student') -> float:
     """Number of distinct partners in the matches of an image, as a share of the largest possible number.
 
     `W` [B, S, T]. Distinct partners / min(searching tokens with a match, tokens to pick from), averaged over

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from ..objectives.method import register_method
-from .finetune import Finetune, FinetuneOptions, check_parts, test_images
+from .finetune import Finetune, FinetuneOptions, check_parts, test_set
 from .loop import load_method
 from .options import check_ranges
 from .supervised import Supervised, accuracy_monitor
@@ -199,7 +199,7 @@ def check(cls: DeiT, recipe: Any) -> None:
 @patch(cls_method=True)
 def monitors(cls: DeiT, recipe: Any) -> dict[str, Callable]:
     "The accuracy of both heads together. Opens the teacher, so that a missing one fails before training."
-    test = test_images(recipe)
+    test = test_set(recipe)
     if recipe.distillation != 'none':
         open_teacher(recipe.teacher, list(test.classes))
     return {'test': accuracy_monitor(test, recipe.global_size, recipe.workers)}
