@@ -43,7 +43,7 @@ class Recipe:
         raise AttributeError(f'a recipe cannot be changed: recipe.replace({name}=...) gives another one')
 
 # %% ../../nbs/7_training/2_recipe.ipynb #067b0fe2
-# fields that do not change what is computed: a resumed run may change them
+# fields that do not say how a network learns: a resumed run may change them
 FREE = (
     'workers', 'device', 'monitor_every', 'checkpoint_every', 'checkpoint_minutes', 'on_nan', 'fsdp',
     'colour_on_device', 'n_test',
