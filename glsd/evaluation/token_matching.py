@@ -178,21 +178,21 @@ def draw_matches(
 
     `found`, `truth`, `known` [S] as in `score`. Thin lines: wrong; the title counts the right ones."""
     side, k = a.shape[-1], known.nonzero()[:, 0]
-    offset = side + side // 6
-    for crop, x in ((b, 0), (a, offset)):
+    offset, drop = side + side // 6, side / grid[0] / 2  # b half a token lower: lines of a row stay apart
+    for crop, x, y in ((b, 0, drop), (a, offset, 0)):
         pale = 128 + denormalize(crop).permute(1, 2, 0).cpu() // 2
-        ax.imshow(pale.numpy(), extent=(x, x + side, side, 0), interpolation='nearest')
+        ax.imshow(pale.numpy(), extent=(x, x + side, y + side, y), interpolation='nearest')
     right = (found == truth)[k].numpy()
-    lines = torch.stack([_middles(found[k], grid, side, 0), _middles(k, grid, side, offset)], 1)
+    lines = torch.stack([_middles(found[k], grid, side, 0, drop), _middles(k, grid, side, offset, 0)], 1)
     ax.add_collection(_lines(lines.numpy(), right, (k / (grid[0] * grid[1])).numpy()))
-    ax.set(xlim=(0, offset + side), ylim=(side, 0), xticks=[], yticks=[], frame_on=False)
+    ax.set(xlim=(0, offset + side), ylim=(drop + side, 0), xticks=[], yticks=[], frame_on=False)
     ax.set_title(f'{int(right.sum())} of {len(right)}', fontsize=10, pad=2)
 
 
-def _middles(k, grid, side, x):
-    "Centres [n, 2] of the tokens with indices `k` [n] in a crop whose left edge is at `x`."
+def _middles(k, grid, side, x, y):
+    "Centres [n, 2] of the tokens with indices `k` [n] in a crop whose upper left corner is at (x, y)."
     H, W = grid
-    return torch.stack([x + (k % W + 0.5) * side / W, (k // W + 0.5) * side / H], -1)
+    return torch.stack([x + (k % W + 0.5) * side / W, y + (k // W + 0.5) * side / H], -1)
 
 # %% ../../nbs/8_evaluation/10_token_matching.ipynb #9b79f694
 def _lines(lines, right, hue):
