@@ -1,22 +1,22 @@
 """Ten steps of every method on every kind of backbone: losses, gradients and weights are what they were.
 
-golden/ten_steps.json was recorded before the methods had a class of their own, on a processor with AVX-512.
-One without adds up in another order, and ten steps with a high learning rate, in which a match may go to
-another token, let that grow (to 5e-2 on AVX2): there, the first three steps are compared."""
+golden/ten_steps.json was recorded before the methods had a class of their own. Another processor adds up in
+another order, and steps with a high learning rate, in which a match may go to another token, let that grow:
+over all cases to 7e-5 in the first step, 2e-3 in the second, 6e-3 in the third and to anything by the tenth
+(seen with AVX2, AVX-512 and two settings of MKL). So three steps are compared, each more loosely than the one
+before, and the weights after ten, which agreed to 5e-6."""
 
 import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from glsd.training import Recipe
 from glsd.training.loop import batches, build_dataset
 from glsd.training.trainer import Trainer
 
 GOLDEN = json.loads((Path(__file__).parent / 'golden/ten_steps.json').read_text())
-AS_RECORDED = torch.backends.cpu.get_cpu_capability() == 'AVX512'
-STEPS, REL, REL_WEIGHTS = (10, 1e-4, 1e-4) if AS_RECORDED else (3, 1e-2, 1e-3)
+REL_STEPS, REL_WEIGHTS = (3e-4, 1e-2, 3e-2), 5e-5
 RUN = dict(
     data='toyworld-shared', n_images=32, image_size=32, global_size=32, batch_size=8, steps=10, lr=1e-2,
     drop_path=0.2,
@@ -80,8 +80,8 @@ def test_ten_steps(case):
         return
     trainer, lines = trained(recipe_of(case))
     for term in GOLDEN[case].keys() - {'abs_weights'}:
-        seen, expected = [line[term] for line in lines], GOLDEN[case][term]
-        assert seen[:STEPS] == pytest.approx(expected[:STEPS], rel=REL), term
+        for step, rel in enumerate(REL_STEPS):
+            assert lines[step][term] == pytest.approx(GOLDEN[case][term][step], rel=rel), f'{term} of step {step}'
     method = trainer.method
     parts = (method.student, method.teacher) if hasattr(method, 'student') else (method,)
     assert [weights(part) for part in parts] == pytest.approx(GOLDEN[case]['abs_weights'], rel=REL_WEIGHTS)
