@@ -81,7 +81,9 @@ def test_ten_steps(case):
     trainer, lines = trained(recipe_of(case))
     for term in GOLDEN[case].keys() - {'abs_weights'}:
         for step, rel in enumerate(REL_STEPS):
-            assert lines[step][term] == pytest.approx(GOLDEN[case][term][step], rel=rel), f'{term} of step {step}'
+            assert lines[step][term] == pytest.approx(GOLDEN[case][term][step], rel=rel), (
+                f'{term} of step {step}'
+            )
     method = trainer.method
     parts = (method.student, method.teacher) if hasattr(method, 'student') else (method,)
     assert [weights(part) for part in parts] == pytest.approx(GOLDEN[case]['abs_weights'], rel=REL_WEIGHTS)
